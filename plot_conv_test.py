@@ -1,0 +1,113 @@
+#!/usr/bin/env python3
+"""Shows where the deformable CNN looks, as an animation.
+
+Feeds scaled and rotated versions of img/test_img.png to the trained network and draws, for its
+first two deformable layers, the actual sampling locations on the enlarged input image, only those
+that an offset moved by more than a threshold. Writes img/offset_viz.gif, and its middle frame as
+a .png beside it.
+"""
+
+import argparse
+from pathlib import Path
+
+from utils.cli import PROJECT, UserError, run
+
+import cv2
+import keras
+import numpy as np
+
+from utils.mnist import IMAGE_SIZE, warp, zoom_matrix
+from utils.model import (
+    CHECKPOINTS,
+    CONVOLUTION_NAMES,
+    CONVOLUTIONS,
+    DEFORM,
+    KERNEL_SIZE,
+    load_model,
+    offsets_of,
+)
+from utils.visualization import Panel, draw_frame, sampling_locations, save_animation
+
+LAYERS = 2
+LARGEST_ZOOM = 2.0
+LARGEST_ANGLE = 30.0
+FRAME_MILLISECONDS = 100
+# Offsets beyond this have the colour of this one.
+FARTHEST = 3.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--image", type=Path, default=PROJECT / "img" / "test_img.png", help="28x28 by default")
+    add("--output", type=Path, default=PROJECT / "img" / "offset_viz.gif", help="a .gif")
+    add(
+        "--threshold",
+        type=float,
+        nargs=LAYERS,
+        default=[1.0, 1.0],
+        metavar=("LAYER1", "LAYER2"),
+        help="draw samples moved by more than so many pixels (default: %(default)s)",
+    )
+    add("--frames", type=int, default=60, help="default: %(default)s")
+    add("--checkpoint-dir", type=Path, default=CHECKPOINTS, help="by default checkpoint/")
+    arguments = parser.parse_args()
+    if arguments.frames < 2:
+        parser.error(f"--frames must be at least 2, got {arguments.frames}")
+    if arguments.output.suffix != ".gif":
+        parser.error(f"--output must end in .gif, got {arguments.output}")
+
+    digit = read_image(arguments.image)
+    model = load_model(DEFORM, folder=arguments.checkpoint_dir)
+    images = np.stack([warp(digit, matrix) for matrix in transformations(arguments.frames)])
+    offsets = [
+        offsets_of(model, name, images[..., np.newaxis]) for name in CONVOLUTION_NAMES[:LAYERS]
+    ]
+    frames = []
+    progress = keras.utils.Progbar(len(images), unit_name="frame")
+    for index in range(len(images)):
+        panels = []
+        for layer in range(LAYERS):
+            # Both layers see a 28x28 input, so their pixels are those of the image.
+            samples = sampling_locations(
+                offsets[layer][index], IMAGE_SIZE, KERNEL_SIZE, CONVOLUTIONS[layer][1]
+            )
+            threshold = arguments.threshold[layer]
+            title = f"deformable layer {layer + 1}: offsets above {threshold:g} px"
+            panels.append(Panel(title, samples.beyond(threshold)))
+        frames.append(draw_frame(images[index], panels, FARTHEST))
+        progress.add(1)
+
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    save_animation(frames, arguments.output, FRAME_MILLISECONDS)
+    still = arguments.output.with_suffix(".png")
+    frames[len(frames) // 2].save(still)
+    print(f"wrote {arguments.output} and {still}")
+
+
+def read_image(path: Path) -> np.ndarray:
+    """Reads an image file of any size as `[28, 28]` uint8, bright on dark like MNIST."""
+    if not path.is_file():
+        raise UserError(f"image {path} not found")
+    image = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
+    if image is None:
+        raise UserError(f"{path} is no image that OpenCV can read")
+    if image.shape != (IMAGE_SIZE, IMAGE_SIZE):
+        height, width = image.shape
+        print(f"{path} is {height}x{width}; resizing to {IMAGE_SIZE}x{IMAGE_SIZE}")
+        image = cv2.resize(image, (IMAGE_SIZE, IMAGE_SIZE), interpolation=cv2.INTER_AREA)
+    return image
+
+
+def transformations(count: int) -> list[np.ndarray]:
+    """Affine maps that shrink the image and let it grow back while it turns to and fro, once."""
+    phases = 2 * np.pi * np.arange(count) / count
+    zooms = 1 + (LARGEST_ZOOM - 1) * (1 - np.cos(phases)) / 2
+    angles = LARGEST_ANGLE * np.sin(phases)
+    return [
+        zoom_matrix((zoom, zoom), angle=angle) for zoom, angle in zip(zooms, angles, strict=True)
+    ]
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Sets everything up, then runs the style checks and the tests. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+start=$SECONDS
+WERROR=1 scripts/setup.sh --dev
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+git ls-files 'src/*.h' 'src/*.cc' | xargs .venv/bin/clang-format --dry-run --Werror
+.venv/bin/python -m pytest "$@"
+echo "make test: passed in $((SECONDS - start)) s"

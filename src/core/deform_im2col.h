@@ -1,0 +1,56 @@
+// What im2col and col2im work on, whatever the device.
+//
+// All tensors are in the native layout, channels innermost. A "position" numbers the output pixels
+// of the whole batch, (n * out_h + y) * out_w + x; a "tap" numbers those of the kernel,
+// ky * kernel_w + kx.
+//
+// Columns are a row-major matrix with one row per position. A row holds, for each convolution
+// group of the channel slice, for each tap, the samples of the group's channels:
+//
+//   columns[position][group][tap][channel] = mask * sample of the input
+//
+// so a group's columns times its filters [tap * channel, out_channel] are its output.
+
+#ifndef DEFORM_CONV_CORE_DEFORM_IM2COL_H_
+#define DEFORM_CONV_CORE_DEFORM_IM2COL_H_
+
+#include <cstdint>
+
+#include "core/params.h"
+
+namespace deform_conv {
+
+// A range of input channels to work on: whole convolution groups, or a part of one group.
+struct ChannelSlice {
+  int64_t begin, end;
+  int64_t first_group;
+  int64_t groups;
+  int64_t width;  // channels of each group that are in the slice
+
+  int64_t channels() const { return end - begin; }
+  static ChannelSlice All(const DeformConvParams& params) {
+    return {0, params.in_channels, 0, params.groups, params.group_in_channels()};
+  }
+};
+
+// The tensors that decide what is sampled.
+template <typename T>
+struct SampledTensors {
+  const T* input;   // [batch, in_h, in_w, in_channels]
+  const T* offset;  // [batch, out_h, out_w, deform_groups, kernel_h, kernel_w, {dy, dx}]
+  const T* mask;    // [batch, out_h, out_w, deform_groups, kernel_h, kernel_w]; null if none
+};
+
+// Their gradients, in the same shapes; null where a gradient is not wanted.
+template <typename T>
+struct SampledGradients {
+  T* input;
+  T* offset;
+  T* mask;
+
+  bool any() const { return input != nullptr || offset != nullptr || mask != nullptr; }
+};
+
+}  // namespace deform_conv
+
+#endif  // DEFORM_CONV_CORE_DEFORM_IM2COL_H_

@@ -1,0 +1,184 @@
+#include "core/params.h"
+
+#include <algorithm>
+#include <limits>
+#include <sstream>
+
+namespace deform_conv {
+namespace {
+
+// Coordinates within an image are ints, and every tensor's element count an int64_t.
+constexpr int64_t kMaxExtent = std::numeric_limits<int32_t>::max();
+
+template <typename... Parts>
+std::string Message(const Parts&... parts) {
+  std::ostringstream stream;
+  (stream << ... << parts);
+  return stream.str();
+}
+
+bool Known(int64_t size) { return size != kUnknown; }
+
+// One spatial axis: what its part of the output depends on.
+struct Axis {
+  const char* name;  // "height" or "width"
+  int64_t in, kernel, stride, dilation;
+  int64_t pad_before, pad_after;  // read for Padding::kExplicit
+};
+
+// The output size of one axis, and the padding before it (which SAME derives).
+std::string SizeAxis(const Axis& axis, Padding padding, int64_t* out, int64_t* pad_before) {
+  *out = kUnknown;
+  *pad_before = padding == Padding::kExplicit ? axis.pad_before : 0;
+  if (!Known(axis.in)) return "";
+  if (padding == Padding::kSame) *out = (axis.in + axis.stride - 1) / axis.stride;
+  if (!Known(axis.kernel)) return "";
+  const int64_t extent = (axis.kernel - 1) * axis.dilation + 1;
+  if (extent > kMaxExtent) {
+    return Message("filters and dilations: dilated kernel ", axis.name, " ", extent,
+                   " is too large");
+  }
+  if (padding == Padding::kSame) {
+    *pad_before = std::max<int64_t>((*out - 1) * axis.stride + extent - axis.in, 0) / 2;
+    return "";
+  }
+  const int64_t padded =
+      axis.in + (padding == Padding::kExplicit ? axis.pad_before + axis.pad_after : 0);
+  if (padded > kMaxExtent) {
+    return Message("padding: padded input ", axis.name, " ", padded, " is too large");
+  }
+  // The size tf.nn.conv2d gives: an input short of the kernel by less than a stride gives 0.
+  if (padded + axis.stride < extent) {
+    return Message("input has ", axis.name, " ", padded, " with its padding; at least the dilated ",
+                   "kernel's ", axis.name, ", ", extent, ", expected");
+  }
+  *out = (padded + axis.stride - extent) / axis.stride;
+  return "";
+}
+
+std::string CheckPositive(const char* argument, int64_t h, int64_t w) {
+  if (h >= 1 && w >= 1 && h <= kMaxExtent && w <= kMaxExtent) return "";
+  return Message(argument, " must be from 1 to ", kMaxExtent, "; received (", h, ", ", w, ")");
+}
+
+// `shape` is the offset's or the mask's.
+std::string CheckPerPosition(const char* argument, const std::array<int64_t, 4>& shape,
+                             const DeformConvParams& params, int64_t per_tap, const char* rule) {
+  if (Known(shape[0]) && Known(params.batch) && shape[0] != params.batch) {
+    return Message(argument, " has batch size ", shape[0], "; that of input, ", params.batch,
+                   ", expected");
+  }
+  const bool wrong_h = Known(shape[1]) && Known(params.out_h) && shape[1] != params.out_h;
+  const bool wrong_w = Known(shape[2]) && Known(params.out_w) && shape[2] != params.out_w;
+  if (wrong_h || wrong_w) {
+    const auto text = [](int64_t size) { return Known(size) ? std::to_string(size) : "?"; };
+    return Message(argument, " has height and width ", text(shape[1]), "x", text(shape[2]),
+                   "; those of the output, ", text(params.out_h), "x", text(params.out_w),
+                   ", expected");
+  }
+  if (Known(shape[3]) && Known(params.kernel_h) && Known(params.kernel_w)) {
+    const int64_t expected = per_tap * params.deform_groups * params.taps();
+    if (shape[3] != expected) {
+      return Message(argument, " has ", shape[3], " channels; ", rule, params.kernel_h, " * ",
+                     params.kernel_w, " = ", expected, " expected");
+    }
+  }
+  return "";
+}
+
+std::string CheckChannels(const DeformConvShapes& shapes, DeformConvParams* params) {
+  const int64_t channels = shapes.input[3], group_channels = shapes.filters[2];
+  const int64_t out_channels = shapes.filters[3];
+  params->groups = kUnknown;
+  if (group_channels == 0 || out_channels == 0) {
+    return Message("filters must have at least 1 input and 1 output channel; received ",
+                   group_channels, " and ", out_channels);
+  }
+  if (channels == 0) return "input must have at least 1 channel; received 0";
+  if (Known(channels) && channels % params->deform_groups != 0) {
+    return Message("deform_groups must divide the input's ", channels, " channels; received ",
+                   params->deform_groups);
+  }
+  if (!Known(channels) || !Known(group_channels)) return "";
+  if (channels % group_channels != 0) {
+    return Message("filters have ", group_channels, " input channels; a divisor of the input's ",
+                   channels, " channels expected");
+  }
+  params->groups = channels / group_channels;
+  if (Known(out_channels) && out_channels % params->groups != 0) {
+    return Message("filters have ", out_channels, " output channels; a multiple of the ",
+                   params->groups, " groups (", channels, " / ", group_channels,
+                   " channels) expected");
+  }
+  return "";
+}
+
+}  // namespace
+
+std::string MakeParams(const DeformConvAttributes& attributes, const DeformConvShapes& shapes,
+                       DeformConvParams* params) {
+  std::string error = CheckPositive("strides", attributes.stride_h, attributes.stride_w);
+  if (!error.empty()) return error;
+  error = CheckPositive("dilations", attributes.dilation_h, attributes.dilation_w);
+  if (!error.empty()) return error;
+  for (const int64_t pad :
+       {attributes.pad_top, attributes.pad_bottom, attributes.pad_left, attributes.pad_right}) {
+    if (pad < 0 || pad > kMaxExtent) {
+      return Message("padding must be from 0 to ", kMaxExtent, "; received ", pad);
+    }
+  }
+  if (attributes.deform_groups < 1 || attributes.deform_groups > kMaxExtent) {
+    return Message("deform_groups must be from 1 to ", kMaxExtent, "; received ",
+                   attributes.deform_groups);
+  }
+  const auto& [batch, in_h, in_w, in_channels] = shapes.input;
+  const auto& [kernel_h, kernel_w, group_channels, out_channels] = shapes.filters;
+  if (in_h > kMaxExtent || in_w > kMaxExtent) {
+    return Message("input must be at most ", kMaxExtent, " high and wide; received ", in_h, "x",
+                   in_w);
+  }
+  if (kernel_h == 0 || kernel_w == 0 || kernel_h > kMaxExtent || kernel_w > kMaxExtent) {
+    return Message("filters must have a height and width from 1 to ", kMaxExtent, "; received ",
+                   kernel_h, "x", kernel_w);
+  }
+
+  params->batch = batch;
+  params->in_h = in_h;
+  params->in_w = in_w;
+  params->in_channels = in_channels;
+  params->out_channels = out_channels;
+  params->kernel_h = kernel_h;
+  params->kernel_w = kernel_w;
+  params->stride_h = attributes.stride_h;
+  params->stride_w = attributes.stride_w;
+  params->dilation_h = attributes.dilation_h;
+  params->dilation_w = attributes.dilation_w;
+  params->deform_groups = attributes.deform_groups;
+  params->has_mask = shapes.has_mask;
+
+  const Axis height = {"height",
+                       in_h,
+                       kernel_h,
+                       attributes.stride_h,
+                       attributes.dilation_h,
+                       attributes.pad_top,
+                       attributes.pad_bottom};
+  const Axis width = {"width",
+                      in_w,
+                      kernel_w,
+                      attributes.stride_w,
+                      attributes.dilation_w,
+                      attributes.pad_left,
+                      attributes.pad_right};
+  error = CheckChannels(shapes, params);
+  if (!error.empty()) return error;
+  error = SizeAxis(height, attributes.padding, &params->out_h, &params->pad_top);
+  if (!error.empty()) return error;
+  error = SizeAxis(width, attributes.padding, &params->out_w, &params->pad_left);
+  if (!error.empty()) return error;
+  error = CheckPerPosition("offset", shapes.offset, *params, 2, "2 * deform_groups * ");
+  if (!error.empty() || !shapes.has_mask) return error;
+  return CheckPerPosition("mask", shapes.mask, *params, 1, "deform_groups * ");
+}
+
+}  // namespace deform_conv

@@ -1,0 +1,141 @@
+// The ops as TensorFlow sees them: signatures, shape functions, documentation.
+
+#include "tensorflow/core/framework/op.h"
+#include "tensorflow/core/framework/shape_inference.h"
+#include "tf/op_attributes.h"
+
+namespace deform_conv {
+namespace {
+
+using tensorflow::shape_inference::DimensionHandle;
+using tensorflow::shape_inference::InferenceContext;
+using tensorflow::shape_inference::ShapeHandle;
+
+// The dimensions of input `index`, kUnknown where they are.
+std::vector<int64_t> Dimensions(InferenceContext* context, int index) {
+  const ShapeHandle shape = context->input(index);
+  if (!context->RankKnown(shape)) return std::vector<int64_t>(4, kUnknown);
+  std::vector<int64_t> dimensions;
+  for (int i = 0; i < context->Rank(shape); ++i) {
+    dimensions.push_back(context->Value(context->Dim(shape, i)));
+  }
+  return dimensions;
+}
+
+// Checks what is known, and fills `params` in from every argument that knows.
+absl::Status InferParams(InferenceContext* context, OpAttributes* attributes,
+                         DeformConvParams* params) {
+  TF_RETURN_IF_ERROR(ReadAttributes(context, attributes));
+  int mask_count;
+  TF_RETURN_IF_ERROR(context->GetAttr("mask_count", &mask_count));
+  std::vector<int64_t> mask;
+  if (mask_count == 1) mask = Dimensions(context, 3);
+  DeformConvShapes shapes;
+  TF_RETURN_IF_ERROR(ToNativeShapes(attributes->format, Dimensions(context, 0),
+                                    Dimensions(context, 1), Dimensions(context, 2),
+                                    mask_count == 1 ? &mask : nullptr, &shapes));
+  const std::string error = MakeParams(attributes->conv, shapes, params);
+  if (!error.empty()) return absl::InvalidArgumentError(error);
+  // Offset and mask have the batch, height and width of the output.
+  const auto fill = [&](int axis, int64_t* size) {
+    if (*size == kUnknown) *size = shapes.offset[axis];
+    if (*size == kUnknown && shapes.has_mask) *size = shapes.mask[axis];
+  };
+  fill(0, &params->batch);
+  fill(1, &params->out_h);
+  fill(2, &params->out_w);
+  return absl::OkStatus();
+}
+
+absl::Status ForwardShape(InferenceContext* context) {
+  OpAttributes attributes;
+  DeformConvParams params;
+  TF_RETURN_IF_ERROR(InferParams(context, &attributes, &params));
+  std::vector<DimensionHandle> dimensions;
+  for (const int64_t size : FromNativeShape(
+           attributes.format, {params.batch, params.out_h, params.out_w, params.out_channels})) {
+    dimensions.push_back(context->MakeDim(size));
+  }
+  context->set_output(0, context->MakeShape(dimensions));
+  return absl::OkStatus();
+}
+
+// Each gradient has its argument's shape, or is empty where it is not wanted.
+absl::Status GradShape(InferenceContext* context) {
+  OpAttributes attributes;
+  DeformConvParams params;
+  TF_RETURN_IF_ERROR(InferParams(context, &attributes, &params));
+  constexpr const char* kWanted[] = {"grad_input", "grad_filters", "grad_offset", "grad_mask"};
+  for (int i = 0; i < context->num_outputs(); ++i) {
+    bool wanted;
+    TF_RETURN_IF_ERROR(context->GetAttr(absl::StrCat("want_", kWanted[i]), &wanted));
+    context->set_output(i, wanted ? context->input(i) : context->Vector(0));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+REGISTER_OP("DeformConv2D")
+    .Input("input: T")
+    .Input("filters: T")
+    .Input("offset: Toffset")
+    .Input("mask: mask_count * Toffset")
+    .Output("output: T")
+    .Attr("T: {half, bfloat16, float, double}")
+    .Attr("Toffset: {half, bfloat16, float, double}")
+    .Attr("mask_count: int >= 0")
+    .Attr("strides: list(int)")
+    .Attr("padding: {'SAME', 'VALID', 'EXPLICIT'}")
+    .Attr("explicit_paddings: list(int) = []")
+    .Attr("dilations: list(int) = [1, 1, 1, 1]")
+    .Attr("deform_groups: int = 1")
+    .Attr("data_format: {'NHWC', 'NCHW'} = 'NHWC'")
+    .SetShapeFn(ForwardShape)
+    .Doc(R"doc(
+Deformable convolution, version 1 (https://arxiv.org/abs/1703.06211), or version 2 with a mask
+(https://arxiv.org/abs/1811.11168).
+
+input: [N, H, W, C], or [N, C, H, W] for data_format NCHW.
+filters: [KH, KW, C / groups, O] in both data formats.
+offset: [N, OH, OW, 2 * deform_groups * KH * KW], or with the channels second. Channel
+  ((g * KH + ky) * KW + kx) * 2 moves the sample of tap (ky, kx) down, the next one right.
+mask: none, or one tensor [N, OH, OW, deform_groups * KH * KW], which scales the samples.
+output: [N, OH, OW, O], or with the channels second.
+strides: one number per dimension of `input`.
+dilations: one number per dimension of `input`.
+explicit_paddings: two numbers per dimension of `input`, for padding EXPLICIT.
+)doc");
+
+REGISTER_OP("DeformConv2DGrad")
+    .Input("input: T")
+    .Input("filters: T")
+    .Input("offset: Toffset")
+    .Input("mask: mask_count * Toffset")
+    .Input("grad_output: T")
+    .Output("grad_input: T")
+    .Output("grad_filters: T")
+    .Output("grad_offset: Toffset")
+    .Output("grad_mask: mask_count * Toffset")
+    .Attr("T: {half, bfloat16, float, double}")
+    .Attr("Toffset: {half, bfloat16, float, double}")
+    .Attr("mask_count: int >= 0")
+    .Attr("want_grad_input: bool = true")
+    .Attr("want_grad_filters: bool = true")
+    .Attr("want_grad_offset: bool = true")
+    .Attr("want_grad_mask: bool = true")
+    .Attr("strides: list(int)")
+    .Attr("padding: {'SAME', 'VALID', 'EXPLICIT'}")
+    .Attr("explicit_paddings: list(int) = []")
+    .Attr("dilations: list(int) = [1, 1, 1, 1]")
+    .Attr("deform_groups: int = 1")
+    .Attr("data_format: {'NHWC', 'NCHW'} = 'NHWC'")
+    .SetShapeFn(GradShape)
+    .Doc(R"doc(
+Gradients of DeformConv2D with respect to its inputs.
+
+Takes the inputs and attributes of DeformConv2D and the gradient of its output. A gradient that is
+not wanted is not computed, and an empty tensor stands in its place.
+)doc");
+
+}  // namespace deform_conv

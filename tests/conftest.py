@@ -1,0 +1,137 @@
+"""What the tests share: the golden cases, random configurations, and error measures."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import hypothesis
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from utils.deform_conv_wrapper import deform_conv2d
+
+PROJECT = Path(__file__).resolve().parent.parent
+GOLDEN_FILE = Path(__file__).parent / "data" / "torchvision_0_29.npz"
+ARGUMENTS = ("input", "filters", "offset", "mask")
+
+# The same examples in every run: a failure is of the change at hand.
+hypothesis.settings.register_profile(
+    "project", derandomize=True, deadline=None, print_blob=False, max_examples=60
+)
+hypothesis.settings.load_profile("project")
+
+
+def pytest_collection_modifyitems(items):
+    if tf.config.list_physical_devices("GPU"):
+        return
+    skip = pytest.mark.skip(reason="no GPU that TensorFlow can use")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+def relative_error(actual, expected) -> float:
+    """‖a − b‖ / ‖b‖, in float64."""
+    actual, expected = (np.asarray(value).astype(np.float64) for value in (actual, expected))
+    assert actual.shape == expected.shape
+    distance = np.linalg.norm(actual - expected)
+    norm = np.linalg.norm(expected)
+    return 0.0 if distance == 0 else float(distance / norm) if norm else np.inf
+
+
+@dataclass
+class Case:
+    """Arguments of one deformable convolution in NHWC, as float64 arrays, and its attributes."""
+
+    arrays: dict[str, np.ndarray]
+    attributes: dict = field(default_factory=dict)
+
+    def tensors(self, dtype=tf.float64, offset_dtype=None, data_format="NHWC"):
+        """The arguments as tensors; offset and mask in `offset_dtype` if given."""
+        return {
+            name: tf.constant(
+                in_format(array, name, data_format),
+                (offset_dtype or dtype) if name in ("offset", "mask") else dtype,
+            )
+            for name, array in self.arrays.items()
+        }
+
+    def attributes_in(self, data_format):
+        """The attributes, with explicit padding in the order of `data_format`."""
+        attributes = dict(self.attributes, data_format=data_format)
+        if data_format == "NCHW" and not isinstance(attributes.get("padding", "SAME"), str):
+            none, height, width, _ = attributes["padding"]
+            attributes["padding"] = [none, none, height, width]
+        return attributes
+
+
+def in_format(array, name, data_format):
+    """An NHWC array as `data_format` has it; filters are the same in both."""
+    if data_format == "NHWC" or name.endswith("filters"):
+        return array
+    return np.transpose(array, [0, 3, 1, 2])
+
+
+def run(tensors, attributes, grad_output=None, function=deform_conv2d):
+    """Output and gradients, as a dict: output, grad_input, grad_filters, grad_offset, grad_mask."""
+    with tf.GradientTape() as tape:
+        tape.watch(tensors)
+        output = function(**tensors, **attributes)
+    if grad_output is None:
+        grad_output = tf.ones_like(output)
+    gradients = tape.gradient(output, tensors, output_gradients=grad_output)
+    return {"output": output} | {f"grad_{name}": value for name, value in gradients.items()}
+
+
+def random_case(
+    rng,
+    *,
+    batch=2,
+    size=(6, 7),
+    channels=4,
+    out_channels=6,
+    kernel=(3, 3),
+    strides=(1, 1),
+    dilations=(1, 1),
+    padding="SAME",
+    groups=1,
+    deform_groups=1,
+    mask=True,
+    offset_scale=1.5,
+):
+    """A `Case` of normal numbers. Samples stay 1e-3 away from the pixel grid, where the gradient
+    with respect to the offset jumps."""
+    pads = [(0, 0), (0, 0)] if isinstance(padding, str) else padding[1:3]
+    out_size = [
+        -(-length // stride)
+        if padding == "SAME"
+        else (length + sum(pad) - dilation * (taps - 1) - 1) // stride + 1
+        for length, taps, stride, dilation, pad in zip(
+            size, kernel, strides, dilations, pads, strict=True
+        )
+    ]
+    taps = kernel[0] * kernel[1]
+    offset = offset_scale * rng.standard_normal((batch, *out_size, 2 * deform_groups * taps))
+    whole = np.floor(offset)
+    arrays = {
+        "input": rng.standard_normal((batch, *size, channels)),
+        "filters": rng.standard_normal((*kernel, channels // groups, out_channels)),
+        "offset": whole + np.clip(offset - whole, 1e-3, 1 - 1e-3),
+    }
+    if mask:
+        arrays["mask"] = rng.uniform(size=(batch, *out_size, deform_groups * taps))
+    attributes = {
+        "strides": strides,
+        "dilations": dilations,
+        "padding": padding,
+        "deform_groups": deform_groups,
+    }
+    return Case(arrays, attributes)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(20261122)

@@ -1,0 +1,449 @@
+"""What deform_conv2d computes: against torchvision, the reference, tf.nn.conv2d and the rules."""
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import GOLDEN_FILE, Case, in_format, random_case, relative_error, run
+
+from utils.deform_conv_reference import deform_conv2d_reference
+from utils.deform_conv_wrapper import deform_conv2d
+
+FORMATS = ("NHWC", "NCHW")
+
+
+# --- Golden cases: torchvision 0.29, float64 ---
+
+
+def golden_cases():
+    with np.load(GOLDEN_FILE) as file:
+        arrays = dict(file)
+    cases = {}
+    for name in sorted({key.split("/")[0] for key in arrays}):
+        values = {key.split("/")[1]: arrays[key] for key in arrays if key.startswith(name + "/")}
+        config = [int(number) for number in values.pop("config")]
+        native = {
+            key.replace("weight", "filters"): array.transpose(
+                [2, 3, 1, 0] if key.endswith("weight") else [0, 2, 3, 1]
+            )
+            for key, array in values.items()
+        }
+        attributes = {
+            "strides": config[0:2],
+            "padding": [[0, 0], [config[2]] * 2, [config[3]] * 2, [0, 0]],
+            "dilations": config[4:6],
+            "deform_groups": config[7],
+        }
+        arguments = ("input", "filters", "offset", "mask")
+        case = Case({key: native.pop(key) for key in arguments if key in native}, attributes)
+        cases[name] = (case, native.pop("grad_output"), native)
+    return cases
+
+
+GOLDEN = golden_cases()
+
+
+def samples_on_the_border(case):
+    """Which offset pairs lead to exactly h = -1 or w = -1, where torchvision's offset gradient is
+    one-sided and ours is 0."""
+    offset = case.arrays["offset"]
+    n, out_h, out_w, _ = offset.shape
+    kernel_h, kernel_w = case.arrays["filters"].shape[:2]
+    groups = case.attributes["deform_groups"]
+    offset = offset.reshape(n, out_h, out_w, groups, kernel_h, kernel_w, 2)
+    _, (pad_top, _), (pad_left, _), _ = case.attributes["padding"]
+    (stride_h, stride_w), (dilation_h, dilation_w) = (
+        case.attributes[key] for key in ("strides", "dilations")
+    )
+    y, x, ky, kx = (np.arange(size) for size in (out_h, out_w, kernel_h, kernel_w))
+    h = (y[:, None] * stride_h - pad_top + ky * dilation_h)[:, None, None, :, None]
+    w = (x[:, None] * stride_w - pad_left + kx * dilation_w)[:, None, None, :]
+    on_border = (h + offset[..., 0] == -1) | (w + offset[..., 1] == -1)
+    return np.repeat(on_border[..., None], 2, axis=-1).reshape(n, out_h, out_w, -1)
+
+
+@pytest.mark.parametrize("function", [deform_conv2d, deform_conv2d_reference])
+@pytest.mark.parametrize("data_format", FORMATS)
+@pytest.mark.parametrize("name", GOLDEN)
+def test_equals_torchvision(name, data_format, function):
+    case, grad_output, expected = GOLDEN[name]
+    actual = run(
+        case.tensors(data_format=data_format),
+        case.attributes_in(data_format),
+        tf.constant(in_format(grad_output, "grad_output", data_format)),
+        function,
+    )
+    assert set(actual) == set(expected)
+    for key, value in actual.items():
+        theirs, ours = in_format(expected[key], key, data_format), value.numpy()
+        if key == "grad_offset":
+            border = in_format(samples_on_the_border(case), key, data_format)
+            assert np.all(ours[border] == 0)
+            ours, theirs = ours[~border], theirs[~border]
+        assert relative_error(ours, theirs) <= 1e-12, key
+
+
+# --- The reference ---
+
+
+@st.composite
+def configurations(draw):
+    groups, deform_groups = draw(st.sampled_from([(1, 1), (1, 2), (2, 1), (2, 3), (3, 2), (6, 6)]))
+    small = st.integers(1, 3)
+    pair = st.tuples(small, small)
+    kernel, strides, dilations = draw(pair), draw(pair), draw(pair)
+    size = draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))
+    pads = st.tuples(st.integers(0, 4), st.integers(0, 4))
+    padding = draw(
+        st.one_of(
+            st.sampled_from(["SAME", "VALID"]),
+            st.tuples(st.just((0, 0)), pads, pads, st.just((0, 0))),
+        )
+    )
+    for axis in (0, 1):
+        pad = sum(padding[axis + 1]) if padding not in ("SAME", "VALID") else 0
+        reach = dilations[axis] * (kernel[axis] - 1) + 1
+        hypothesis.assume(padding == "SAME" or size[axis] + pad >= reach)
+    return {
+        "batch": draw(st.integers(1, 3)),
+        "size": size,
+        "channels": draw(st.sampled_from([6, 12, 18])),
+        "out_channels": 6 * draw(st.integers(1, 2)),
+        "kernel": kernel,
+        "strides": strides,
+        "dilations": dilations,
+        "padding": padding,
+        "groups": groups,
+        "deform_groups": deform_groups,
+        "mask": draw(st.booleans()),
+        "offset_scale": draw(st.sampled_from([0.5, 2.0, 10.0])),
+    }
+
+
+@hypothesis.given(
+    configuration=configurations(),
+    data_format=st.sampled_from(FORMATS),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_equals_the_reference_in_any_configuration(configuration, data_format, seed):
+    rng = np.random.default_rng(seed)
+    case = random_case(rng, **configuration)
+    tensors, attributes = case.tensors(data_format=data_format), case.attributes_in(data_format)
+    output_shape = deform_conv2d(**tensors, **attributes).shape
+    grad_output = tf.constant(rng.standard_normal(output_shape))
+    actual = run(tensors, attributes, grad_output)
+    expected = run(tensors, attributes, grad_output, deform_conv2d_reference)
+    for key, value in actual.items():
+        assert relative_error(value, expected[key]) <= 1e-12, key
+
+
+# --- Precision of each type, against the reference in float64 on the rounded inputs ---
+
+TYPES = [
+    # dtype of input and filters, of offset and mask, tolerance
+    (tf.float32, tf.float32, 1e-5),
+    (tf.float16, tf.float16, 5e-3),
+    (tf.float16, tf.float32, 5e-3),
+    (tf.bfloat16, tf.bfloat16, 2e-2),
+    (tf.bfloat16, tf.float32, 2e-2),
+]
+
+
+@pytest.mark.parametrize("data_format", FORMATS)
+@pytest.mark.parametrize(
+    ("dtype", "offset_dtype", "tolerance"), TYPES, ids=lambda value: getattr(value, "name", None)
+)
+@pytest.mark.parametrize(
+    ("size", "channels"), [((28, 28), 32), ((100, 152), 16)], ids=["28x28", "100x152"]
+)
+def test_precision(size, channels, dtype, offset_dtype, tolerance, data_format, rng):
+    case = random_case(
+        rng,
+        batch=1,
+        size=size,
+        channels=channels,
+        out_channels=channels,
+        deform_groups=2,
+        offset_scale=2.0,
+    )
+    rounded = case.tensors(dtype, offset_dtype)
+    # Rounding moves offsets onto the pixel grid; keep them off it, exactly in either type.
+    offset = tf.cast(rounded["offset"], tf.float64).numpy()
+    offset = np.where(offset == np.floor(offset), offset + 0.125, offset)
+    rounded["offset"] = tf.cast(offset, offset_dtype)
+    grad_output = tf.cast(rng.standard_normal((1, *size, channels)), dtype)
+    exact = {name: tf.cast(tensor, tf.float64) for name, tensor in rounded.items()}
+    expected = run(
+        exact, case.attributes, tf.cast(grad_output, tf.float64), deform_conv2d_reference
+    )
+    case = Case({name: tensor.numpy() for name, tensor in exact.items()}, case.attributes)
+    actual = run(
+        case.tensors(dtype, offset_dtype, data_format),
+        case.attributes_in(data_format),
+        tf.constant(in_format(grad_output.numpy(), "grad_output", data_format)),
+    )
+    for key, value in actual.items():
+        error = relative_error(
+            tf.cast(value, tf.float64), in_format(expected[key].numpy(), key, data_format)
+        )
+        assert error <= tolerance, key
+        assert value.dtype == (offset_dtype if key in ("grad_offset", "grad_mask") else dtype)
+
+
+def test_float32_offsets_are_finer_than_float16_ones(rng):
+    """A float16 near 128 moves in steps of 1/8; a float32 offset must not be rounded to it."""
+    image = tf.constant(rng.standard_normal((1, 1, 200, 1)), tf.float16)
+    filters = tf.ones((1, 1, 1, 1), tf.float16)
+    offset = tf.tile(tf.constant([0.0, 128.0625], tf.float32)[tf.newaxis], [200, 1])
+    output = deform_conv2d(image, filters, tf.reshape(offset, (1, 1, 200, 2)))
+    pixels = image.numpy().astype(np.float64)[0, 0, :, 0]
+    expected = pixels[128] * (1 - 0.0625) + pixels[129] * 0.0625
+    assert output.numpy()[0, 0, 0, 0] == pytest.approx(expected, rel=1e-3)
+
+
+# --- Numerical gradients ---
+
+
+@pytest.mark.parametrize("data_format", FORMATS)
+@pytest.mark.parametrize("argument", ["input", "filters", "offset", "mask"])
+def test_gradient_is_the_numerical_one(argument, data_format, rng):
+    case = random_case(
+        rng, size=(5, 4), strides=(2, 1), dilations=(1, 2), groups=2, deform_groups=2
+    )
+    tensors, attributes = case.tensors(data_format=data_format), case.attributes_in(data_format)
+    weights = tf.constant(rng.standard_normal(deform_conv2d(**tensors, **attributes).shape))
+
+    def weighted_sum(value):
+        return tf.reduce_sum(weights * deform_conv2d(**(tensors | {argument: value}), **attributes))
+
+    (theoretical,), (numerical,) = tf.test.compute_gradient(
+        weighted_sum, [tensors[argument]], delta=1e-5
+    )
+    assert relative_error(theoretical, numerical) <= 1e-8
+
+
+# --- Zero offsets ---
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("padding", ["SAME", "VALID", ((0, 0), (2, 1), (0, 3), (0, 0))])
+@pytest.mark.parametrize("kernel", [(3, 3), (2, 5), (1, 1)])
+def test_zero_offsets_give_conv2d(kernel, padding, stride, rng):
+    image = tf.constant(rng.standard_normal((2, 11, 12, 4)))
+    filters = tf.constant(rng.standard_normal((*kernel, 4, 3)))
+    expected = tf.nn.conv2d(image, filters, stride, padding)
+    offset = tf.zeros((*expected.shape[:3], 2 * kernel[0] * kernel[1]), tf.float64)
+    output = deform_conv2d(image, filters, offset, strides=stride, padding=padding)
+    assert relative_error(output, expected) <= 1e-12
+
+
+@pytest.mark.parametrize("dilation", [2, 3])
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+def test_zero_offsets_give_dilated_conv2d(padding, dilation, rng):
+    image = tf.constant(rng.standard_normal((2, 11, 12, 4)))
+    filters = tf.constant(rng.standard_normal((3, 3, 4, 3)))
+    expected = tf.nn.conv2d(image, filters, 1, padding, dilations=dilation)
+    offset = tf.zeros((*expected.shape[:3], 18), tf.float64)
+    output = deform_conv2d(image, filters, offset, padding=padding, dilations=dilation)
+    assert relative_error(output, expected) <= 1e-12
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_valid_input_short_of_the_kernel_by_less_than_a_stride_gives_nothing(size):
+    filters = tf.zeros((4, 1, 1, 1))
+    output = deform_conv2d(
+        tf.zeros((1, size, 5, 1)), filters, tf.zeros((1, 0, 3, 8)), strides=2, padding="VALID"
+    )
+    assert output.shape == (1, 0, 3, 1)
+
+
+# --- The sampling rule ---
+
+HEIGHT, WIDTH = 3, 4
+
+
+def sample(h, w):
+    """The sample of a fixed 3x4 image at (h, w), and its gradients by image, h, w and mask."""
+    image = tf.constant(np.arange(1.0, 13.0).reshape(1, HEIGHT, WIDTH, 1))
+    offset = tf.constant([h, w], tf.float64)
+    arguments = {
+        "input": image,
+        "filters": tf.ones((1, 1, 1, 1), tf.float64),
+        # One output position, at (0, 0): the offset is the position.
+        "offset": tf.reshape(offset, (1, 1, 1, 2)),
+        "mask": tf.ones((1, 1, 1, 1), tf.float64),
+    }
+    results = run(arguments, {"strides": max(HEIGHT, WIDTH)})
+    return {key: value.numpy().squeeze() for key, value in results.items()}
+
+
+@pytest.mark.parametrize(
+    ("position", "value"),
+    [
+        ((0.0, 0.0), 1.0),
+        ((0.5, 0.0), 3.0),
+        ((0.0, 0.5), 1.5),
+        ((1.25, 2.5), 8.5),
+        ((HEIGHT - 1.0, WIDTH - 1.0), 12.0),  # the last pixel counts whole
+        ((HEIGHT - 0.75, 0.0), 0.75 * 9.0),  # beyond it, the image fades into zeros
+        ((-0.25, 0.0), 0.75 * 1.0),
+        ((0.0, WIDTH - 0.5), 0.5 * 4.0),
+    ],
+)
+def test_sample_is_bilinear_in_the_image_extended_with_zeros(position, value):
+    results = sample(*position)
+    assert results["output"] == pytest.approx(value, abs=1e-12)
+    assert results["grad_mask"] == pytest.approx(value, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "position",
+    [
+        (-1.0, 1.0),
+        (float(HEIGHT), 1.0),
+        (1.0, -1.0),
+        (1.0, float(WIDTH)),
+        (-1.5, 1.0),
+        (1.0, 1e30),
+        (np.nan, 1.0),
+        (1.0, np.nan),
+        (np.inf, 1.0),
+        (1.0, -np.inf),
+        (np.nan, np.inf),
+    ],
+)
+def test_sample_outside_is_zero_with_zero_gradients(position):
+    for key, value in sample(*position).items():
+        if key != "grad_filters":
+            assert np.all(value == 0), key
+    assert sample(*position)["grad_filters"] == 0
+
+
+@pytest.mark.parametrize(
+    ("position", "gradient"),
+    [
+        ((1.0, 1.0), (4.0, 1.0)),  # pixel below and pixel to the right, less this one (6)
+        ((0.0, 0.0), (4.0, 1.0)),
+        ((HEIGHT - 1.0, 1.0), (-10.0, 1.0)),  # below the last row are zeros
+        ((1.0, WIDTH - 1.0), (4.0, -8.0)),
+        ((-0.5, 0.0), (1.0, 0.5)),
+    ],
+)
+def test_offset_gradient_at_integers_is_the_one_towards_plus(position, gradient):
+    np.testing.assert_allclose(sample(*position)["grad_offset"], gradient, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [tf.float32, tf.float16, tf.bfloat16])
+def test_nan_and_infinite_offsets_leave_other_samples_alone(dtype, rng):
+    case = random_case(rng, channels=8)
+    clean = case.tensors(dtype)
+    bad = rng.uniform(size=case.arrays["offset"].shape) < 0.2
+    values = rng.choice([np.nan, np.inf, -np.inf], size=bad.shape)
+    # An offset pair with a bad number is as good as a mask of 0.
+    pair_bad = bad.reshape(*bad.shape[:3], -1, 2).any(axis=-1)
+    dirty = clean | {"offset": tf.constant(np.where(bad, values, case.arrays["offset"]), dtype)}
+    masked = clean | {"mask": tf.where(pair_bad, tf.zeros_like(clean["mask"]), clean["mask"])}
+    actual, expected = (run(tensors, case.attributes) for tensors in (dirty, masked))
+    for key in ("output", "grad_input", "grad_filters"):
+        np.testing.assert_array_equal(actual[key], expected[key])
+    for value in actual.values():
+        assert np.all(np.isfinite(tf.cast(value, tf.float32)))
+
+
+def test_positions_keep_float32_precision_far_from_the_origin(rng):
+    """1e-6 is lost in h = 100000 + 1e-6, but not in the distance to the next pixel."""
+    width = 100_001
+    image = tf.constant(rng.standard_normal((1, 1, width, 1)), tf.float32)
+    offset = tf.constant(np.tile([0.0, 1e-6], (1, 1, width, 1)), tf.float32)
+    filters = tf.ones((1, 1, 1, 1))
+    tensors = {"input": image, "filters": filters, "offset": offset}
+    slope = run(tensors, {})["grad_offset"].numpy()[0, 0, :-1, 1]
+    np.testing.assert_allclose(slope, np.diff(image.numpy()[0, 0, :, 0]), rtol=1e-5)
+
+
+# --- Batches and sizes ---
+
+
+def test_batch_of_37_equals_37_single_images(rng):
+    case = random_case(rng, batch=37, channels=5, deform_groups=5)
+    tensors = case.tensors(tf.float32)
+    grad_output = tf.constant(rng.standard_normal((37, 6, 7, 6)), tf.float32)
+    together = run(tensors, case.attributes, grad_output)
+    singles = [
+        run(
+            {k: v if k == "filters" else v[n : n + 1] for k, v in tensors.items()},
+            case.attributes,
+            grad_output[n : n + 1],
+        )
+        for n in range(37)
+    ]
+    for key in ("output", "grad_input", "grad_offset", "grad_mask"):
+        single = tf.concat([result[key] for result in singles], axis=0)
+        assert relative_error(together[key], single) <= 1e-6, key
+    total = tf.add_n([result["grad_filters"] for result in singles])
+    assert relative_error(together["grad_filters"], total) <= 1e-5
+
+
+@pytest.mark.parametrize("data_format", FORMATS)
+@pytest.mark.parametrize("dtype", [tf.float32, tf.float16])
+def test_empty_batch(dtype, data_format, rng):
+    case = random_case(rng, batch=0)
+    results = run(case.tensors(dtype, data_format=data_format), case.attributes_in(data_format))
+    assert results["output"].shape == in_format(np.zeros((0, 6, 7, 6)), "output", data_format).shape
+    assert np.all(results["grad_filters"] == 0)
+    for name in ("input", "offset", "mask"):
+        array = in_format(case.arrays[name], name, data_format)
+        assert results[f"grad_{name}"].shape == array.shape
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 7, 17, 33])
+def test_any_channel_count(channels, rng):
+    case = random_case(rng, channels=channels, out_channels=5)
+    actual, expected = (
+        run(case.tensors(tf.float32), case.attributes, function=function)
+        for function in (deform_conv2d, deform_conv2d_reference)
+    )
+    for key, value in actual.items():
+        assert relative_error(value, expected[key]) <= 1e-5, key
+
+
+@pytest.mark.parametrize(
+    ("batch", "channels", "groups", "deform_groups"),
+    [(1, 64, 1, 1), (3, 64, 1, 4), (1, 64, 64, 1), (1, 40, 5, 2), (2, 48, 2, 3)],
+)
+def test_few_images_whose_channels_are_shared_out_among_threads(
+    batch, channels, groups, deform_groups, rng
+):
+    case = random_case(
+        rng,
+        batch=batch,
+        size=(13, 9),
+        channels=channels,
+        out_channels=2 * channels,
+        groups=groups,
+        deform_groups=deform_groups,
+    )
+    actual, expected = (
+        run(case.tensors(), case.attributes, function=function)
+        for function in (deform_conv2d, deform_conv2d_reference)
+    )
+    for key, value in actual.items():
+        assert relative_error(value, expected[key]) <= 1e-12, key
+
+
+def test_strides_dilations_and_padding_take_every_form(rng):
+    case = random_case(rng, mask=False)
+    arguments = case.tensors()
+    arguments["offset"] = arguments["offset"][:, :3, :3]
+    forms = [
+        {"strides": 2, "dilations": 2},
+        {"strides": (2, 2), "dilations": [2, 2]},
+        {"strides": [1, 2, 2, 1], "dilations": (1, 2, 2, 1)},
+    ]
+    outputs = [
+        deform_conv2d(**arguments, padding=((0, 0), (2, 1), (1, 1), (0, 0)), **form)
+        for form in forms
+    ]
+    for output in outputs[1:]:
+        np.testing.assert_array_equal(output, outputs[0])

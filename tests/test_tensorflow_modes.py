@@ -1,0 +1,233 @@
+"""The op in TensorFlow's ways of running: eager, functions, graphs, SavedModel, derivatives."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import PROJECT, random_case, relative_error, run
+
+from utils.deform_conv_reference import deform_conv2d_reference
+from utils.deform_conv_wrapper import deform_conv2d
+
+NAMES = ("input", "filters", "offset", "mask")
+
+
+def run_in_v1_graph(case, wanted=NAMES):
+    """Output and wanted gradients from a tf.compat.v1 graph, and the graph's operations."""
+    with tf.Graph().as_default() as graph:
+        placeholders = {
+            name: tf.compat.v1.placeholder(tf.float64, [None] * 4) for name in case.arrays
+        }
+        output = deform_conv2d(**placeholders, **case.attributes)
+        gradients = tf.gradients(output, [placeholders[name] for name in wanted])
+        feed = {placeholders[name]: array for name, array in case.arrays.items()}
+        options = tf.compat.v1.RunOptions(trace_level=tf.compat.v1.RunOptions.SOFTWARE_TRACE)
+        metadata = tf.compat.v1.RunMetadata()
+        with tf.compat.v1.Session(graph=graph) as session:
+            values = session.run([output, *gradients], feed, options, metadata)
+    steps = [node for device in metadata.step_stats.dev_stats for node in device.node_stats]
+    keys = ["output", *(f"grad_{name}" for name in wanted)]
+    return dict(zip(keys, values, strict=True)), [step.node_name for step in steps]
+
+
+def test_function_equals_eager(rng):
+    case = random_case(rng)
+    eager = run(case.tensors(), case.attributes)
+    traced = tf.function(lambda tensors: run(tensors, case.attributes))(case.tensors())
+    for key, value in eager.items():
+        np.testing.assert_array_equal(traced[key], value)
+
+
+def test_v1_graph_equals_eager(rng):
+    case = random_case(rng)
+    eager = run(case.tensors(), case.attributes)
+    values, _ = run_in_v1_graph(case)
+    for key, value in eager.items():
+        np.testing.assert_array_equal(values[key], value)
+
+
+def test_one_function_takes_any_shape(rng):
+    specs = {name: tf.TensorSpec(None, tf.float64) for name in NAMES}
+    function = tf.function(lambda tensors: run(tensors, {}), input_signature=[specs])
+    for size in ((6, 7), (3, 11)):
+        case = random_case(rng, size=size)
+        expected = run(case.tensors(), {})
+        for key, value in function(case.tensors()).items():
+            np.testing.assert_array_equal(value, expected[key])
+
+
+# --- Shape inference ---
+
+
+@pytest.mark.parametrize(
+    ("shapes", "attributes", "expected"),
+    [
+        (([8, 28, 28, 3], [3, 3, 3, 16], None), {}, [8, 28, 28, 16]),
+        (([8, 28, 28, 3], [3, 3, 3, 16], None), {"strides": 2}, [8, 14, 14, 16]),
+        (([8, 28, 27, 3], [5, 3, 3, 16], None), {"padding": "VALID"}, [8, 24, 25, 16]),
+        (([8, 3, 28, 27], [3, 3, 3, 16], None), {"data_format": "NCHW"}, [8, 16, 28, 27]),
+        (([None, 28, None, 3], [3, 3, 3, 16], None), {}, [None, 28, None, 16]),
+        (([None] * 4, None, None), {}, [None] * 4),
+        ((None, None, None), {}, [None] * 4),
+        # SAME needs no kernel size, VALID does.
+        (([8, 28, 28, 3], [None, None, 3, 16], None), {}, [8, 28, 28, 16]),
+        (
+            ([8, 28, 28, 3], [None, 3, 3, 16], None),
+            {"padding": "VALID"},
+            [8, None, 26, 16],
+        ),
+        # The offset knows the batch and the output's size.
+        ((None, [3, 3, 3, 16], [8, 14, None, 18]), {}, [8, 14, None, 16]),
+    ],
+)
+def test_output_shape_is_inferred_as_far_as_it_is_known(shapes, attributes, expected):
+    specs = [tf.TensorSpec(shape) for shape in shapes]
+    function = tf.function(lambda *tensors: deform_conv2d(*tensors, **attributes))
+    assert function.get_concrete_function(*specs).output_shapes.as_list() == expected
+
+
+def test_gradients_have_the_static_shapes_of_their_arguments(rng):
+    case = random_case(rng)
+    function = tf.function(lambda tensors: run(tensors, case.attributes))
+    shapes = function.get_concrete_function(case.tensors()).output_shapes
+    for name, array in case.arrays.items():
+        assert shapes[f"grad_{name}"] == array.shape
+
+
+# --- Only what is asked for ---
+
+
+def gradient_ops(graph):
+    return [operation for operation in graph.get_operations() if "Grad" in operation.type]
+
+
+@pytest.mark.parametrize("wanted", [["offset"], ["filters"], ["input", "mask"], list(NAMES)])
+def test_tape_asks_for_the_wanted_gradients_only(wanted, rng):
+    case = random_case(rng)
+    tensors = case.tensors()
+
+    @tf.function
+    def gradients(tensors):
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch([tensors[name] for name in wanted])
+            output = deform_conv2d(**tensors, **case.attributes)
+        return tape.gradient(output, [tensors[name] for name in wanted])
+
+    graph = gradients.get_concrete_function(tensors).graph
+    (operation,) = [op for op in graph.get_operations() if op.type == "DeformConv2DGrad"]
+    for name in NAMES:
+        assert operation.get_attr(f"want_grad_{name}") == (name in wanted)
+    expected = run(tensors, case.attributes)
+    for name, value in zip(wanted, gradients(tensors), strict=True):
+        assert relative_error(value, expected[f"grad_{name}"]) <= 1e-12
+
+
+@pytest.mark.parametrize(
+    ("wanted", "count"), [(["offset"], 1), (["filters"], 1), (["filters", "offset"], 2)]
+)
+def test_v1_graph_runs_the_needed_gradient_ops_only(wanted, count, rng):
+    case = random_case(rng)
+    values, steps = run_in_v1_graph(case, wanted)
+    assert len([step for step in steps if "DeformConv2DGrad" in step]) == count
+    expected = run(case.tensors(), case.attributes)
+    for key, value in values.items():
+        assert relative_error(value, expected[key]) <= 1e-12
+
+
+# --- Higher derivatives ---
+
+
+@pytest.mark.parametrize("padding", ["SAME", ((0, 0), (1, 2), (2, 0), (0, 0))])
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "function"])
+def test_second_derivatives_equal_the_references(graph, padding, rng):
+    case = random_case(rng, batch=1, size=(4, 4), channels=2, out_channels=2, padding=padding)
+    tensors = case.tensors()
+
+    def second(tensors, function):
+        with tf.GradientTape() as outer:
+            outer.watch(tensors)
+            with tf.GradientTape() as inner:
+                inner.watch(tensors)
+                output = tf.reduce_sum(function(**tensors, **case.attributes) ** 2)
+            gradients = inner.gradient(output, tensors)
+            norm = tf.add_n([tf.reduce_sum(value**3) for value in gradients.values()])
+        return outer.gradient(norm, tensors)
+
+    ours = (tf.function(second) if graph else second)(tensors, deform_conv2d)
+    theirs = second(tensors, deform_conv2d_reference)
+    for name in NAMES:
+        assert relative_error(ours[name], theirs[name]) <= 1e-10, name
+
+
+def test_second_derivative_of_some_arguments_only(rng):
+    case = random_case(rng, batch=1, size=(3, 4), channels=2, out_channels=2, mask=False)
+    tensors = case.tensors()
+
+    def second(function):
+        with tf.GradientTape() as outer:
+            outer.watch(tensors["offset"])
+            with tf.GradientTape() as inner:
+                inner.watch(tensors["input"])
+                output = tf.reduce_sum(function(**tensors, **case.attributes) ** 2)
+            gradient = inner.gradient(output, tensors["input"])
+        return outer.gradient(gradient, tensors["offset"])
+
+    assert relative_error(second(deform_conv2d), second(deform_conv2d_reference)) <= 1e-10
+
+
+def test_jacobian_and_forward_mode_agree(rng):
+    case = random_case(rng, batch=1, size=(3, 3), channels=2, out_channels=2)
+    tensors = case.tensors()
+    offset = tensors["offset"]
+    direction = tf.constant(rng.standard_normal(offset.shape))
+    with tf.GradientTape() as tape:
+        tape.watch(offset)
+        output = deform_conv2d(**tensors, **case.attributes)
+    jacobian = tape.jacobian(output, offset)
+    with tf.autodiff.ForwardAccumulator(offset, direction) as accumulator:
+        output = deform_conv2d(**tensors, **case.attributes)
+    expected = tf.tensordot(jacobian, direction, 4)
+    assert relative_error(accumulator.jvp(output), expected) <= 1e-12
+
+
+# --- SavedModel ---
+
+LOAD_AND_RUN = """
+import sys
+import tensorflow as tf
+from utils import deform_conv_wrapper
+module = tf.saved_model.load(sys.argv[1])
+image = tf.Variable(tf.ones((1, 5, 5, 2)))
+with tf.GradientTape() as tape:
+    output = module.convolve(image)
+print(float(tf.reduce_sum(output)), float(tf.reduce_sum(tape.gradient(output, image))))
+"""
+
+
+def test_saved_model_runs_and_trains_in_another_process(tmp_path, rng):
+    module = tf.Module()
+    module.filters = tf.Variable(tf.constant(rng.standard_normal((3, 3, 2, 3)), tf.float32))
+    offset = tf.constant(rng.standard_normal((1, 5, 5, 18)), tf.float32)
+    module.convolve = tf.function(
+        lambda image: deform_conv2d(image, module.filters, offset),
+        input_signature=[tf.TensorSpec((1, 5, 5, 2))],
+    )
+    tf.saved_model.save(
+        module,
+        tmp_path / "model",
+        options=tf.saved_model.SaveOptions(experimental_custom_gradients=False),
+    )
+    image = tf.Variable(tf.ones((1, 5, 5, 2)))
+    with tf.GradientTape() as tape:
+        output = module.convolve(image)
+    expected = [tf.reduce_sum(output), tf.reduce_sum(tape.gradient(output, image))]
+    printed = subprocess.run(
+        [sys.executable, "-c", LOAD_AND_RUN, str(tmp_path / "model")],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    np.testing.assert_allclose([float(text) for text in printed.split()], expected, rtol=1e-5)

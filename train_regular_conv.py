@@ -1,0 +1,45 @@
+#!/usr/bin/env python3
+"""Trains the regular CNN on unscaled MNIST and tests it on regular and scaled digits.
+
+Writes checkpoint/regular_model.weights.h5, from which tune_deform_conv.py starts. An interrupted
+training goes on after its last whole epoch when it is started again with the same options.
+"""
+
+import argparse
+
+from utils.cli import run
+
+import keras
+import numpy as np
+
+from utils.mnist import Digits, load_mnist, scaled_test_digits
+from utils.model import REGULAR, build_model
+from utils.training import accuracy, add_training_arguments, train
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_training_arguments(parser)
+    arguments = parser.parse_args()
+
+    train_digits, test_digits = load_mnist(arguments.data)
+    train_digits = train_digits.take(arguments.train_digits)
+    scaled_digits = scaled_test_digits(test_digits, arguments.shift)
+
+    def epoch_digits(rng: np.random.Generator) -> Digits:
+        order = rng.permutation(len(train_digits.labels))
+        return Digits(train_digits.images[order], train_digits.labels[order])
+
+    keras.utils.set_random_seed(arguments.seed)
+    model = build_model(REGULAR)
+    train(model, epoch_digits, arguments)
+
+    print("test accuracy of the regular CNN")
+    for name, digits in (("regular", test_digits), ("scaled", scaled_digits)):
+        print(
+            f"  {name + ' MNIST':14} {accuracy(model, digits.take(arguments.test_digits)):6.2f} %"
+        )
+
+
+if __name__ == "__main__":
+    run(main)

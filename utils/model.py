@@ -1,0 +1,88 @@
+"""The network of the experiment: four convolutions, regular or deformable, on 28x28 digits."""
+
+from pathlib import Path
+
+from utils.cli import PROJECT, UserError
+
+import keras
+import numpy as np
+
+from utils.mnist import CLASSES, IMAGE_SIZE
+
+CHECKPOINTS = PROJECT / "checkpoint"
+
+# (filters, stride) of each 3x3 SAME convolution.
+CONVOLUTIONS = ((32, 1), (64, 2), (128, 1), (128, 2))
+KERNEL_SIZE = 3
+CONVOLUTION_NAMES = tuple(f"conv{index}" for index in range(1, len(CONVOLUTIONS) + 1))
+
+REGULAR, DEFORM, DEFORM_MODULATED = "regular_model", "deform_model", "deform_modulated_model"
+
+
+def weights_file(name: str, folder: Path = CHECKPOINTS) -> Path:
+    """Where the weights of the model `name` (REGULAR, DEFORM or DEFORM_MODULATED) are kept."""
+    return Path(folder) / f"{name}.weights.h5"
+
+
+def build_model(name: str) -> keras.Sequential:
+    """Builds the CNN `name`: REGULAR, DEFORM (version 1) or DEFORM_MODULATED (version 2).
+
+    Each of the four 3x3 convolutions has a bias and is followed by batch normalisation and ReLU;
+    global average pooling and a dense layer yield the 10 logits. Layers of one role have one name
+    in all three models. Takes images `[N, 28, 28, 1]` with values from 0 to 255.
+    """
+    model = keras.Sequential(name=name)
+    model.add(keras.Input((IMAGE_SIZE, IMAGE_SIZE, 1), dtype="uint8"))
+    model.add(keras.layers.Rescaling(1 / 255, name="rescaling"))
+    for index, (filters, strides) in enumerate(CONVOLUTIONS, start=1):
+        model.add(_convolution(name, filters, strides, f"conv{index}"))
+        model.add(keras.layers.BatchNormalization(name=f"norm{index}"))
+        model.add(keras.layers.ReLU(name=f"relu{index}"))
+    model.add(keras.layers.GlobalAveragePooling2D(name="pool"))
+    model.add(keras.layers.Dense(CLASSES, name="logits"))
+    return model
+
+
+def _convolution(model_name: str, filters: int, strides: int, name: str) -> keras.layers.Layer:
+    arguments = {"strides": strides, "padding": "same", "name": name}
+    if model_name == REGULAR:
+        return keras.layers.Conv2D(filters, KERNEL_SIZE, **arguments)
+    # Needs the compiled library, which the regular network does without.
+    from utils.deform_conv_layer import DeformConv2D
+
+    return DeformConv2D(filters, KERNEL_SIZE, modulated=model_name == DEFORM_MODULATED, **arguments)
+
+
+def load_model(name: str, path: Path | None = None, folder: Path = CHECKPOINTS) -> keras.Sequential:
+    """Builds the model `name` and loads its weights from `path`, or from its file in `folder`.
+
+    Raises:
+      UserError: the file is missing or holds the weights of another model.
+    """
+    path = Path(path or weights_file(name, folder))
+    if not path.is_file():
+        script = "train_regular_conv.py" if name == REGULAR else "tune_deform_conv.py"
+        raise UserError(f"weights {path} not found: {script} writes them")
+    model = build_model(name)
+    try:
+        model.load_weights(path)
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(f"{path} does not hold the weights of {name}: {error}") from error
+    return model
+
+
+def offsets_of(model: keras.Model, layer_name: str, images: np.ndarray) -> np.ndarray:
+    """The offsets `[N, OH, OW, 2 * 9]` that a deformable layer takes for `images`."""
+    layer = model.get_layer(layer_name)
+    return layer.offset(keras.Model(model.input, layer.input)(images)).numpy()
+
+
+def save_weights(model: keras.Model, path: Path) -> None:
+    """Writes the weights so that `path` is either the old file or the whole new one."""
+    # Keras would write a trained model's optimizer too, which is twice the size of the weights.
+    bare = build_model(model.name)
+    bare.set_weights(model.get_weights())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"unfinished-{path.name}")
+    bare.save_weights(unfinished)
+    unfinished.replace(path)
