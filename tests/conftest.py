@@ -19,7 +19,7 @@ ARGUMENTS = ("input", "filters", "offset", "mask")
 
 # The same examples in every run: a failure is of the change at hand.
 hypothesis.settings.register_profile(
-    "project", derandomize=True, deadline=None, print_blob=False, max_examples=60
+    "project", derandomize=True, deadline=None, print_blob=False, max_examples=200
 )
 hypothesis.settings.load_profile("project")
 

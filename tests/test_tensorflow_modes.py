@@ -130,7 +130,7 @@ def test_tape_asks_for_the_wanted_gradients_only(wanted, rng):
 def test_v1_graph_runs_the_needed_gradient_ops_only(wanted, count, rng):
     case = random_case(rng)
     values, steps = run_in_v1_graph(case, wanted)
-    assert len([step for step in steps if "DeformConv2DGrad" in step]) == count
+    assert sum(step.startswith("gradients/DeformConv2D") for step in steps) == count
     expected = run(case.tensors(), case.attributes)
     for key, value in values.items():
         assert relative_error(value, expected[key]) <= 1e-12

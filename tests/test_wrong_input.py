@@ -1,5 +1,7 @@
 """Wrong input: what the error says, in eager mode and while a graph is built."""
 
+import re
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -61,18 +63,16 @@ IDS = [message[:50] for *_, message in WRONG_SHAPES]
 @pytest.mark.parametrize(("shapes", "attributes", "message"), WRONG_SHAPES, ids=IDS)
 def test_wrong_shape_raises_in_eager_mode(shapes, attributes, message):
     tensors = {name: tf.zeros(shape) for name, shape in (FITTING | shapes).items()}
-    with pytest.raises(tf.errors.InvalidArgumentError) as error:
+    with pytest.raises(tf.errors.InvalidArgumentError, match=re.escape(message)):
         deform_conv2d(**tensors, **attributes)
-    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(("shapes", "attributes", "message"), WRONG_SHAPES, ids=IDS)
 def test_wrong_static_shape_raises_while_the_graph_is_built(shapes, attributes, message):
     specs = [tf.TensorSpec(shape) for shape in (FITTING | shapes).values()]
     function = tf.function(lambda *tensors: deform_conv2d(*tensors, **attributes))
-    with pytest.raises(ValueError, match="") as error:
+    with pytest.raises(ValueError, match=re.escape(message)):
         function.get_concrete_function(*specs)
-    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(("shapes", "attributes", "message"), WRONG_SHAPES, ids=IDS)
@@ -82,9 +82,8 @@ def test_wrong_shape_that_is_known_at_run_time_only_raises_then(shapes, attribut
     function = tf.function(
         lambda *tensors: deform_conv2d(*tensors, **attributes), input_signature=specs
     )
-    with pytest.raises((tf.errors.InvalidArgumentError, ValueError)) as error:
+    with pytest.raises((tf.errors.InvalidArgumentError, ValueError), match=re.escape(message)):
         function(*tensors)
-    assert message in str(error.value)
 
 
 WRONG_FORMS = [
@@ -103,9 +102,8 @@ WRONG_FORMS = [
 @pytest.mark.parametrize(("attributes", "message"), WRONG_FORMS)
 def test_attribute_of_the_wrong_form_raises(attributes, message):
     tensors = {name: tf.zeros(shape) for name, shape in FITTING.items()}
-    with pytest.raises(ValueError, match="") as error:
+    with pytest.raises(ValueError, match=re.escape(message)):
         deform_conv2d(**tensors, **attributes)
-    assert message in str(error.value)
 
 
 WRONG_DTYPES = [
@@ -129,9 +127,8 @@ def test_wrong_dtype_raises(dtypes, message):
     tensors = {
         name: tf.zeros(shape, dtypes.get(name, tf.float32)) for name, shape in FITTING.items()
     }
-    with pytest.raises(ValueError, match="") as error:
+    with pytest.raises(ValueError, match=re.escape(message)):
         deform_conv2d(**tensors)
-    assert message in str(error.value)
 
 
 def test_python_numbers_and_arrays_are_converted():

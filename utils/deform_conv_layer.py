@@ -1,6 +1,7 @@
 """`DeformConv2D`: deformable convolution as a Keras layer that learns its own offsets."""
 
 import keras
+import tensorflow as tf
 
 from utils.deform_conv_wrapper import deform_conv2d
 
@@ -85,7 +86,8 @@ class DeformConv2D(keras.layers.Conv2D):
             self.kernel_size,
             strides=self.strides,
             padding=self.padding,
-            data_format=self.data_format,
+            # TensorFlow has no channels-first convolution on the CPU; _predict() transposes.
+            data_format="channels_last",
             dilation_rate=self.dilation_rate,
             kernel_initializer="zeros",
             dtype=self.variable_dtype,
@@ -100,17 +102,25 @@ class DeformConv2D(keras.layers.Conv2D):
                 f"Received: {self.deform_groups}"
             )
         super().build(input_shape)
-        self.offset_conv.build(input_shape)
+        self.offset_conv.build((None, None, None, channels))
         if self.modulated:
-            self.mask_conv.build(input_shape)
+            self.mask_conv.build((None, None, None, channels))
 
     def offset(self, inputs):
         """The offsets for `inputs`, in pixels: the `offset` argument of `deform_conv2d`."""
-        return self.offset_conv(inputs)
+        return self._predict(self.offset_conv, inputs)
 
     def mask(self, inputs):
         """The mask for `inputs`, from 0 to 2, or None where the layer is not modulated."""
-        return 2 * keras.ops.sigmoid(self.mask_conv(inputs)) if self.modulated else None
+        if not self.modulated:
+            return None
+        return 2 * keras.ops.sigmoid(self._predict(self.mask_conv, inputs))
+
+    def _predict(self, convolution, inputs):
+        if self.data_format == "channels_last":
+            return convolution(inputs)
+        outputs = convolution(keras.ops.transpose(inputs, (0, 2, 3, 1)))
+        return keras.ops.transpose(outputs, (0, 3, 1, 2))
 
     def convolution_op(self, inputs, kernel):
         return deform_conv2d(
@@ -124,6 +134,15 @@ class DeformConv2D(keras.layers.Conv2D):
             deform_groups=self.deform_groups,
             data_format=_DATA_FORMATS[self.data_format],
         )
+
+    def call(self, inputs):
+        outputs = self.convolution_op(inputs, self.kernel)
+        if self.use_bias:
+            # Conv2D's own addition (Keras 3.15) takes a channels-first bias for one along the
+            # width wherever the output is as wide as it has channels.
+            data_format = _DATA_FORMATS[self.data_format]
+            outputs = tf.nn.bias_add(outputs, self.bias, data_format=data_format)
+        return outputs if self.activation is None else self.activation(outputs)
 
     def get_config(self):
         return {

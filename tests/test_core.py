@@ -1,0 +1,181 @@
+"""What must hold of the compiled library: instruction sets, threads, symbols, the loader."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import PROJECT
+
+BUILD = PROJECT / "build"
+
+# Computes a case of each kind in a process with settings of its own, and prints the results.
+COMPUTE = """
+import json, sys
+import numpy as np
+import tensorflow as tf
+threads = int(sys.argv[1])
+if threads:
+    tf.config.threading.set_intra_op_parallelism_threads(threads)
+from tests.conftest import random_case, run
+results = {}
+for batch, channels, groups in ((5, 24, 1), (1, 48, 1), (1, 48, 3), (1, 64, 64)):
+    for dtype in (tf.float64, tf.float32, tf.float16, tf.bfloat16):
+        case = random_case(np.random.default_rng(1), batch=batch, size=(17, 19), channels=channels,
+                           out_channels=2 * channels, groups=groups, deform_groups=2)
+        for key, value in run(case.tensors(dtype), case.attributes).items():
+            values = tf.cast(value, tf.float64).numpy().ravel().tolist()
+            results[f"{dtype.name} {batch} {channels} {groups} {key}"] = values
+print(json.dumps(results))
+"""
+
+
+def compute(threads=0, **environment):
+    completed = subprocess.run(
+        [sys.executable, "-c", COMPUTE, str(threads)],
+        cwd=PROJECT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert completed.returncode == 0, completed.stderr
+    return {key: np.array(values) for key, values in json.loads(completed.stdout).items()}
+
+
+@pytest.fixture(scope="module")
+def two_threads():
+    return compute(threads=2)
+
+
+# Different orders of the same sums, in the type that they are computed in, then rounded.
+ROUNDING = {"float64": 1e-14, "float32": 2e-6, "float16": 1e-3, "bfloat16": 8e-3}
+
+
+def assert_equal_but_for_rounding(actual, expected):
+    assert actual.keys() == expected.keys()
+    for key, value in actual.items():
+        distance = np.linalg.norm(value - expected[key]) / np.linalg.norm(expected[key])
+        assert distance <= ROUNDING[key.split()[0]], key
+
+
+@pytest.mark.parametrize("threads", [1, 3, 7])
+def test_number_of_threads_changes_rounding_at_most(threads, two_threads):
+    assert_equal_but_for_rounding(compute(threads=threads), two_threads)
+
+
+def test_same_number_of_threads_gives_the_same_bits(two_threads):
+    for key, value in compute(threads=2).items():
+        np.testing.assert_array_equal(value, two_threads[key])
+
+
+@pytest.mark.parametrize("instruction_set", ["baseline", "avx2"])
+def test_instruction_set_changes_rounding_at_most(instruction_set, two_threads):
+    results = compute(threads=2, DEFORM_CONV_CPU_ISA=instruction_set)
+    assert_equal_but_for_rounding(results, two_threads)
+
+
+def symbols(*arguments):
+    if shutil.which("nm") is None:
+        pytest.skip("nm is not installed")
+    printed = subprocess.run(["nm", "-C", *arguments], capture_output=True, text=True, check=True)
+    return printed.stdout.splitlines()
+
+
+def test_objects_of_an_instruction_set_share_no_function_with_others():
+    """The linker would keep one copy for all, maybe one that older processors cannot run."""
+    for folder in BUILD.glob("CMakeFiles/cpu_kernels_*.dir"):
+        name = folder.stem.removeprefix("cpu_kernels_")
+        (object_file,) = folder.rglob("*.o")
+        shared = [
+            line
+            for line in symbols("--defined-only", str(object_file))
+            if line.split()[1] in "WVu"
+            and f"Eigen_{name}::" not in line
+            and f"deform_conv::{name}::" not in line
+            and "DW.ref.__gxx_personality_v0" not in line
+        ]
+        assert not shared
+
+
+def test_library_exports_no_function_and_imports_nothing_of_cuda():
+    """TensorFlow loads it beside its own CUDA, cuBLAS and Eigen: they must not get mixed up."""
+    lines = symbols("-D", str(BUILD / "libdeform_conv.so"))
+    exported = [
+        line for line in lines if line.split()[-2] in ("T", "W", "V", "u") and "U " not in line
+    ]
+    assert [line for line in exported if "deform_conv" in line] == []
+    imported = [line.split()[-1] for line in lines if " U " in line]
+    assert [name for name in imported if name.startswith(("cuda", "cublas", "cudnn"))] == []
+
+
+# --- The loader ---
+
+
+def import_with(library):
+    completed = subprocess.run(
+        [sys.executable, "-c", "import utils.deform_conv_wrapper"],
+        cwd=PROJECT,
+        env={**os.environ, "DEFORM_CONV_LIBRARY": str(library)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert completed.returncode != 0
+    return completed.stderr
+
+
+def test_loader_says_what_to_do_where_the_library_is_missing(tmp_path):
+    assert "not found: build it with ./compile.sh" in import_with(tmp_path / "none.so")
+
+
+def test_loader_says_which_tensorflow_a_library_was_built_for(tmp_path):
+    library = tmp_path / "libdeform_conv.so"
+    library.write_bytes(b"not a library")
+    (tmp_path / "tensorflow_version.txt").write_text("2.18.0\n")
+    message = import_with(library)
+    assert "it was built for 2.18.0" in message
+    assert "Build it again with ./compile.sh" in message
+
+
+# --- compile.sh ---
+
+
+def compile_sh(*arguments, **environment):
+    return subprocess.run(
+        [str(PROJECT / "compile.sh"), *arguments],
+        env={**os.environ, "PYTHON": sys.executable, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        ([], {"PYTHON": "no-such-python"}, "no-such-python not found"),
+        ([], {"CXX": "no-such-compiler"}, "compiler no-such-compiler not found"),
+        (["--gpu"], {}, "unknown option --gpu"),
+    ],
+)
+def test_compile_sh_stops_with_one_clear_line(arguments, environment, message):
+    completed = compile_sh(*arguments, **environment)
+    assert completed.returncode == 1
+    assert completed.stderr.startswith("compile.sh: error: ")
+    assert message in completed.stderr
+    assert len(completed.stderr.splitlines()) == 1
+
+
+def test_compile_sh_stops_with_one_clear_line_without_tensorflow(tmp_path):
+    # The interpreter alone, without the packages of its environment.
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S -E "$@"\n')
+    python.chmod(0o755)
+    completed = compile_sh(PYTHON=str(python))
+    assert completed.returncode == 1
+    assert "cannot import TensorFlow" in completed.stderr
+    assert len(completed.stderr.splitlines()) == 1

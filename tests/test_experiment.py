@@ -1,0 +1,310 @@
+"""The experiment: scaled MNIST, the models, and each script run for real on a few digits."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+from conftest import PROJECT
+from PIL import Image
+
+from utils import mnist
+from utils.model import (
+    CONVOLUTION_NAMES,
+    DEFORM,
+    DEFORM_MODULATED,
+    REGULAR,
+    build_model,
+    load_model,
+    offsets_of,
+    weights_file,
+)
+from utils.visualization import sampling_locations
+
+
+def script(*arguments, check=True):
+    completed = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=PROJECT,
+        env=os.environ | {"PYTHONWARNINGS": "error:::utils"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if check:
+        assert completed.returncode == 0, completed.stderr
+    return completed
+
+
+def error_of(*arguments):
+    """The one line that a script ends with where something is missing or does not fit."""
+    completed = script(*arguments, check=False)
+    assert completed.returncode == 1
+    assert "Traceback" not in completed.stderr
+    return completed.stderr.splitlines()[-1]
+
+
+# --- Scaled MNIST ---
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return mnist.load_mnist()
+
+
+def test_mnist_is_whole(digits):
+    train, test = digits
+    assert train.images.shape == (60_000, 28, 28, 1)
+    assert test.images.shape == (10_000, 28, 28, 1)
+    assert set(train.labels) == set(range(10))
+
+
+def extent(image):
+    """Height and width of what is bright in an image."""
+    rows, columns = (np.flatnonzero(image[..., 0].max(axis=axis) > 64) for axis in (1, 0))
+    return np.array([np.ptp(rows) + 1, np.ptp(columns) + 1])
+
+
+def test_scaling_shrinks_each_axis_by_a_factor_from_1_to_2_5(digits, rng):
+    images = digits[1].images[:500]
+    scaled = mnist.scale_images(images, rng)
+    factors = np.array(
+        [extent(before) / extent(after) for before, after in zip(images, scaled, strict=True)]
+    )
+    assert factors.min() > 0.85  # a pixel more or less
+    assert factors.max() < 3.2
+    assert np.abs(factors.mean(axis=0) - 1.75).max() < 0.15
+    # The axes are drawn independently.
+    assert abs(np.corrcoef(factors.T)[0, 1]) < 0.15
+
+
+@pytest.mark.parametrize("shift", [0.0, 1.0, 5.6])
+def test_scaling_shifts_by_up_to_the_given_pixels(shift, rng):
+    dot = np.zeros((400, 28, 28, 1), np.uint8)
+    dot[:, 12:16, 12:16] = 255  # about the centre, which zooming leaves in place
+    scaled = mnist.scale_images(dot, rng, shift)[..., 0].astype(float)
+    mass = scaled.sum(axis=(1, 2))
+    grid = np.arange(28) - 13.5
+    centres = np.stack([(scaled.sum(axis=a) @ grid) / mass for a in (2, 1)], axis=1)
+    assert np.abs(centres).max() <= shift + 0.1
+    assert np.abs(centres).max() >= 0.9 * shift
+
+
+def test_scaled_test_digits_are_the_same_in_every_run(digits):
+    once, again = (mnist.scaled_test_digits(digits[1]) for _ in range(2))
+    np.testing.assert_array_equal(once.images, again.images)
+    np.testing.assert_array_equal(once.labels, digits[1].labels)
+
+
+def test_edges_are_repeated():
+    image = np.full((28, 28), 7, np.uint8)
+    assert np.all(mnist.warp(image, mnist.zoom_matrix((2.5, 2.5), (5.0, -5.0))) == 7)
+
+
+# --- Models ---
+
+
+def test_deformable_model_starts_as_the_regular_one(digits):
+    regular = build_model(REGULAR)
+    images = digits[1].images[:16]
+    for name in (DEFORM, DEFORM_MODULATED):
+        model = build_model(name)
+        for layer in regular.layers:
+            twin = model.get_layer(layer.name)
+            for source, target in zip(layer.weights, twin.weights, strict=False):
+                target.assign(source)
+        np.testing.assert_allclose(model(images), regular(images), atol=1e-5)
+
+
+def test_shipped_weights_fit_the_models():
+    for name in (REGULAR, DEFORM):
+        load_model(name)
+
+
+def test_shipped_deformable_model_differs_from_the_regular_one_in_its_offsets_only(digits):
+    regular, deform = load_model(REGULAR), load_model(DEFORM)
+    for layer in regular.layers:
+        twin = deform.get_layer(layer.name)
+        for source, target in zip(layer.weights, twin.weights, strict=False):
+            np.testing.assert_array_equal(source.numpy(), target.numpy())
+    scaled = mnist.scaled_test_digits(digits[1]).images[:100]
+    for name in CONVOLUTION_NAMES:
+        assert np.abs(offsets_of(deform, name, scaled)).mean() > 0.1
+
+
+# --- Training scripts ---
+
+FEW = ("--epochs", 2, "--train-digits", 256, "--test-digits", 200)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A checkpoint directory with a regular model, and what its training printed."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    return folder, script("train_regular_conv.py", *FEW, "--checkpoint-dir", folder).stdout
+
+
+def test_regular_training_writes_weights_and_tests_on_both_sets(trained):
+    folder, printed = trained
+    assert load_model(REGULAR, folder=folder)
+    assert re.search(r"regular MNIST +\d+\.\d\d %", printed)
+    assert re.search(r"scaled MNIST +\d+\.\d\d %", printed)
+    assert not (folder / f"{REGULAR}.training").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "convolutions"),
+    [
+        ((), DEFORM, ["offset_conv"]),
+        (("--modulated", "--unscaled-share", 0.25), DEFORM_MODULATED, ["offset_conv", "mask_conv"]),
+    ],
+)
+def test_tuning_trains_offsets_and_nothing_else(trained, options, name, convolutions):
+    folder, _ = trained
+    printed = script("tune_deform_conv.py", *FEW, *options, "--checkpoint-dir", folder).stdout
+    expected = {
+        f"{name}/{layer}/{convolution}/{variable}"
+        for layer in CONVOLUTION_NAMES
+        for convolution in convolutions
+        for variable in ("kernel", "bias")
+    }
+    assert {
+        line.strip() for line in printed.splitlines() if line.startswith("  " + name)
+    } == expected
+    assert "all 26 other variables are bit-identical to the regular model's" in printed
+    for layer in CONVOLUTION_NAMES:
+        (mean,) = re.findall(rf"{layer}: mean \|offset\| (\d+\.\d+)", printed)
+        assert float(mean) > 0
+    assert re.search(r"scaled MNIST +\d+\.\d\d % +\d+\.\d\d %", printed)
+    assert load_model(name, folder=folder)
+
+
+STOP_AFTER_ONE_EPOCH = """
+import sys
+from utils import training
+save = training._TrainingState.save
+def save_and_stop(self, epoch):
+    save(self, epoch)
+    raise KeyboardInterrupt
+if sys.argv[1] == "stop":
+    training._TrainingState.save = save_and_stop
+sys.argv = ["train_regular_conv.py", *sys.argv[2:]]
+import train_regular_conv
+from utils.cli import run
+run(train_regular_conv.main)
+"""
+
+
+def test_interrupted_training_resumes_to_the_same_result(trained, tmp_path):
+    uninterrupted, _ = trained
+    arguments = [*FEW, "--checkpoint-dir", tmp_path]
+    stopped = script("-c", STOP_AFTER_ONE_EPOCH, "stop", *arguments, check=False)
+    assert stopped.returncode == 130
+    assert not weights_file(REGULAR, tmp_path).exists()
+
+    other = error_of("train_regular_conv.py", *arguments, "--learning-rate", 0.01)
+    assert "holds a training begun with other settings" in other
+    assert "--restart" in other
+
+    printed = script("-c", STOP_AFTER_ONE_EPOCH, "go on", *arguments).stdout
+    assert "resuming after epoch 1" in printed
+    resumed, expected = (
+        load_model(REGULAR, folder=folder).get_weights() for folder in (tmp_path, uninterrupted)
+    )
+    for ours, theirs in zip(resumed, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_restart_forgets_an_interrupted_training(tmp_path):
+    arguments = [*FEW, "--checkpoint-dir", tmp_path]
+    script("-c", STOP_AFTER_ONE_EPOCH, "stop", *arguments, check=False)
+    printed = script("train_regular_conv.py", *arguments, "--restart", "--seed", 2).stdout
+    assert "resuming" not in printed
+
+
+# --- Evaluation and visualisation ---
+
+
+def test_evaluation_prints_the_table(trained):
+    printed = script("utils/evaluate.py", "--test-digits", 200).stdout
+    assert re.search(r"regular MNIST +\d+\.\d\d \(98\.91\) +\d+\.\d\d \(98\.87\)", printed)
+    assert re.search(r"scaled MNIST +\d+\.\d\d \(59\.32\) +\d+\.\d\d \(98\.22\)", printed)
+
+
+def test_sampling_locations_are_those_of_the_op(rng):
+    """A ramp image read at the locations gives what the op samples."""
+    from utils.deform_conv_wrapper import deform_conv2d
+
+    for stride in (1, 2):
+        out = -(-28 // stride)
+        offset = rng.uniform(-1, 1, (out, out, 18))
+        ramp = np.stack(np.meshgrid(np.arange(28.0), np.arange(28.0), indexing="ij"), axis=-1)
+        # Tap k alone, for both coordinates; inside the image, where the ramp is linear.
+        locations = sampling_locations(offset, 28, 3, stride).positions.reshape(out, out, 9, 2)
+        for tap in range(9):
+            filters = np.zeros((9, 2, 2))
+            filters[tap] = np.eye(2)
+            sampled = deform_conv2d(
+                ramp[np.newaxis], filters.reshape(3, 3, 2, 2), offset[np.newaxis], strides=stride
+            )
+            expected = locations[2:-2, 2:-2, tap]
+            np.testing.assert_allclose(sampled[0, 2:-2, 2:-2], expected, atol=1e-9)
+
+
+def test_plot_writes_an_animation_and_a_still(tmp_path):
+    output = tmp_path / "new" / "viz.gif"
+    script("plot_conv_test.py", "--frames", 3, "--output", output)
+    with Image.open(output) as animation, Image.open(output.with_suffix(".png")) as still:
+        assert animation.n_frames == 3
+        assert animation.size == still.size
+
+
+def test_plot_resizes_other_images_with_a_notice(tmp_path):
+    image = tmp_path / "large.png"
+    cv2.imwrite(str(image), np.zeros((56, 40, 3), np.uint8))
+    output = tmp_path / "viz.gif"
+    printed = script("plot_conv_test.py", "--frames", 2, "--image", image, "--output", output)
+    assert "is 56x40; resizing to 28x28" in printed.stdout
+
+
+def test_deform_conv_test_proves_the_build():
+    printed = script("utils/deform_conv_test.py").stdout
+    assert "against the reference" in printed
+    assert printed.splitlines()[-1] == "ok"
+
+
+# --- Missing and unfitting files ---
+
+
+def test_missing_and_unfitting_files_are_told_in_one_line(tmp_path):
+    nothing = tmp_path / "nothing.npz"
+    assert f"MNIST file {nothing} not found" in error_of("train_regular_conv.py", "--data", nothing)
+    nothing.write_bytes(b"no archive")
+    assert "is no MNIST file with x_train" in error_of("utils/evaluate.py", "--data", nothing)
+
+    missing = error_of("tune_deform_conv.py", "--checkpoint-dir", tmp_path)
+    assert "regular_model.weights.h5 not found: train_regular_conv.py writes them" in missing
+
+    shutil.copy(weights_file(REGULAR), weights_file(DEFORM, tmp_path))
+    unfitting = error_of("plot_conv_test.py", "--checkpoint-dir", tmp_path)
+    assert "does not hold the weights of deform_model" in unfitting
+    weights_file(REGULAR, tmp_path).write_bytes(b"no weights")
+    broken = error_of("tune_deform_conv.py", "--checkpoint-dir", tmp_path)
+    assert "does not hold the weights of regular_model" in broken
+
+    image = tmp_path / "image.png"
+    assert "not found" in error_of("plot_conv_test.py", "--image", image)
+    image.write_bytes(b"no image")
+    assert "is no image that OpenCV can read" in error_of("plot_conv_test.py", "--image", image)
+
+
+@pytest.mark.parametrize("name", ["train_regular_conv.py", "tune_deform_conv.py"])
+def test_senseless_options_are_refused(name):
+    for option, value in (("--epochs", 0), ("--batch-size", -1), ("--learning-rate", "nan")):
+        completed = script(name, option, value, check=False)
+        assert completed.returncode == 2
+        assert f"argument {option}" in completed.stderr
