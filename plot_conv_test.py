@@ -10,12 +10,13 @@ a .png beside it.
 import argparse
 from pathlib import Path
 
-from utils.cli import PROJECT, UserError, run
+from utils.cli import PROJECT, UserError, number, run
 
 import cv2
 import keras
 import numpy as np
 
+from utils.files import replacing
 from utils.mnist import IMAGE_SIZE, warp, zoom_matrix
 from utils.model import (
     CHECKPOINTS,
@@ -43,17 +44,19 @@ def main() -> None:
     add("--output", type=Path, default=PROJECT / "img" / "offset_viz.gif", help="a .gif")
     add(
         "--threshold",
-        type=float,
-        nargs=LAYERS,
-        default=[1.0, 1.0],
-        metavar=("LAYER1", "LAYER2"),
-        help="draw samples moved by more than so many pixels (default: %(default)s)",
+        type=number(float, at_least=0),
+        nargs="+",
+        default=[1.0],
+        metavar="PIXELS",
+        help="draw samples moved by more than so many pixels: one number, or one for each of the "
+        "two layers (default: %(default)s)",
     )
-    add("--frames", type=int, default=60, help="default: %(default)s")
+    add("--frames", type=number(int, at_least=2), default=60, help="default: %(default)s")
     add("--checkpoint-dir", type=Path, default=CHECKPOINTS, help="by default checkpoint/")
     arguments = parser.parse_args()
-    if arguments.frames < 2:
-        parser.error(f"--frames must be at least 2, got {arguments.frames}")
+    thresholds = arguments.threshold * (LAYERS if len(arguments.threshold) == 1 else 1)
+    if len(thresholds) != LAYERS:
+        parser.error(f"--threshold takes 1 or {LAYERS} numbers, got {len(thresholds)}")
     if arguments.output.suffix != ".gif":
         parser.error(f"--output must end in .gif, got {arguments.output}")
 
@@ -72,16 +75,16 @@ def main() -> None:
             samples = sampling_locations(
                 offsets[layer][index], IMAGE_SIZE, KERNEL_SIZE, CONVOLUTIONS[layer][1]
             )
-            threshold = arguments.threshold[layer]
+            threshold = thresholds[layer]
             title = f"deformable layer {layer + 1}: offsets above {threshold:g} px"
             panels.append(Panel(title, samples.beyond(threshold)))
         frames.append(draw_frame(images[index], panels, FARTHEST))
         progress.add(1)
 
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     save_animation(frames, arguments.output, FRAME_MILLISECONDS)
     still = arguments.output.with_suffix(".png")
-    frames[len(frames) // 2].save(still)
+    with replacing(still) as unfinished:
+        frames[len(frames) // 2].save(unfinished)
     print(f"wrote {arguments.output} and {still}")
 
 

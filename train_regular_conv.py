@@ -12,9 +12,9 @@ from utils.cli import run
 import keras
 import numpy as np
 
-from utils.mnist import Digits, load_mnist, scaled_test_digits
+from utils.mnist import Digits, load_mnist
 from utils.model import REGULAR, build_model
-from utils.training import accuracy, add_training_arguments, train
+from utils.training import add_training_arguments, print_accuracies, train
 
 
 def main() -> None:
@@ -24,7 +24,6 @@ def main() -> None:
 
     train_digits, test_digits = load_mnist(arguments.data)
     train_digits = train_digits.take(arguments.train_digits)
-    scaled_digits = scaled_test_digits(test_digits, arguments.shift)
 
     def epoch_digits(rng: np.random.Generator) -> Digits:
         order = rng.permutation(len(train_digits.labels))
@@ -34,11 +33,7 @@ def main() -> None:
     model = build_model(REGULAR)
     train(model, epoch_digits, arguments)
 
-    print("test accuracy of the regular CNN")
-    for name, digits in (("regular", test_digits), ("scaled", scaled_digits)):
-        print(
-            f"  {name + ' MNIST':14} {accuracy(model, digits.take(arguments.test_digits)):6.2f} %"
-        )
+    print_accuracies({"regular CNN": model}, test_digits, arguments)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ its last whole epoch when it is started again with the same options.
 import argparse
 from pathlib import Path
 
-from utils.cli import run
+from utils.cli import number, run
 
 import keras
 import numpy as np
@@ -26,14 +26,7 @@ from utils.model import (
     load_model,
     offsets_of,
 )
-from utils.training import accuracy, add_training_arguments, train
-
-
-def share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be from 0 to 1, got {text}")
-    return value
+from utils.training import add_training_arguments, print_accuracies, train
 
 
 def main() -> None:
@@ -42,7 +35,7 @@ def main() -> None:
     parser.add_argument("--modulated", action="store_true", help="tune version 2, with masks")
     parser.add_argument(
         "--unscaled-share",
-        type=share,
+        type=number(float, at_least=0, at_most=1),
         default=0.0,
         help="share of the training digits that stay unscaled (default: %(default)s)",
     )
@@ -56,7 +49,6 @@ def main() -> None:
 
     train_digits, test_digits = load_mnist(arguments.data)
     train_digits = train_digits.take(arguments.train_digits)
-    scaled_digits = scaled_test_digits(test_digits, arguments.shift)
 
     def epoch_digits(rng: np.random.Generator) -> Digits:
         order = rng.permutation(len(train_digits.labels))
@@ -76,12 +68,9 @@ def main() -> None:
     train(model, epoch_digits, arguments)
 
     check_frozen(regular, model)
-    report_offsets(model, scaled_digits)
-    print("test accuracy of the regular and the deformable CNN")
-    for name, digits in (("regular", test_digits), ("scaled", scaled_digits)):
-        tested_digits = digits.take(arguments.test_digits)
-        percents = (f"{accuracy(tested, tested_digits):6.2f} %" for tested in (regular, model))
-        print(f"  {name + ' MNIST':14}", *percents)
+    report_offsets(model, scaled_test_digits(test_digits, arguments.shift))
+    models = {"regular CNN": regular, "deformable CNN": model}
+    print_accuracies(models, test_digits, arguments)
 
 
 def frozen_variables(regular: keras.Model, model: keras.Model):

@@ -22,12 +22,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.cli import run
+from utils.cli import number, run
 
 import numpy as np
 import tensorflow as tf
-
-from utils.deform_conv_wrapper import deform_conv2d
 
 # N, C -> O, H x W
 SHAPES = (
@@ -48,6 +46,9 @@ def processor_name() -> str:
 
 def functions_of(shape: tuple[int, ...]) -> dict[str, dict[str, Callable[[], object]]]:
     """For each measurement, the two functions to compare, on the same random tensors."""
+    # Here, so that run() can tell of a missing library.
+    from utils.deform_conv_wrapper import deform_conv2d
+
     batch, channels, out_channels, height, width = shape
     rng = np.random.default_rng(0)
 
@@ -106,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=number(int, at_least=2), default=15)
     parser.add_argument("--output", type=Path, help="write the results there, as JSON")
     arguments = parser.parse_args()
 

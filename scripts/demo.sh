@@ -5,12 +5,19 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 start=$SECONDS
-scripts/setup.sh
 evaluate=() plot=()
-if [[ ${1:-} == --quick ]]; then
-  evaluate=(--test-digits 1000)
-  plot=(--frames 6 --output build/offset_viz.gif)
-fi
+case ${1:-} in
+  "") ;;
+  --quick)
+    evaluate=(--test-digits 1000)
+    plot=(--frames 6 --output build/offset_viz.gif)
+    ;;
+  *)
+    echo "demo.sh: error: unknown option $1 (there is --quick)" >&2
+    exit 1
+    ;;
+esac
+scripts/setup.sh
 .venv/bin/python utils/deform_conv_test.py
 .venv/bin/python utils/evaluate.py "${evaluate[@]}"
 .venv/bin/python plot_conv_test.py "${plot[@]}"

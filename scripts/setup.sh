@@ -13,45 +13,53 @@ fail() {
 }
 
 requirements=requirements.txt
-if [[ ${1:-} == --dev ]]; then requirements=requirements-dev.txt; fi
+case ${1:-} in
+  "") ;;
+  --dev) requirements=requirements-dev.txt ;;
+  *) fail "unknown option $1 (there is --dev)" ;;
+esac
 
 fits() {
   "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2> /dev/null
 }
 
-if [[ ! -x .venv/bin/python ]]; then
+if [[ -d .venv ]] && ! { fits .venv/bin/python && .venv/bin/python -m pip --version > /dev/null; }; then
+  fail ".venv is unfinished or not of a Python from 3.10 to 3.13; remove it and try again"
+fi
+if [[ ! -d .venv ]]; then
   python=
-  for candidate in ${PYTHON3:-python3 python3.13 python3.12 python3.11 python3.10}; do
+  candidates=(python3 python3.13 python3.12 python3.11 python3.10)
+  if [[ -n ${PYTHON3:-} ]]; then candidates=("$PYTHON3"); fi
+  for candidate in "${candidates[@]}"; do
     if fits "$candidate"; then python=$candidate; break; fi
   done
   [[ -n $python ]] || fail "no Python from 3.10 to 3.13 found; set PYTHON3 to one"
   echo "setup.sh: making .venv with $("$python" --version)"
-  "$python" -m venv .venv || { rm -rf .venv; fail "$python cannot make a virtual environment"; }
+  "$python" -m venv .venv \
+    || { rm -rf .venv; fail "$python cannot make a virtual environment (Debian: apt install python3-venv)"; }
 fi
 
-# Installs what $1 lists, unless that was done before.
-install() {
-  local stamp
-  stamp=.venv/installed-$(cat requirements*.txt | cksum | tr -d ' ')-$1
-  if [[ -f $stamp ]]; then return; fi
-  echo "setup.sh: installing $1"
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$1"
-  touch "$stamp"
+pip_install() {
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@"
 }
-install "$requirements"
 
-# opencv-python draws windows, and wants libGL for it; its headless twin is all that is needed here.
-if ! .venv/bin/python -c 'import cv2' 2> /dev/null; then
-  echo "setup.sh: opencv-python does not load here (no libGL?); taking opencv-python-headless"
-  .venv/bin/python -m pip uninstall --quiet --yes opencv-python
-  sed -n 's/^opencv-python/opencv-python-headless/p' requirements.txt \
-    | .venv/bin/python -m pip install --quiet --disable-pip-version-check -r /dev/stdin
+# What was installed last is kept beside it, so that nothing is done twice.
+stamp=.venv/installed-$requirements
+if ! cat requirements*.txt | cmp -s - "$stamp"; then
+  echo "setup.sh: installing $requirements (TensorFlow is about 600 MB)"
+  pip_install -r "$requirements"
+  cat requirements*.txt > "$stamp"
 fi
 
-if ! command -v cmake > /dev/null && [[ ! -x .venv/bin/cmake ]]; then
+# At least the version that CMakeLists.txt asks for.
+cmake_is_there() {
+  local version
+  version=$(cmake --version 2> /dev/null | sed -n '1s/^cmake version \([0-9]*\.[0-9]*\).*/\1/p')
+  [[ -n $version && $(printf '%s\n3.18\n' "$version" | sort -V | head -n 1) == 3.18 ]]
+}
+if [[ ! -x .venv/bin/cmake ]] && ! cmake_is_there; then
   echo "setup.sh: installing CMake and Ninja"
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check \
-    'cmake>=3.18,<5' 'ninja>=1.11,<2'
+  pip_install 'cmake>=3.18,<5' 'ninja>=1.11,<2'
 fi
 
 PYTHON=.venv/bin/python ./compile.sh

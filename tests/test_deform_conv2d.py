@@ -351,6 +351,28 @@ def test_nan_and_infinite_offsets_leave_other_samples_alone(dtype, rng):
         assert np.all(np.isfinite(tf.cast(value, tf.float32)))
 
 
+def test_sample_outside_counts_as_zero_whatever_the_mask():
+    arguments = {
+        "input": tf.ones((1, 1, 1, 1)),
+        "filters": tf.ones((1, 1, 1, 1)),
+        "offset": tf.constant([5.0, 0.0], shape=(1, 1, 1, 2)),
+        "mask": tf.constant(np.nan, tf.float32, (1, 1, 1, 1)),
+    }
+    for function in (deform_conv2d, deform_conv2d_reference):
+        assert all(np.all(value == 0) for value in run(arguments, {}, function=function).values())
+
+
+@pytest.mark.parametrize("size", [(0, 5), (5, 0), (0, 0)])
+def test_image_without_pixels_is_all_zeros(size, rng):
+    """With padding there is an output; second derivatives take the reference."""
+    padding = ((0, 0), (2, 2), (2, 2), (0, 0))
+    case = random_case(rng, size=size, padding=padding)
+    for function in (deform_conv2d, deform_conv2d_reference):
+        results = run(case.tensors(), case.attributes, function=function)
+        assert tf.size(results["output"]) > 0
+        assert all(np.all(value == 0) for value in results.values())
+
+
 def test_positions_keep_float32_precision_far_from_the_origin(rng):
     """1e-6 is lost in h = 100000 + 1e-6, but not in the distance to the next pixel."""
     width = 100_001

@@ -54,7 +54,7 @@ WRONG_SHAPES = [
     (
         {"filters": (9, 3, 4, 8)},
         {"padding": "VALID"},
-        "input has height 5 with its padding; at least the dilated kernel's height, 9, expected",
+        "input has height 5 with its padding; at least 8 expected for the dilated kernel's height",
     ),
 ]
 IDS = [message[:50] for *_, message in WRONG_SHAPES]
@@ -96,6 +96,7 @@ WRONG_FORMS = [
     ({"strides": 1.5}, "strides must be an integer; received 1.5"),
     ({"dilations": "2"}, "dilations must be an integer; received '2'"),
     ({"deform_groups": True}, "deform_groups must be an integer; received True"),
+    ({"deform_groups": 2**70}, "deform_groups must be an integer; received 1180591620717411303424"),
 ]
 
 
@@ -152,6 +153,42 @@ def test_gradient_op_checks_its_own_input():
         _ops.deform_conv2d(
             **(tensors | {"mask": tensors["mask"] * 2}), strides=[1, 1, 1, 1], padding="SAME"
         )
+
+
+def test_gradient_op_with_two_masks_is_refused_while_the_graph_is_built():
+    from utils.deform_conv_wrapper import _ops
+
+    tensors = {name: tf.zeros(shape) for name, shape in FITTING.items()}
+    tensors["mask"] = [tensors["mask"]] * 2
+    grad_output = tf.zeros((2, 5, 6, 8))
+    attributes = {"strides": [1, 1, 1, 1], "padding": "SAME"}
+    function = tf.function(
+        lambda: _ops.deform_conv2d_grad(**tensors, grad_output=grad_output, **attributes)
+    )
+    with pytest.raises(ValueError, match="mask must be one tensor or none; received 2"):
+        function()
+
+
+@pytest.mark.parametrize("data_format", ["NHWC", "NCHW"])
+def test_output_of_more_than_2_to_the_63_elements_raises(data_format):
+    """No memory is needed to ask for it: the tensors are empty, as would be the output."""
+    images, width = 2**39, 2**22
+    shapes = [(images, 1, width, 0), (1, 1, 1, 16), (images, 2, width, 0)]
+    if data_format == "NHWC":
+        shapes = [(images, width, 0, 1), (1, 1, 1, 16), (images, width, 0, 2)]
+    image, filters, offset = (tf.zeros(shape) for shape in shapes)
+    if data_format == "NHWC":
+        assert deform_conv2d(image, filters, offset).shape == (images, width, 0, 16)
+        return
+    with pytest.raises(tf.errors.InvalidArgumentError, match="overflow"):
+        deform_conv2d(image, filters, offset, data_format=data_format)
+
+
+@pytest.mark.parametrize("strides", [np.array([2, 1]), tf.constant([2, 1]), (np.int64(2), 1)])
+def test_integers_may_be_numpys_or_tensorflows(strides):
+    shapes = FITTING | {"offset": (2, 3, 6, 18), "mask": (2, 3, 6, 9)}
+    tensors = {name: tf.zeros(shape) for name, shape in shapes.items()}
+    assert deform_conv2d(**tensors, strides=strides).shape == (2, 3, 6, 8)
 
 
 def test_process_goes_on_after_errors():

@@ -1,13 +1,17 @@
-"""What every script of the project shares: quiet TensorFlow logs, and errors in one line."""
+"""What every script of the project shares: its environment, number options, errors in one line."""
 
+import argparse
+import math
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-# Before TensorFlow is imported: its start-up notices about CPU features and absent GPUs say nothing
-# that a user of these scripts could act on. Set the variable yourself to see them.
+# Before TensorFlow and Keras are imported. Most of TensorFlow's start-up notices, about CPU
+# features and absent GPUs, say nothing that a user of these scripts could act on; to see them, set
+# the variable yourself.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ["KERAS_BACKEND"] = "tensorflow"
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -17,13 +21,39 @@ class UserError(Exception):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Calls `main` and turns a `UserError` or Ctrl-C into one line on stderr and an exit status."""
+    """Calls `main`; turns what the user can mend, and Ctrl-C, into one line and an exit status."""
     script = Path(sys.argv[0]).name
     try:
         main()
     except UserError as error:
-        print(f"{script}: error: {error}", file=sys.stderr)
-        sys.exit(1)
+        message, status = f"error: {error}", 1
+    except ImportError as error:
+        if error.name != "libdeform_conv":
+            raise
+        message, status = f"error: {error}", 1
     except KeyboardInterrupt:
-        print(f"\n{script}: interrupted", file=sys.stderr)
-        sys.exit(130)
+        message, status = "interrupted", 130
+    else:
+        return
+    print(f"\n{script}: {message}" if status == 130 else f"{script}: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def number(
+    number_type: type, at_least: float = -math.inf, above: float = -math.inf, at_most=math.inf
+) -> Callable[[str], float]:
+    """An argparse type: a finite int or float within bounds."""
+
+    def parse(text: str):
+        value = number_type(text)
+        if not (math.isfinite(value) and above < value and at_least <= value <= at_most):
+            bounds = [
+                f"{words} {bound:g}"
+                for words, bound in (("above", above), ("at least", at_least), ("at most", at_most))
+                if math.isfinite(bound)
+            ]
+            raise argparse.ArgumentTypeError(f"must be {' and '.join(bounds)}, got {text}")
+        return value
+
+    parse.__name__ = number_type.__name__  # argparse names the type in its errors by this
+    return parse

@@ -5,6 +5,12 @@ import tensorflow as tf
 
 from utils.deform_conv_wrapper import deform_conv2d
 
+if keras.backend.backend() != "tensorflow":
+    raise ImportError(
+        f"DeformConv2D needs Keras on TensorFlow; its backend is {keras.backend.backend()}. "
+        "Set KERAS_BACKEND=tensorflow before Keras is imported"
+    )
+
 _DATA_FORMATS = {"channels_last": "NHWC", "channels_first": "NCHW"}
 
 
@@ -68,9 +74,13 @@ class DeformConv2D(keras.layers.Conv2D):
             groups=groups,
             **kwargs,
         )
-        if not isinstance(deform_groups, int) or deform_groups < 1:
+        if (
+            isinstance(deform_groups, bool)
+            or not hasattr(deform_groups, "__index__")
+            or deform_groups < 1
+        ):
             raise ValueError(f"deform_groups must be an integer above 0. Received: {deform_groups}")
-        self.deform_groups = deform_groups
+        self.deform_groups = int(deform_groups)
         self.modulated = modulated
         # XLA knows no kernel for the op; without this, fit() on a GPU would try to compile it.
         self.supports_jit = False

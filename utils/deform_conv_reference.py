@@ -61,11 +61,10 @@ def deform_conv2d_reference(
 
     # Samples [batch, out_h, out_w, deform_groups, kernel_h, kernel_w, deform group's channels].
     image = tf.reshape(input, [batch, in_h, in_w, deform_groups, channels // deform_groups])
-    samples = _sample(image, h, w)
     if mask is not None:
         mask = tf.cast(mask, compute_dtype)
-        mask = tf.reshape(mask, [batch, out_h, out_w, deform_groups, kernel_h, kernel_w, 1])
-        samples *= mask
+        mask = tf.reshape(mask, [batch, out_h, out_w, deform_groups, kernel_h, kernel_w])
+    samples = _sample(image, h, w, mask)
     samples = tf.transpose(samples, [0, 1, 2, 4, 5, 3, 6])
 
     groups = channels // group_channels
@@ -77,13 +76,18 @@ def deform_conv2d_reference(
     return tf.cast(tf.reshape(output, [batch, out_h, out_w, out_channels]), dtype)
 
 
-def _sample(image, h, w):
-    """Samples image[n, :, :, g] at (h, w)[n, ..., g, ky, kx], by bilinear interpolation."""
+def _sample(image, h, w, mask):
+    """Samples image[n, :, :, g] at (h, w)[n, ..., g, ky, kx], by bilinear interpolation.
+
+    Scaled by the mask, if there is one; 0 outside, whatever the mask.
+    """
     in_h, in_w = image.shape[1] or tf.shape(image)[1], image.shape[2] or tf.shape(image)[2]
     size_h, size_w = tf.cast(in_h, h.dtype), tf.cast(in_w, w.dtype)
     inside = (h > -1) & (h < size_h) & (w > -1) & (w < size_w)
     # Any place will do outside, as long as it is finite: neither value nor gradient is used.
     h, w = (tf.where(inside, position, tf.zeros_like(position)) for position in (h, w))
+    if mask is not None:
+        mask = tf.where(inside, mask, tf.zeros_like(mask))
     h_low, w_low = tf.floor(h), tf.floor(w)
     h_fraction, w_fraction = h - h_low, w - w_low
     total = 0
@@ -93,6 +97,8 @@ def _sample(image, h, w):
             pixel_w = tf.cast(w_low, tf.int32) + right
             value = _pixel_or_zero(image, pixel_h, pixel_w, in_h, in_w)
             total += (h_weight * w_weight)[..., tf.newaxis] * value
+    if mask is not None:
+        total *= mask[..., tf.newaxis]
     return tf.where(inside[..., tf.newaxis], total, tf.zeros_like(total))
 
 
@@ -110,14 +116,16 @@ def _pixel_or_zero(image, pixel_h, pixel_w, in_h, in_w):
         ],
         axis=-1,
     )
+    # One pixel more, so that there is something to gather from an image without pixels.
+    image = tf.pad(image, [[0, 0], [0, 1], [0, 1], [0, 0], [0, 0]])
     pixels = tf.gather_nd(image, indices)
     return tf.where(exists[..., tf.newaxis], pixels, tf.zeros_like(pixels))
 
 
 def _height_and_width(value, data_format):
     """(h, w) of one number, two, or four in the order of the data format."""
-    if isinstance(value, int):
-        return value, value
+    if hasattr(value, "__index__"):
+        return int(value), int(value)
     if len(value) == 4:
         first = data_format.index("H")
         return tuple(value[first : first + 2])

@@ -24,12 +24,9 @@ def relative_error(actual: tf.Tensor, expected: tf.Tensor) -> float:
 
 
 def main() -> None:
-    # Here, so that a missing library is told in one line.
-    try:
-        from utils.deform_conv_reference import deform_conv2d_reference
-        from utils.deform_conv_wrapper import deform_conv2d
-    except ImportError as error:
-        raise UserError(error) from error
+    # Here, so that run() can tell of a missing library.
+    from utils.deform_conv_reference import deform_conv2d_reference
+    from utils.deform_conv_wrapper import deform_conv2d
 
     rng = np.random.default_rng(0)
 

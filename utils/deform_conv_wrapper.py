@@ -3,30 +3,39 @@
 from utils.deform_conv_wrapper import deform_conv2d
 """
 
+import contextlib
+import operator
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import tensorflow as tf
 
 _BUILD = Path(__file__).resolve().parent.parent / "build"
+_LIBRARY = "libdeform_conv"
 
 
 def _load_library():
     """Loads build/libdeform_conv.so, or the file that DEFORM_CONV_LIBRARY names."""
-    path = Path(os.environ.get("DEFORM_CONV_LIBRARY", _BUILD / "libdeform_conv.so"))
+    path = Path(os.environ.get("DEFORM_CONV_LIBRARY", _BUILD / f"{_LIBRARY}.so"))
     if not path.is_file():
-        raise ImportError(f"{path} not found: build it with ./compile.sh")
+        raise ImportError(f"{path} not found: build it with ./compile.sh", name=_LIBRARY)
+    version_file = path.with_name("tensorflow_version.txt")
+    built_for = version_file.read_text().strip() if version_file.is_file() else None
+    misfit = ImportError(
+        f"{path} was built for TensorFlow {built_for or '(unknown)'} and does not fit "
+        f"{tf.__version__}; a library fits one minor version only. Build it again with "
+        "./compile.sh",
+        name=_LIBRARY,
+    )
+    # A library of another version may load and yet disagree on the layout of TensorFlow's types.
+    if built_for and built_for.split(".")[:2] != tf.__version__.split(".")[:2]:
+        raise misfit
     try:
         return tf.load_op_library(str(path))
     except tf.errors.OpError as error:
-        built_for = path.with_name("tensorflow_version.txt")
-        version = built_for.read_text().strip() if built_for.is_file() else "another TensorFlow"
-        raise ImportError(
-            f"{path} does not load into TensorFlow {tf.__version__}; it was built for {version}, "
-            f"and a library fits one minor version only. Build it again with ./compile.sh. "
-            f"({error.message})"
-        ) from error
+        raise misfit from error
 
 
 _ops = _load_library()
@@ -141,20 +150,25 @@ def _to_tensor(value, argument: str, dtypes: Sequence[tf.DType]) -> tf.Tensor:
 
 def _integer(value, argument: str) -> int:
     # bool is an int to Python, but not one anybody means here.
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise ValueError(f"{argument} must be an integer; received {value!r}")
-    return value.__index__()
+    if not isinstance(value, bool):
+        with contextlib.suppress(TypeError):
+            number = operator.index(value)
+            if abs(number) < 2**63:
+                return number
+    raise ValueError(f"{argument} must be an integer; received {value!r}")
 
 
 def _per_dimension(value, argument: str, data_format: str) -> list[int]:
     """One number, (h, w) or four numbers, as four in the order of `data_format`."""
-    values = list(value) if isinstance(value, Sequence | tf.TensorShape) else [value]
-    values = [_integer(number, argument) for number in values]
-    if len(values) == 4:
-        return values
-    if len(values) not in (1, 2):
+    if isinstance(value, np.ndarray | tf.Tensor):
+        value = value.tolist() if isinstance(value, np.ndarray) else value.numpy().tolist()
+    values = list(value) if isinstance(value, Sequence) else [value]
+    numbers = [_integer(number, argument) for number in values]
+    if len(numbers) == 4:
+        return numbers
+    if len(numbers) not in (1, 2):
         raise ValueError(f"{argument} must be 1, 2 or 4 integers; received {value!r}")
-    h, w = values[0], values[-1]
+    h, w = numbers[0], numbers[-1]
     return [1, h, w, 1] if data_format == "NHWC" else [1, 1, h, w]
 
 
@@ -236,7 +250,9 @@ def _deform_conv2d_grad_grad(op, *grad_gradients):
     # The reference is needed only here, and imports nothing of this module.
     from utils.deform_conv_reference import deform_conv2d_reference
 
-    *arguments, grad_output = op.inputs
+    # Shapes whose rank is known, and tensors that are watched under the same name as they are used
+    # (in a tf.compat.v1 loop, op.inputs is another one each time it is read).
+    *arguments, grad_output = [tf.ensure_shape(tensor, [None] * 4) for tensor in op.inputs]
     attributes = _attributes(op)
     explicit = attributes.pop("explicit_paddings")
     if attributes["padding"] == "EXPLICIT":

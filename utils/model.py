@@ -7,6 +7,7 @@ from utils.cli import PROJECT, UserError
 import keras
 import numpy as np
 
+from utils.files import replacing
 from utils.mnist import CLASSES, IMAGE_SIZE
 
 CHECKPOINTS = PROJECT / "checkpoint"
@@ -74,15 +75,13 @@ def load_model(name: str, path: Path | None = None, folder: Path = CHECKPOINTS) 
 def offsets_of(model: keras.Model, layer_name: str, images: np.ndarray) -> np.ndarray:
     """The offsets `[N, OH, OW, 2 * 9]` that a deformable layer takes for `images`."""
     layer = model.get_layer(layer_name)
-    return layer.offset(keras.Model(model.input, layer.input)(images)).numpy()
+    return layer.offset(keras.Model(model.inputs[0], layer.input)(images)).numpy()
 
 
 def save_weights(model: keras.Model, path: Path) -> None:
-    """Writes the weights so that `path` is either the old file or the whole new one."""
+    """Writes the weights, whole or not at all."""
     # Keras would write a trained model's optimizer too, which is twice the size of the weights.
     bare = build_model(model.name)
     bare.set_weights(model.get_weights())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"unfinished-{path.name}")
-    bare.save_weights(unfinished)
-    unfinished.replace(path)
+    with replacing(path) as unfinished:
+        bare.save_weights(unfinished)

@@ -1,47 +1,42 @@
 """Training by epochs that survives an interruption, and evaluation, for both training scripts."""
 
 import argparse
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from utils.cli import UserError
+from utils.cli import UserError, number
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from utils.mnist import EASY_SHIFT, HARD_SHIFT, MNIST_FILE, Digits
+from utils.mnist import EASY_SHIFT, HARD_SHIFT, MNIST_FILE, Digits, scaled_test_digits
 from utils.model import CHECKPOINTS, save_weights, weights_file
 
 EVALUATION_BATCH = 500
 
 
-def _positive(number_type: type) -> Callable[[str], float]:
-    def parse(text: str):
-        value = number_type(text)
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
-        return value
-
-    parse.__name__ = number_type.__name__  # argparse names the type in its errors by this
-    return parse
-
-
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options that both training scripts have."""
     add = parser.add_argument
-    add("--epochs", type=_positive(int), default=10, help="default: %(default)s")
-    add("--batch-size", type=_positive(int), default=64, help="default: %(default)s")
+    add("--epochs", type=number(int, at_least=1), default=10, help="default: %(default)s")
+    add("--batch-size", type=number(int, at_least=1), default=64, help="default: %(default)s")
     add(
         "--learning-rate",
-        type=_positive(float),
+        type=number(float, above=0),
         default=1e-3,
         help="Adam's first learning rate; it falls to 0 along a cosine (default: %(default)s)",
     )
-    add("--seed", type=int, default=1, help="default: %(default)s")
-    add("--train-digits", type=_positive(int), help="train on the first N digits only")
+    add(
+        "--seed",
+        type=number(int, at_least=0, at_most=2**32 - 1),
+        default=1,
+        help="default: %(default)s",
+    )
+    add("--train-digits", type=number(int, at_least=1), help="train on the first N digits only")
     add("--restart", action="store_true", help="do not resume an interrupted training")
     add_evaluation_arguments(parser)
 
@@ -51,12 +46,12 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--shift",
-        type=float,
+        type=number(float, at_least=0),
         default=EASY_SHIFT,
         help=f"largest shift of a scaled digit, in pixels (default: %(default)s; "
         f"{HARD_SHIFT:g} is the harder variant)",
     )
-    add("--test-digits", type=_positive(int), help="test on the first N digits only")
+    add("--test-digits", type=number(int, at_least=1), help="test on the first N digits only")
     add("--data", type=Path, default=MNIST_FILE, help="MNIST, by default data/mnist.npz")
     add("--checkpoint-dir", type=Path, default=CHECKPOINTS, help="by default checkpoint/")
 
@@ -116,6 +111,44 @@ def accuracy(model: keras.Model, digits: Digits) -> float:
     return 100 * float(np.mean(np.argmax(logits, axis=-1) == digits.labels))
 
 
+def _digest(model: keras.Model) -> str:
+    """A short fingerprint of a model's weights."""
+    digest = hashlib.sha256()
+    for weight in model.get_weights():
+        digest.update(weight.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def print_accuracies(
+    models: dict[str, keras.Model],
+    test_digits: Digits,
+    arguments: argparse.Namespace,
+    claims: dict[str, dict[str, float]] | None = None,
+) -> None:
+    """Prints the accuracy of each model, by its heading, on regular and on scaled digits.
+
+    Args:
+      models: the models by the heading of their column.
+      test_digits: the whole test set.
+      arguments: the options of `add_evaluation_arguments`.
+      claims: figures of others by test set and heading, put in brackets.
+    """
+    test_sets = {
+        "regular MNIST": test_digits,
+        "scaled MNIST": scaled_test_digits(test_digits, arguments.shift),
+    }
+    tested = len(test_digits.take(arguments.test_digits).labels)
+    print(f"test accuracy in percent on {tested} digits")
+    print(" " * 14, *(f"{heading:>18}" for heading in models))
+    for set_name, digits in test_sets.items():
+        cells = []
+        for heading, model in models.items():
+            claim = (claims or {}).get(set_name, {}).get(heading)
+            percent = accuracy(model, digits.take(arguments.test_digits))
+            cells.append(f"{percent:.2f}" + (f" ({claim:.2f})" if claim else ""))
+        print(f"{set_name:14}", *(f"{cell:>18}" for cell in cells))
+
+
 class _TrainingState:
     """Model, optimizer and epoch of a run that is under way, in a folder of its own.
 
@@ -126,12 +159,14 @@ class _TrainingState:
     def __init__(self, model: keras.Model, arguments: argparse.Namespace):
         self._folder = Path(arguments.checkpoint_dir) / f"{model.name}.training"
         self._epoch = tf.Variable(0, dtype=tf.int64)
-        # A schedule or data set other than the one begun would give a model of neither.
+        # A schedule, data set or initial model other than the one begun would give a model of
+        # neither.
         settings = {
             key: value
             for key, value in sorted(vars(arguments).items())
             if key not in ("restart", "test_digits", "checkpoint_dir")
         }
+        settings["initial weights"] = _digest(model)
         self._settings_text = json.dumps(settings, default=str)
         self._settings = tf.Variable(self._settings_text, dtype=tf.string)
         self._checkpoint = tf.train.Checkpoint(
@@ -139,6 +174,10 @@ class _TrainingState:
         )
         if arguments.restart:
             self.remove()
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write to {self._folder}: {error}") from error
         self._manager = tf.train.CheckpointManager(self._checkpoint, self._folder, max_to_keep=1)
 
     def first_epoch(self) -> int:

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
@@ -11,6 +12,8 @@ matplotlib.use("Agg")  # no window, no display
 
 from matplotlib import pyplot as plt
 from PIL import Image
+
+from utils.files import replacing
 
 
 class Samples(NamedTuple):
@@ -88,10 +91,11 @@ def draw_frame(image: np.ndarray, panels: Sequence[Panel], farthest: float) -> I
     return Image.open(buffer).convert("RGB")
 
 
-def save_animation(frames: Sequence[Image.Image], path, milliseconds: int) -> None:
+def save_animation(frames: Sequence[Image.Image], path: Path, milliseconds: int) -> None:
     """Writes `frames` as an endless GIF, with one palette for all, so that no colour flickers."""
     palette = frames[0].quantize(128)
     quantized = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    quantized[0].save(
-        path, save_all=True, append_images=quantized[1:], duration=milliseconds, loop=0
-    )
+    with replacing(path) as unfinished:
+        quantized[0].save(
+            unfinished, save_all=True, append_images=quantized[1:], duration=milliseconds, loop=0
+        )

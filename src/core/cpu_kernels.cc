@@ -1,6 +1,7 @@
 #include "core/cpu_kernels.h"
 
 #include <algorithm>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
@@ -49,6 +50,8 @@ Isa ChosenIsa() {
     for (int isa = kBaseline; isa < kIsaCount; ++isa) {
       if (std::strcmp(asked, kIsaNames[isa]) == 0) return std::min(static_cast<Isa>(isa), best);
     }
+    std::fprintf(stderr, "DEFORM_CONV_CPU_ISA is baseline, avx2 or avx512, not %s: ignored\n",
+                 asked);
     return best;
   }();
   return chosen;
@@ -82,7 +85,5 @@ DEFORM_CONV_DEFINE_SELECT(SelectCpuLayoutKernels<double>, CpuLayoutKernels<doubl
 DEFORM_CONV_DEFINE_SELECT(SelectCpuLayoutKernels<Half>, CpuLayoutKernels<Half>, kHalfLayout)
 DEFORM_CONV_DEFINE_SELECT(SelectCpuLayoutKernels<BFloat16>, CpuLayoutKernels<BFloat16>,
                           kBFloat16Layout)
-
-const char* CpuInstructionSet() { return kIsaNames[ChosenIsa()]; }
 
 }  // namespace deform_conv

@@ -58,9 +58,6 @@ const CpuKernels<T>& SelectCpuKernels();
 template <typename Stored>
 const CpuLayoutKernels<Stored>& SelectCpuLayoutKernels();
 
-// The name of the instruction set in use: "baseline", "avx2" or "avx512".
-const char* CpuInstructionSet();
-
 }  // namespace deform_conv
 
 #endif  // DEFORM_CONV_CORE_CPU_KERNELS_H_

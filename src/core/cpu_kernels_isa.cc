@@ -3,7 +3,7 @@
 //
 // The linker keeps one copy of an inline function that several object files hold, and would gladly
 // keep the one for the newest processors. So nothing here may be shared: own code and Eigen lie in
-// a namespace per set, what is included from elsewhere is always inlined, and the build checks it.
+// a namespace per set, what is included from elsewhere is always inlined, and a test looks at it.
 
 #ifndef DEFORM_CONV_ISA
 #error "compile with -DDEFORM_CONV_ISA=<name of the instruction set>"

@@ -5,11 +5,23 @@
 
 #include <cstdint>
 #include <functional>
+#include <string>
 
+#include "core/cuda_device.h"
 #include "core/deform_im2col.h"
+#include "core/layout.h"
 #include "core/params.h"
 
 namespace deform_conv {
+
+// What a backward pass is to write; null where a gradient is not wanted.
+template <typename T, typename Position = T>
+struct DeformConvGradients {
+  SampledGradients<T, Position> sampled;
+  T* filters;
+};
+
+// --- CPU ---
 
 // The threads to compute on.
 struct CpuThreads {
@@ -19,20 +31,14 @@ struct CpuThreads {
   std::function<void(int count, const std::function<void(int)>& work)> run;
 };
 
-// Both functions allocate workspace and throw std::bad_alloc where there is none left.
+// Both functions allocate workspace and throw std::bad_alloc where there is none left. T is float
+// or double.
 
 // output [batch, out_h, out_w, out_channels] = deformable convolution of the tensors with
-// filters [kernel_h, kernel_w, in_channels / groups, out_channels]. T is float or double.
+// filters [kernel_h, kernel_w, in_channels / groups, out_channels].
 template <typename T>
 void DeformConv2DForwardCpu(const DeformConvParams& params, const SampledTensors<T>& tensors,
                             const T* filters, const CpuThreads& threads, T* output);
-
-// What a backward pass is to write; null where a gradient is not wanted.
-template <typename T>
-struct DeformConvGradients {
-  SampledGradients<T> sampled;
-  T* filters;
-};
 
 // Writes each wanted gradient, given that of the output. For one number of threads the result is
 // the same in every run; for different ones it differs by rounding.
@@ -40,6 +46,25 @@ template <typename T>
 void DeformConv2DBackwardCpu(const DeformConvParams& params, const SampledTensors<T>& tensors,
                              const T* filters, const T* grad_output, const CpuThreads& threads,
                              const DeformConvGradients<T>& gradients);
+
+// --- CUDA ---
+
+// Both functions put all work on device.stream() and return an empty string, or what went wrong.
+// T is float, double, Half or BFloat16, and all pointers are the device's.
+
+// As DeformConv2DForwardCpu.
+template <typename T>
+std::string DeformConv2DForwardCuda(const DeformConvParams& params,
+                                    const SampledTensors<T, ComputeType<T>>& tensors,
+                                    const T* filters, CudaDevice& device, T* output);
+
+// As DeformConv2DBackwardCpu, but the input's gradient is summed in an order that is not fixed, and
+// differs by rounding from run to run.
+template <typename T>
+std::string DeformConv2DBackwardCuda(const DeformConvParams& params,
+                                     const SampledTensors<T, ComputeType<T>>& tensors,
+                                     const T* filters, const T* grad_output, CudaDevice& device,
+                                     const DeformConvGradients<T, ComputeType<T>>& gradients);
 
 }  // namespace deform_conv
 

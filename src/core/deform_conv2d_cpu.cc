@@ -127,11 +127,12 @@ std::vector<ChannelSlice> SliceChannels(const DeformConvParams& params, int64_t 
 }
 
 BackwardPlan PlanBackward(const DeformConvParams& params, int threads) {
-  // Slicing repeats the location of samples, so it is for batches too small to share out evenly.
-  constexpr int64_t kImagesPerThread = 4;
-  const bool slice = threads > 1 && params.batch < kImagesPerThread * threads;
+  // A slice repeats the location of samples and needs sums of its own, so there are only as many as
+  // give each thread a few parts.
+  constexpr int64_t kPartsPerThread = 4;
+  const int64_t wanted = CeilDiv(kPartsPerThread * threads, std::max<int64_t>(params.batch, 1));
   BackwardPlan plan;
-  plan.slices = SliceChannels(params, slice ? threads : 1);
+  plan.slices = SliceChannels(params, std::min<int64_t>(wanted, threads));
   const int64_t parts = static_cast<int64_t>(plan.slices.size()) * params.batch;
   plan.workers = static_cast<int>(std::min<int64_t>(threads, parts));
   return plan;
@@ -175,13 +176,14 @@ struct FiltersPartial {
             params.group_out_channels(), params.out_channels};
   }
 
-  void AddTo(const DeformConvParams& params, T* grad_filters) {
+  // Adds the sum's taps [tap_begin, tap_end) to the gradient.
+  void AddTo(const DeformConvParams& params, int64_t tap_begin, int64_t tap_end, T* grad_filters) {
     const int64_t channels = params.out_channels;
     const int64_t first = slice.first_group * params.group_out_channels();
     const int64_t count = slice.groups * params.group_out_channels();
     // Where a group is sliced, its first channel in the slice; otherwise 0.
     const int64_t offset = slice.begin - slice.first_group * params.group_in_channels();
-    for (int64_t tap = 0; tap < params.taps(); ++tap) {
+    for (int64_t tap = tap_begin; tap < tap_end; ++tap) {
       for (int64_t c = 0; c < slice.width; ++c) {
         const T* from = sum.data() + (tap * slice.width + c) * channels + first;
         T* to = grad_filters + (tap * params.group_in_channels() + offset + c) * channels + first;
@@ -226,13 +228,16 @@ class Backward {
 
     RunOn(threads, plan_.workers, [this](int worker) { Work(worker); });
 
-    for (int64_t s = 0; s + 1 < slices; ++s) {
-      Add(offset_partials_, s * offset_size, offset_size, sampled.offset);
-      Add(mask_partials_, s * mask_size, mask_size, sampled.mask);
-    }
+    RunOn(threads, threads.count, [&](int i) {
+      AddPartials(offset_partials_, offset_size, i, threads.count, sampled.offset);
+      AddPartials(mask_partials_, mask_size, i, threads.count, sampled.mask);
+    });
     for (BackwardWorkspace<T>& workspace : workspaces_) {
       for (FiltersPartial<T>& partial : workspace.filters_partials) {
-        partial.AddTo(params_, gradients_.filters);
+        RunOn(threads, threads.count, [&](int i) {
+          partial.AddTo(params_, PartBegin(params_.taps(), i, threads.count),
+                        PartBegin(params_.taps(), i + 1, threads.count), gradients_.filters);
+        });
       }
     }
   }
@@ -242,9 +247,13 @@ class Backward {
     if (data != nullptr) std::fill_n(data, size, T(0));
   }
 
-  static void Add(const std::vector<T>& from, int64_t begin, int64_t size, T* to) {
-    if (to == nullptr) return;
-    for (int64_t i = 0; i < size; ++i) to[i] += from[begin + i];
+  // Adds the i-th of `parts` parts of the slices' sums, in their order.
+  static void AddPartials(const std::vector<T>& partials, int64_t size, int64_t i, int64_t parts,
+                          T* to) {
+    const int64_t begin = PartBegin(size, i, parts), end = PartBegin(size, i + 1, parts);
+    for (size_t from = 0; from < partials.size(); from += size) {
+      for (int64_t at = begin; at < end; ++at) to[at] += partials[from + at];
+    }
   }
 
   // Parts are numbered slice by slice, so that a worker's run of them has few slices.
@@ -265,7 +274,8 @@ class Backward {
                     BackwardWorkspace<T>& workspace) {
     const ChannelSlice& slice = plan_.slices[slice_index];
     const int64_t row_size = params_.taps() * slice.channels();
-    const int64_t tile = TilePositions<T>(row_size);
+    const int64_t image_positions = params_.out_h * params_.out_w;
+    const int64_t tile = std::min(TilePositions<T>(row_size), (n_end - n_begin) * image_positions);
     workspace.columns.resize(tile * row_size);
     workspace.zero_pixel.assign(params_.in_channels, T(0));
     workspace.ignored_pixel.assign(params_.in_channels, T(0));
@@ -275,7 +285,6 @@ class Backward {
     }
     const SliceFilters<T> slice_filters(params_, slice, filters_);
     const SampledGradients<T> sampled = SliceGradients(slice_index);
-    const int64_t image_positions = params_.out_h * params_.out_w;
     const int64_t end = n_end * image_positions;
     for (int64_t begin = n_begin * image_positions; begin < end; begin += tile) {
       const int64_t tile_end = std::min(begin + tile, end);

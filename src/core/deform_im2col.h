@@ -33,20 +33,21 @@ struct ChannelSlice {
   }
 };
 
-// The tensors that decide what is sampled.
-template <typename T>
+// The tensors that decide what is sampled. On a GPU the input may be of a 16-bit type beside
+// offset and mask in float.
+template <typename T, typename Position = T>
 struct SampledTensors {
-  const T* input;   // [batch, in_h, in_w, in_channels]
-  const T* offset;  // [batch, out_h, out_w, deform_groups, kernel_h, kernel_w, {dy, dx}]
-  const T* mask;    // [batch, out_h, out_w, deform_groups, kernel_h, kernel_w]; null if none
+  const T* input;          // [batch, in_h, in_w, in_channels]
+  const Position* offset;  // [batch, out_h, out_w, deform_groups, kernel_h, kernel_w, {dy, dx}]
+  const Position* mask;    // [batch, out_h, out_w, deform_groups, kernel_h, kernel_w] or null
 };
 
 // Their gradients, in the same shapes; null where a gradient is not wanted.
-template <typename T>
+template <typename T, typename Position = T>
 struct SampledGradients {
   T* input;
-  T* offset;
-  T* mask;
+  Position* offset;
+  Position* mask;
 
   bool any() const { return input != nullptr || offset != nullptr || mask != nullptr; }
 };

@@ -49,8 +49,9 @@ std::string SizeAxis(const Axis& axis, Padding padding, int64_t* out, int64_t* p
   }
   // The size tf.nn.conv2d gives: an input short of the kernel by less than a stride gives 0.
   if (padded + axis.stride < extent) {
-    return Message("input has ", axis.name, " ", padded, " with its padding; at least the dilated ",
-                   "kernel's ", axis.name, ", ", extent, ", expected");
+    return Message("input has ", axis.name, " ", padded, " with its padding; at least ",
+                   extent - axis.stride, " expected for the dilated kernel's ", axis.name, ", ",
+                   extent);
   }
   *out = (padded + axis.stride - extent) / axis.stride;
   return "";
@@ -84,6 +85,13 @@ std::string CheckPerPosition(const char* argument, const std::array<int64_t, 4>&
     }
   }
   return "";
+}
+
+// Takes over what only the offset or the mask knows of the output.
+void FillFrom(const std::array<int64_t, 4>& shape, DeformConvParams* params) {
+  if (!Known(params->batch)) params->batch = shape[0];
+  if (!Known(params->out_h)) params->out_h = shape[1];
+  if (!Known(params->out_w)) params->out_w = shape[2];
 }
 
 std::string CheckChannels(const DeformConvShapes& shapes, DeformConvParams* params) {
@@ -177,8 +185,12 @@ std::string MakeParams(const DeformConvAttributes& attributes, const DeformConvS
   error = SizeAxis(width, attributes.padding, &params->out_w, &params->pad_left);
   if (!error.empty()) return error;
   error = CheckPerPosition("offset", shapes.offset, *params, 2, "2 * deform_groups * ");
-  if (!error.empty() || !shapes.has_mask) return error;
-  return CheckPerPosition("mask", shapes.mask, *params, 1, "deform_groups * ");
+  if (!error.empty()) return error;
+  FillFrom(shapes.offset, params);
+  if (!shapes.has_mask) return "";
+  error = CheckPerPosition("mask", shapes.mask, *params, 1, "deform_groups * ");
+  FillFrom(shapes.mask, params);
+  return error;
 }
 
 }  // namespace deform_conv

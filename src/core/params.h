@@ -45,22 +45,23 @@ struct DeformConvParams {
   int64_t groups, deform_groups;
   bool has_mask;
 
-  int64_t taps() const { return kernel_h * kernel_w; }
-  int64_t out_positions() const { return batch * out_h * out_w; }
-  int64_t group_in_channels() const { return in_channels / groups; }
-  int64_t group_out_channels() const { return out_channels / groups; }
-  int64_t deform_group_channels() const { return in_channels / deform_groups; }
+  // constexpr, so that they can be called in kernels too.
+  constexpr int64_t taps() const { return kernel_h * kernel_w; }
+  constexpr int64_t out_positions() const { return batch * out_h * out_w; }
+  constexpr int64_t group_in_channels() const { return in_channels / groups; }
+  constexpr int64_t group_out_channels() const { return out_channels / groups; }
+  constexpr int64_t deform_group_channels() const { return in_channels / deform_groups; }
   // Numbers per output position in the offset and in the mask.
-  int64_t offset_channels() const { return 2 * deform_groups * taps(); }
-  int64_t mask_channels() const { return deform_groups * taps(); }
+  constexpr int64_t offset_channels() const { return 2 * deform_groups * taps(); }
+  constexpr int64_t mask_channels() const { return deform_groups * taps(); }
 };
 
 // Checks the attributes and shapes and derives `params` from them: the one place for either.
 //
 // Returns an empty string, or what is wrong, naming the argument, the rule and what was received.
 // Unknown dimensions pass every check that they are part of, and leave kUnknown wherever `params`
-// depends on them; with all dimensions known, `params` is safe to compute with. Where something is
-// wrong, `params` is unspecified.
+// depends on them and no other argument tells; with all dimensions known, `params` is safe to
+// compute with. Where something is wrong, `params` is unspecified.
 std::string MakeParams(const DeformConvAttributes& attributes, const DeformConvShapes& shapes,
                        DeformConvParams* params);
 

@@ -22,29 +22,17 @@ std::vector<int64_t> Dimensions(InferenceContext* context, int index) {
   return dimensions;
 }
 
-// Checks what is known, and fills `params` in from every argument that knows.
 absl::Status InferParams(InferenceContext* context, OpAttributes* attributes,
                          DeformConvParams* params) {
   TF_RETURN_IF_ERROR(ReadAttributes(context, attributes));
-  int mask_count;
-  TF_RETURN_IF_ERROR(context->GetAttr("mask_count", &mask_count));
   std::vector<int64_t> mask;
-  if (mask_count == 1) mask = Dimensions(context, 3);
+  if (attributes->has_mask) mask = Dimensions(context, 3);
   DeformConvShapes shapes;
   TF_RETURN_IF_ERROR(ToNativeShapes(attributes->format, Dimensions(context, 0),
                                     Dimensions(context, 1), Dimensions(context, 2),
-                                    mask_count == 1 ? &mask : nullptr, &shapes));
+                                    attributes->has_mask ? &mask : nullptr, &shapes));
   const std::string error = MakeParams(attributes->conv, shapes, params);
-  if (!error.empty()) return absl::InvalidArgumentError(error);
-  // Offset and mask have the batch, height and width of the output.
-  const auto fill = [&](int axis, int64_t* size) {
-    if (*size == kUnknown) *size = shapes.offset[axis];
-    if (*size == kUnknown && shapes.has_mask) *size = shapes.mask[axis];
-  };
-  fill(0, &params->batch);
-  fill(1, &params->out_h);
-  fill(2, &params->out_w);
-  return absl::OkStatus();
+  return error.empty() ? absl::OkStatus() : absl::InvalidArgumentError(error);
 }
 
 absl::Status ForwardShape(InferenceContext* context) {
@@ -65,10 +53,9 @@ absl::Status GradShape(InferenceContext* context) {
   OpAttributes attributes;
   DeformConvParams params;
   TF_RETURN_IF_ERROR(InferParams(context, &attributes, &params));
-  constexpr const char* kWanted[] = {"grad_input", "grad_filters", "grad_offset", "grad_mask"};
   for (int i = 0; i < context->num_outputs(); ++i) {
     bool wanted;
-    TF_RETURN_IF_ERROR(context->GetAttr(absl::StrCat("want_", kWanted[i]), &wanted));
+    TF_RETURN_IF_ERROR(context->GetAttr(kWantAttributes[i], &wanted));
     context->set_output(i, wanted ? context->input(i) : context->Vector(0));
   }
   return absl::OkStatus();

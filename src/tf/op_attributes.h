@@ -19,7 +19,12 @@ namespace deform_conv {
 struct OpAttributes {
   DeformConvAttributes conv;
   DataFormat format = DataFormat::kNhwc;
+  bool has_mask = false;
 };
+
+// The gradient op's attributes that say which gradients are wanted, by the index of the argument.
+constexpr const char* kWantAttributes[] = {"want_grad_input", "want_grad_filters",
+                                           "want_grad_offset", "want_grad_mask"};
 
 // Where batch, height, width and channels stand in a shape of `format`.
 inline std::array<int, 4> AxesOf(DataFormat format) {
@@ -113,7 +118,17 @@ absl::Status ReadAttributes(Context* context, OpAttributes* attributes) {
   if (!status.ok()) return status;
   status = ReadPadding(context, attributes->format, &conv);
   if (!status.ok()) return status;
-  return context->GetAttr("deform_groups", &conv.deform_groups);
+  status = context->GetAttr("deform_groups", &conv.deform_groups);
+  if (!status.ok()) return status;
+  int mask_count;  // an op has no optional inputs, but lists of them
+  status = context->GetAttr("mask_count", &mask_count);
+  if (!status.ok()) return status;
+  if (mask_count > 1) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("mask must be one tensor or none; received ", mask_count));
+  }
+  attributes->has_mask = mask_count == 1;
+  return absl::OkStatus();
 }
 
 // The shapes of the ops' arguments as MakeParams takes them. `mask` is null where none is given.

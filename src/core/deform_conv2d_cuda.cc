@@ -1,0 +1,180 @@
+// Forward and backward on a GPU: chunks of output positions, and for each im2col and GEMM. A chunk
+// is as large as the bound on its columns allows, whatever the batch is.
+
+#include <algorithm>
+
+#include "core/deform_conv2d.h"
+#include "core/deform_im2col_cuda.h"
+
+#define DEFORM_CONV_RETURN_IF_ERROR(expression)                         \
+  do {                                                                  \
+    if (std::string error = (expression); !error.empty()) return error; \
+  } while (false)
+
+namespace deform_conv {
+namespace {
+
+// One call's tensors and chunks. T is the type that tensors are stored in.
+template <typename T>
+class CudaCall {
+ public:
+  using A = ComputeType<T>;
+
+  CudaCall(const DeformConvParams& params, const SampledTensors<T, A>& tensors, const T* filters,
+           CudaDevice& device)
+      : params_(params), tensors_(tensors), filters_(filters), device_(device) {}
+
+  std::string Forward(T* output) {
+    DEFORM_CONV_RETURN_IF_ERROR(AllocateColumns());
+    for (int64_t begin = 0; begin < positions_; begin += chunk_) {
+      const int64_t end = std::min(begin + chunk_, positions_);
+      DEFORM_CONV_RETURN_IF_ERROR(Im2Col(begin, end));
+      for (int64_t j = 0; j < params_.groups; ++j) {
+        DEFORM_CONV_RETURN_IF_ERROR(Gemm(GemmForm::kPlain, Columns(j, begin, end), Filters(j),
+                                         Output(j, output, begin, end), /*accumulate=*/false));
+      }
+    }
+    return "";
+  }
+
+  std::string Backward(const T* grad_output, const DeformConvGradients<T, A>& gradients) {
+    DEFORM_CONV_RETURN_IF_ERROR(AllocateColumns());
+    const int64_t input_size = params_.batch * params_.in_h * params_.in_w * params_.in_channels;
+    SampledGradients<A> sampled{nullptr, gradients.sampled.offset, gradients.sampled.mask};
+    DEFORM_CONV_RETURN_IF_ERROR(
+        PrepareInputGradient(gradients.sampled.input, input_size, &sampled.input));
+    const int64_t filters_size =
+        params_.taps() * params_.group_in_channels() * params_.out_channels;
+    if (gradients.filters != nullptr && positions_ == 0) {
+      DEFORM_CONV_RETURN_IF_ERROR(
+          ZeroCuda(gradients.filters, filters_size * sizeof(T), device_.stream()));
+    }
+    for (int64_t begin = 0; begin < positions_; begin += chunk_) {
+      const int64_t end = std::min(begin + chunk_, positions_);
+      if (sampled.any()) {
+        DEFORM_CONV_RETURN_IF_ERROR(BackpropSamples(grad_output, begin, end, sampled));
+      }
+      if (gradients.filters != nullptr) {
+        DEFORM_CONV_RETURN_IF_ERROR(BackpropFilters(grad_output, begin, end, gradients.filters));
+      }
+    }
+    if (gradients.sampled.input == nullptr || std::is_same_v<T, A>) return "";
+    return FromNhwcCuda<A, T>(DataFormat::kNhwc, {1, input_size, 1}, sampled.input,
+                              gradients.sampled.input, device_.stream());
+  }
+
+ private:
+  std::string AllocateColumns() {
+    positions_ = params_.out_positions();
+    if (positions_ == 0) return "";
+    const int64_t row_bytes = params_.taps() * params_.in_channels * sizeof(T);
+    const int64_t most = std::max<int64_t>(device_.columns_bytes() / row_bytes, 1);
+    const int64_t chunks = (positions_ + most - 1) / most;
+    chunk_ = (positions_ + chunks - 1) / chunks;  // nearly equal ones
+    return device_.Allocate(chunk_ * row_bytes, reinterpret_cast<void**>(&columns_));
+  }
+
+  // Zeroes what col2im adds to: the gradient itself, or for the 16-bit types a float copy.
+  std::string PrepareInputGradient(T* gradient, int64_t size, A** sum) {
+    if (gradient == nullptr) return "";
+    if constexpr (std::is_same_v<T, A>) {
+      *sum = gradient;
+    } else {
+      DEFORM_CONV_RETURN_IF_ERROR(
+          device_.Allocate(size * sizeof(A), reinterpret_cast<void**>(sum)));
+    }
+    return ZeroCuda(*sum, size * sizeof(A), device_.stream());
+  }
+
+  std::string Im2Col(int64_t begin, int64_t end) {
+    return DeformIm2ColCuda<T>(params_, tensors_, begin, end, columns_, device_.stream());
+  }
+
+  std::string BackpropSamples(const T* grad_output, int64_t begin, int64_t end,
+                              const SampledGradients<A>& sampled) {
+    for (int64_t j = 0; j < params_.groups; ++j) {
+      DEFORM_CONV_RETURN_IF_ERROR(Gemm(GemmForm::kTransposeB, Output(j, grad_output, begin, end),
+                                       Filters(j), Columns(j, begin, end),
+                                       /*accumulate=*/false));
+    }
+    return DeformCol2ImCuda<T>(params_, tensors_, begin, end, columns_, sampled, device_.stream());
+  }
+
+  std::string BackpropFilters(const T* grad_output, int64_t begin, int64_t end, T* grad_filters) {
+    DEFORM_CONV_RETURN_IF_ERROR(Im2Col(begin, end));
+    for (int64_t j = 0; j < params_.groups; ++j) {
+      DEFORM_CONV_RETURN_IF_ERROR(Gemm(GemmForm::kTransposeA, Columns(j, begin, end),
+                                       Output(j, grad_output, begin, end),
+                                       GroupFilters(j, grad_filters), /*accumulate=*/begin > 0));
+    }
+    return "";
+  }
+
+  // --- Group j's part of each matrix ---
+
+  Matrix<T> Columns(int64_t j, int64_t begin, int64_t end) const {
+    const int64_t size = params_.taps() * params_.group_in_channels();
+    return {columns_ + j * size, end - begin, size, params_.groups * size};
+  }
+
+  template <typename Element>
+  Matrix<Element> GroupFilters(int64_t j, Element* filters) const {
+    return {filters + j * params_.group_out_channels(),
+            params_.taps() * params_.group_in_channels(), params_.group_out_channels(),
+            params_.out_channels};
+  }
+  Matrix<const T> Filters(int64_t j) const { return GroupFilters(j, filters_); }
+
+  template <typename Element>
+  Matrix<Element> Output(int64_t j, Element* output, int64_t begin, int64_t end) const {
+    return {output + begin * params_.out_channels + j * params_.group_out_channels(), end - begin,
+            params_.group_out_channels(), params_.out_channels};
+  }
+
+  template <typename Left, typename Right>
+  std::string Gemm(GemmForm form, const Matrix<Left>& a, const Matrix<Right>& b, const Matrix<T>& c,
+                   bool accumulate) {
+    return device_.Gemm(ElementTypeOf<T>::value, form, {a.data, a.rows, a.cols, a.stride},
+                        {b.data, b.rows, b.cols, b.stride}, {c.data, c.rows, c.cols, c.stride},
+                        accumulate);
+  }
+
+  const DeformConvParams& params_;
+  const SampledTensors<T, A>& tensors_;
+  const T* filters_;
+  CudaDevice& device_;
+  int64_t positions_ = 0, chunk_ = 1;
+  T* columns_ = nullptr;
+};
+
+}  // namespace
+
+template <typename T>
+std::string DeformConv2DForwardCuda(const DeformConvParams& params,
+                                    const SampledTensors<T, ComputeType<T>>& tensors,
+                                    const T* filters, CudaDevice& device, T* output) {
+  return CudaCall<T>(params, tensors, filters, device).Forward(output);
+}
+
+template <typename T>
+std::string DeformConv2DBackwardCuda(const DeformConvParams& params,
+                                     const SampledTensors<T, ComputeType<T>>& tensors,
+                                     const T* filters, const T* grad_output, CudaDevice& device,
+                                     const DeformConvGradients<T, ComputeType<T>>& gradients) {
+  return CudaCall<T>(params, tensors, filters, device).Backward(grad_output, gradients);
+}
+
+#define DEFORM_CONV_INSTANTIATE(T)                                                           \
+  template std::string DeformConv2DForwardCuda<T>(const DeformConvParams&,                   \
+                                                  const SampledTensors<T, ComputeType<T>>&,  \
+                                                  const T*, CudaDevice&, T*);                \
+  template std::string DeformConv2DBackwardCuda<T>(                                          \
+      const DeformConvParams&, const SampledTensors<T, ComputeType<T>>&, const T*, const T*, \
+      CudaDevice&, const DeformConvGradients<T, ComputeType<T>>&);
+DEFORM_CONV_INSTANTIATE(float)
+DEFORM_CONV_INSTANTIATE(double)
+DEFORM_CONV_INSTANTIATE(Half)
+DEFORM_CONV_INSTANTIATE(BFloat16)
+#undef DEFORM_CONV_INSTANTIATE
+
+}  // namespace deform_conv

@@ -1,0 +1,483 @@
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <type_traits>
+
+#include "core/bilinear.h"
+#include "core/deform_im2col_cuda.h"
+
+namespace deform_conv {
+namespace {
+
+constexpr int kThreadsPerBlock = 256;
+// Each thread of a block locates one sample; then the block's rows of lanes work through them.
+constexpr int kSamplesPerBlock = kThreadsPerBlock;
+constexpr int kWarp = 32;
+constexpr int kVectorBytes = 16;
+
+// CUDA's own types, which have the arithmetic.
+template <typename T>
+struct CudaTypeOf {
+  using type = T;
+};
+template <>
+struct CudaTypeOf<Half> {
+  using type = __half;
+};
+template <>
+struct CudaTypeOf<BFloat16> {
+  using type = __nv_bfloat16;
+};
+template <typename T>
+using CudaType = typename CudaTypeOf<T>::type;
+
+template <typename T>
+using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// `kSize` neighbouring elements, moved in one access.
+template <typename T, int kSize>
+struct alignas(sizeof(T) * kSize) Vector {
+  T elements[kSize];
+};
+
+template <typename T, int kSize>
+__device__ __forceinline__ Vector<T, kSize> Load(const T* from) {
+  return *reinterpret_cast<const Vector<T, kSize>*>(from);
+}
+
+// A sample as a block keeps it in shared memory.
+template <typename A>
+struct LocatedSample {
+  A weights[kCorners];  // without the mask
+  A h_fraction, w_fraction;
+  A mask;
+  unsigned corners;  // a bit for each corner that lies in the image; 0 if none counts
+  int64_t top_left;  // pixel of the batch; meaningful as a base of the others only
+  int64_t column;    // where the tap's first column of group 0 is, in elements
+  int64_t index;     // (position * deform_groups + g) * taps + tap, of the whole batch
+  int channel;       // the deformable group's first
+};
+
+// Locates sample `i` of those that positions [begin, ...) take.
+template <typename T, typename A>
+__device__ LocatedSample<A> Locate(const DeformConvParams& params,
+                                   const SampledTensors<T, A>& tensors, int64_t begin, int64_t i) {
+  const int64_t taps = params.taps();
+  const int64_t per_position = params.mask_channels();
+  const int64_t row = i / per_position;
+  const int g_tap = static_cast<int>(i - row * per_position);
+  const int g = g_tap / static_cast<int>(taps);
+  const int tap = g_tap - g * static_cast<int>(taps);
+  const int ky = tap / static_cast<int>(params.kernel_w);
+  const int kx = tap - ky * static_cast<int>(params.kernel_w);
+  const int64_t position = begin + row;
+  const int64_t n_y = position / params.out_w;
+  const int64_t x = position - n_y * params.out_w;
+  const int64_t n = n_y / params.out_h;
+  const int64_t y = n_y - n * params.out_h;
+
+  LocatedSample<A> sample;
+  sample.index = position * per_position + g_tap;
+  sample.column = row * taps * params.in_channels + tap * params.group_in_channels();
+  sample.channel = static_cast<int>(g * params.deform_group_channels());
+  sample.corners = 0;
+  sample.top_left = 0;
+  const AxisSample<A> h =
+      LocateOnAxis(y * params.stride_h - params.pad_top + ky * params.dilation_h,
+                   tensors.offset[2 * sample.index], params.in_h);
+  const AxisSample<A> w =
+      LocateOnAxis(x * params.stride_w - params.pad_left + kx * params.dilation_w,
+                   tensors.offset[2 * sample.index + 1], params.in_w);
+  if (!h.inside || !w.inside) return sample;
+  const unsigned top = h.low >= 0, bottom = h.low + 1 < params.in_h;
+  const unsigned left = w.low >= 0, right = w.low + 1 < params.in_w;
+  sample.corners = (top & left) << kTopLeft | (top & right) << kTopRight |
+                   (bottom & left) << kBottomLeft | (bottom & right) << kBottomRight;
+  sample.top_left = (n * params.in_h + h.low) * params.in_w + w.low;
+  sample.h_fraction = h.fraction;
+  sample.w_fraction = w.fraction;
+  sample.mask = tensors.mask == nullptr ? A(1) : tensors.mask[sample.index];
+  BilinearWeights(h.fraction, w.fraction, sample.weights);
+  return sample;
+}
+
+// How a block's threads are laid over samples and channels: rows of `lanes` threads, each row on a
+// sample, its lanes side by side on the channels. A row never leaves its warp.
+struct Lanes {
+  int count_log2;
+
+  __device__ int count() const { return 1 << count_log2; }
+  __device__ int lane() const { return threadIdx.x & (count() - 1); }
+  __device__ int row() const { return threadIdx.x >> count_log2; }
+  __device__ int rows() const { return kThreadsPerBlock >> count_log2; }
+};
+
+// Where channel `channel` of a sample's tap stands among the columns.
+__device__ __forceinline__ int64_t ColumnOf(const DeformConvParams& params, int64_t tap_column,
+                                            int channel) {
+  if (params.groups == 1) return tap_column + channel;
+  const int width = static_cast<int>(params.group_in_channels());
+  const int group = channel / width;
+  return tap_column + group * params.taps() * width + (channel - group * width);
+}
+
+// Distance of each corner from the top left one, in pixels.
+__device__ __forceinline__ int64_t CornerDistance(const DeformConvParams& params, int corner) {
+  return (corner >= kBottomLeft ? params.in_w : 0) + (corner & 1);
+}
+
+template <typename T, int kSize>
+__global__ void __launch_bounds__(kThreadsPerBlock)
+    Im2ColKernel(DeformConvParams params, SampledTensors<T, Accumulator<T>> tensors, int64_t begin,
+                 int64_t sample_count, Lanes lanes, T* __restrict__ columns) {
+  using A = Accumulator<T>;
+  __shared__ LocatedSample<A> samples[kSamplesPerBlock];
+  const int64_t first = int64_t{blockIdx.x} * kSamplesPerBlock;
+  const int count = static_cast<int>(sample_count - first < kSamplesPerBlock ? sample_count - first
+                                                                             : kSamplesPerBlock);
+  if (threadIdx.x < count)
+    samples[threadIdx.x] = Locate(params, tensors, begin, first + threadIdx.x);
+  __syncthreads();
+
+  const int channels = static_cast<int>(params.deform_group_channels());
+  for (int s = lanes.row(); s < count; s += lanes.rows()) {
+    const LocatedSample<A>& sample = samples[s];
+    const unsigned corners = sample.corners;
+    const T* pixel = tensors.input + sample.top_left * params.in_channels + sample.channel;
+    A weights[kCorners];
+#pragma unroll
+    for (int corner = 0; corner < kCorners; ++corner) {
+      weights[corner] = sample.mask * sample.weights[corner];
+    }
+    for (int c = lanes.lane() * kSize; c < channels; c += lanes.count() * kSize) {
+      A sums[kSize] = {};
+#pragma unroll
+      for (int corner = 0; corner < kCorners; ++corner) {
+        if (!(corners >> corner & 1)) continue;
+        const Vector<T, kSize> values =
+            Load<T, kSize>(pixel + CornerDistance(params, corner) * params.in_channels + c);
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) {
+          sums[i] += weights[corner] * static_cast<A>(values.elements[i]);
+        }
+      }
+      Vector<T, kSize> out;
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) out.elements[i] = static_cast<T>(sums[i]);
+      *reinterpret_cast<Vector<T, kSize>*>(
+          columns + ColumnOf(params, sample.column, sample.channel + c)) = out;
+    }
+  }
+}
+
+// Adds `kSize` neighbouring numbers to memory. The order among threads is not fixed, so sums differ
+// by rounding from run to run.
+template <int kSize, typename A>
+__device__ __forceinline__ void AtomicAdd(A* to, const A (&values)[kSize]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  constexpr bool kFours = std::is_same_v<A, float> && kSize % 4 == 0;
+#else
+  constexpr bool kFours = false;
+#endif
+  if constexpr (kFours) {
+#pragma unroll
+    for (int i = 0; i < kSize; i += 4) {
+      atomicAdd(reinterpret_cast<float4*>(to + i),
+                make_float4(values[i], values[i + 1], values[i + 2], values[i + 3]));
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) atomicAdd(to + i, values[i]);
+  }
+}
+
+// Writes a sample's gradients by offset and mask, given the products of the columns' gradient with
+// each corner, summed over channels.
+template <typename A>
+__device__ __forceinline__ void WriteGradients(const LocatedSample<A>& sample,
+                                               const A (&products)[kCorners],
+                                               const SampledGradients<A>& gradients) {
+  // Where no corner counts, fractions and mask are not set, and every gradient is 0.
+  A grad_h = 0, grad_w = 0, grad_mask = 0;
+  if (sample.corners != 0) {
+    grad_h = sample.mask * BilinearDerivativeH(sample.w_fraction, products);
+    grad_w = sample.mask * BilinearDerivativeW(sample.h_fraction, products);
+#pragma unroll
+    for (int corner = 0; corner < kCorners; ++corner) {
+      grad_mask += sample.weights[corner] * products[corner];
+    }
+  }
+  if (gradients.offset != nullptr) {
+    gradients.offset[2 * sample.index] = grad_h;
+    gradients.offset[2 * sample.index + 1] = grad_w;
+  }
+  if (gradients.mask != nullptr) gradients.mask[sample.index] = grad_mask;
+}
+
+// kInput: the input's gradient is wanted; kProducts: that of offset or mask.
+template <typename T, int kSize, bool kInput, bool kProducts>
+__global__ void __launch_bounds__(kThreadsPerBlock)
+    Col2ImKernel(DeformConvParams params, SampledTensors<T, Accumulator<T>> tensors, int64_t begin,
+                 int64_t sample_count, Lanes lanes, const T* __restrict__ grad_columns,
+                 SampledGradients<Accumulator<T>> gradients) {
+  using A = Accumulator<T>;
+  __shared__ LocatedSample<A> samples[kSamplesPerBlock];
+  const int64_t first = int64_t{blockIdx.x} * kSamplesPerBlock;
+  const int count = static_cast<int>(sample_count - first < kSamplesPerBlock ? sample_count - first
+                                                                             : kSamplesPerBlock);
+  if (threadIdx.x < count)
+    samples[threadIdx.x] = Locate(params, tensors, begin, first + threadIdx.x);
+  __syncthreads();
+
+  const int channels = static_cast<int>(params.deform_group_channels());
+  // Every thread makes every round, so that whole warps take part in the shuffles.
+  for (int round = 0; round < count; round += lanes.rows()) {
+    const int s = round + lanes.row();
+    const bool active = s < count;
+    const LocatedSample<A>& sample = samples[active ? s : 0];
+    const unsigned corners = active ? sample.corners : 0;
+    A products[kCorners] = {};
+    if (corners != 0) {
+      const int64_t pixel = sample.top_left * params.in_channels + sample.channel;
+      for (int c = lanes.lane() * kSize; c < channels; c += lanes.count() * kSize) {
+        const Vector<T, kSize> grad =
+            Load<T, kSize>(grad_columns + ColumnOf(params, sample.column, sample.channel + c));
+        A grads[kSize];
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) grads[i] = static_cast<A>(grad.elements[i]);
+#pragma unroll
+        for (int corner = 0; corner < kCorners; ++corner) {
+          if (!(corners >> corner & 1)) continue;
+          const int64_t at = pixel + CornerDistance(params, corner) * params.in_channels + c;
+          if (kProducts) {
+            const Vector<T, kSize> values = Load<T, kSize>(tensors.input + at);
+#pragma unroll
+            for (int i = 0; i < kSize; ++i) {
+              products[corner] += grads[i] * static_cast<A>(values.elements[i]);
+            }
+          }
+          if (kInput) {
+            const A weight = sample.mask * sample.weights[corner];
+            A shares[kSize];
+#pragma unroll
+            for (int i = 0; i < kSize; ++i) shares[i] = weight * grads[i];
+            AtomicAdd<kSize>(gradients.input + at, shares);
+          }
+        }
+      }
+    }
+    if constexpr (kProducts) {
+#pragma unroll
+      for (int corner = 0; corner < kCorners; ++corner) {
+        for (int distance = lanes.count() / 2; distance > 0; distance /= 2) {
+          products[corner] += __shfl_xor_sync(0xffffffffu, products[corner], distance);
+        }
+      }
+      if (active && lanes.lane() == 0) WriteGradients(sample, products, gradients);
+    }
+  }
+}
+
+constexpr int kTile = 32, kTileRows = 8;
+
+// Transposes each of `batch` matrices [rows, cols], one tile a block.
+template <typename From, typename To>
+__global__ void __launch_bounds__(kTile* kTileRows)
+    TransposeKernel(int64_t rows, int64_t cols, const From* __restrict__ from,
+                    To* __restrict__ to) {
+  __shared__ To tile[kTile][kTile + 1];  // one more, against bank conflicts
+  const int64_t tiles_across = (cols + kTile - 1) / kTile;
+  const int64_t tiles_down = (rows + kTile - 1) / kTile;
+  const int64_t n = blockIdx.x / (tiles_across * tiles_down);
+  const int64_t in_image = blockIdx.x - n * tiles_across * tiles_down;
+  const int64_t row_begin = in_image / tiles_across * kTile;
+  const int64_t col_begin = in_image % tiles_across * kTile;
+  from += n * rows * cols;
+  to += n * rows * cols;
+  for (int i = threadIdx.y; i < kTile; i += kTileRows) {
+    const int64_t row = row_begin + i, col = col_begin + threadIdx.x;
+    if (row < rows && col < cols) {
+      tile[i][threadIdx.x] = static_cast<To>(static_cast<Accumulator<To>>(from[row * cols + col]));
+    }
+  }
+  __syncthreads();
+  for (int i = threadIdx.y; i < kTile; i += kTileRows) {
+    const int64_t col = col_begin + i, row = row_begin + threadIdx.x;
+    if (row < rows && col < cols) to[col * rows + row] = tile[threadIdx.x][i];
+  }
+}
+
+template <typename From, typename To>
+__global__ void __launch_bounds__(kThreadsPerBlock)
+    ConvertKernel(int64_t count, const From* __restrict__ from, To* __restrict__ to) {
+  const int64_t step = int64_t{gridDim.x} * kThreadsPerBlock;
+  for (int64_t i = int64_t{blockIdx.x} * kThreadsPerBlock + threadIdx.x; i < count; i += step) {
+    to[i] = static_cast<To>(static_cast<Accumulator<To>>(from[i]));
+  }
+}
+
+// --- Launching ---
+
+std::string LaunchError(const char* kernel) {
+  const cudaError_t error = cudaGetLastError();
+  if (error == cudaSuccess) return "";
+  return std::string("CUDA kernel ") + kernel + ": " + cudaGetErrorString(error);
+}
+
+cudaStream_t StreamOf(void* stream) { return static_cast<cudaStream_t>(stream); }
+
+unsigned Blocks(int64_t work, int64_t per_block) {
+  return static_cast<unsigned>((work + per_block - 1) / per_block);
+}
+
+template <typename T>
+const CudaType<T>* Native(const T* pointer) {
+  return reinterpret_cast<const CudaType<T>*>(pointer);
+}
+template <typename T>
+CudaType<T>* Native(T* pointer) {
+  return reinterpret_cast<CudaType<T>*>(pointer);
+}
+
+bool Aligned(const void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % kVectorBytes == 0;
+}
+
+// Whether runs of channels can be moved 16 bytes at a time: every run begins on such a boundary.
+template <typename T>
+bool CanVectorize(const DeformConvParams& params) {
+  constexpr int64_t kSize = kVectorBytes / sizeof(T);
+  return params.deform_group_channels() % kSize == 0 && params.group_in_channels() % kSize == 0;
+}
+
+Lanes LanesFor(int64_t channels, int vector_size) {
+  const int64_t vectors = (channels + vector_size - 1) / vector_size;
+  Lanes lanes{0};
+  while ((1 << lanes.count_log2) < kWarp && (int64_t{1} << lanes.count_log2) < vectors) {
+    ++lanes.count_log2;
+  }
+  return lanes;
+}
+
+template <typename T>
+SampledTensors<CudaType<T>, ComputeType<T>> NativeTensors(
+    const SampledTensors<T, ComputeType<T>>& tensors) {
+  return {Native(tensors.input), tensors.offset, tensors.mask};
+}
+
+template <typename T, int kSize>
+void LaunchCol2Im(const DeformConvParams& params, const SampledTensors<T, Accumulator<T>>& tensors,
+                  int64_t begin, int64_t samples, const T* grad_columns,
+                  const SampledGradients<Accumulator<T>>& gradients, cudaStream_t stream) {
+  const bool products = gradients.offset != nullptr || gradients.mask != nullptr;
+  const auto kernel = gradients.input == nullptr ? Col2ImKernel<T, kSize, false, true>
+                      : products                 ? Col2ImKernel<T, kSize, true, true>
+                                                 : Col2ImKernel<T, kSize, true, false>;
+  kernel<<<Blocks(samples, kSamplesPerBlock), kThreadsPerBlock, 0, stream>>>(
+      params, tensors, begin, samples, LanesFor(params.deform_group_channels(), kSize),
+      grad_columns, gradients);
+}
+
+template <typename From, typename To>
+std::string TransposeCuda(int64_t batch, int64_t rows, int64_t cols, const From* from, To* to,
+                          void* stream) {
+  const int64_t blocks = batch * ((rows + kTile - 1) / kTile) * ((cols + kTile - 1) / kTile);
+  if (blocks == 0) return "";
+  TransposeKernel<<<static_cast<unsigned>(blocks), dim3(kTile, kTileRows), 0, StreamOf(stream)>>>(
+      rows, cols, Native(from), Native(to));
+  return LaunchError("TransposeKernel");
+}
+
+template <typename From, typename To>
+std::string ConvertCuda(int64_t count, const From* from, To* to, void* stream) {
+  constexpr int64_t kMostBlocks = 1 << 16;
+  if (count == 0) return "";
+  const unsigned blocks = std::min<int64_t>(Blocks(count, kThreadsPerBlock), kMostBlocks);
+  ConvertKernel<<<blocks, kThreadsPerBlock, 0, StreamOf(stream)>>>(count, Native(from), Native(to));
+  return LaunchError("ConvertKernel");
+}
+
+}  // namespace
+
+template <typename T>
+std::string DeformIm2ColCuda(const DeformConvParams& params,
+                             const SampledTensors<T, ComputeType<T>>& tensors, int64_t begin,
+                             int64_t end, T* columns, void* stream) {
+  using Element = CudaType<T>;
+  constexpr int kSize = kVectorBytes / sizeof(T);
+  const int64_t samples = (end - begin) * params.mask_channels();
+  if (samples == 0) return "";
+  const bool vectorize = CanVectorize<T>(params) && Aligned(tensors.input) && Aligned(columns);
+  const auto kernel = vectorize ? Im2ColKernel<Element, kSize> : Im2ColKernel<Element, 1>;
+  kernel<<<Blocks(samples, kSamplesPerBlock), kThreadsPerBlock, 0, StreamOf(stream)>>>(
+      params, NativeTensors(tensors), begin, samples,
+      LanesFor(params.deform_group_channels(), vectorize ? kSize : 1), Native(columns));
+  return LaunchError("Im2ColKernel");
+}
+
+template <typename T>
+std::string DeformCol2ImCuda(const DeformConvParams& params,
+                             const SampledTensors<T, ComputeType<T>>& tensors, int64_t begin,
+                             int64_t end, const T* grad_columns,
+                             const SampledGradients<ComputeType<T>>& gradients, void* stream) {
+  using Element = CudaType<T>;
+  constexpr int kSize = kVectorBytes / sizeof(T);
+  const int64_t samples = (end - begin) * params.mask_channels();
+  if (samples == 0 || !gradients.any()) return "";
+  const bool vectorize = CanVectorize<T>(params) && Aligned(tensors.input) &&
+                         Aligned(grad_columns) && Aligned(gradients.input);
+  const auto launch = vectorize ? LaunchCol2Im<Element, kSize> : LaunchCol2Im<Element, 1>;
+  launch(params, NativeTensors(tensors), begin, samples, Native(grad_columns), gradients,
+         StreamOf(stream));
+  return LaunchError("Col2ImKernel");
+}
+
+template <typename From, typename To>
+std::string ToNhwcCuda(DataFormat format, const TensorExtent& extent, const From* from, To* to,
+                       void* stream) {
+  if (format == DataFormat::kNhwc) return ConvertCuda(extent.elements(), from, to, stream);
+  return TransposeCuda(extent.batch, extent.channels, extent.pixels, from, to, stream);
+}
+
+template <typename From, typename To>
+std::string FromNhwcCuda(DataFormat format, const TensorExtent& extent, const From* from, To* to,
+                         void* stream) {
+  if (format == DataFormat::kNhwc) return ConvertCuda(extent.elements(), from, to, stream);
+  return TransposeCuda(extent.batch, extent.pixels, extent.channels, from, to, stream);
+}
+
+std::string ZeroCuda(void* memory, int64_t bytes, void* stream) {
+  if (bytes == 0) return "";
+  const cudaError_t error = cudaMemsetAsync(memory, 0, bytes, StreamOf(stream));
+  return error == cudaSuccess ? "" : std::string("cudaMemsetAsync: ") + cudaGetErrorString(error);
+}
+
+#define DEFORM_CONV_INSTANTIATE(T)                                                            \
+  template std::string DeformIm2ColCuda<T>(const DeformConvParams&,                           \
+                                           const SampledTensors<T, ComputeType<T>>&, int64_t, \
+                                           int64_t, T*, void*);                               \
+  template std::string DeformCol2ImCuda<T>(                                                   \
+      const DeformConvParams&, const SampledTensors<T, ComputeType<T>>&, int64_t, int64_t,    \
+      const T*, const SampledGradients<ComputeType<T>>&, void*);
+DEFORM_CONV_INSTANTIATE(float)
+DEFORM_CONV_INSTANTIATE(double)
+DEFORM_CONV_INSTANTIATE(Half)
+DEFORM_CONV_INSTANTIATE(BFloat16)
+#undef DEFORM_CONV_INSTANTIATE
+
+#define DEFORM_CONV_INSTANTIATE(From, To)                                                        \
+  template std::string ToNhwcCuda<From, To>(DataFormat, const TensorExtent&, const From*, To*,   \
+                                            void*);                                              \
+  template std::string FromNhwcCuda<To, From>(DataFormat, const TensorExtent&, const To*, From*, \
+                                              void*);
+DEFORM_CONV_INSTANTIATE(float, float)
+DEFORM_CONV_INSTANTIATE(double, double)
+DEFORM_CONV_INSTANTIATE(Half, Half)
+DEFORM_CONV_INSTANTIATE(BFloat16, BFloat16)
+DEFORM_CONV_INSTANTIATE(Half, float)
+DEFORM_CONV_INSTANTIATE(BFloat16, float)
+#undef DEFORM_CONV_INSTANTIATE
+
+}  // namespace deform_conv

@@ -1,0 +1,46 @@
+// im2col, col2im and layout conversion as CUDA kernels: their launchers. For C++ without CUDA's
+// headers; `stream` is a cudaStream_t.
+//
+// Each returns an empty string, or which kernel could not be launched and why. T is float, double,
+// Half or BFloat16. Work on nothing launches nothing.
+
+#ifndef DEFORM_CONV_CORE_DEFORM_IM2COL_CUDA_H_
+#define DEFORM_CONV_CORE_DEFORM_IM2COL_CUDA_H_
+
+#include <cstdint>
+#include <string>
+
+#include "core/deform_im2col.h"
+#include "core/layout.h"
+#include "core/params.h"
+
+namespace deform_conv {
+
+// Writes the columns [end - begin, taps * in_channels] of positions [begin, end), all channels.
+template <typename T>
+std::string DeformIm2ColCuda(const DeformConvParams& params,
+                             const SampledTensors<T, ComputeType<T>>& tensors, int64_t begin,
+                             int64_t end, T* columns, void* stream);
+
+// From the columns' gradient at positions [begin, end): adds to gradients.input, in an order that
+// is not fixed, and writes gradients.offset and gradients.mask at these positions.
+template <typename T>
+std::string DeformCol2ImCuda(const DeformConvParams& params,
+                             const SampledTensors<T, ComputeType<T>>& tensors, int64_t begin,
+                             int64_t end, const T* grad_columns,
+                             const SampledGradients<ComputeType<T>>& gradients, void* stream);
+
+// Converts a tensor in `format` to NHWC, and back.
+template <typename From, typename To>
+std::string ToNhwcCuda(DataFormat format, const TensorExtent& extent, const From* from, To* to,
+                       void* stream);
+template <typename From, typename To>
+std::string FromNhwcCuda(DataFormat format, const TensorExtent& extent, const From* from, To* to,
+                         void* stream);
+
+// Sets memory to zero bytes.
+std::string ZeroCuda(void* memory, int64_t bytes, void* stream);
+
+}  // namespace deform_conv
+
+#endif  // DEFORM_CONV_CORE_DEFORM_IM2COL_CUDA_H_

@@ -1,0 +1,80 @@
+// The ops' kernels on the CPU.
+
+#include "core/cpu_kernels.h"
+#include "tensorflow/core/platform/threadpool.h"
+#include "tf/deform_conv2d_kernels.h"
+
+namespace deform_conv {
+namespace {
+
+using tensorflow::thread::ThreadPool;
+
+// On TensorFlow's own threads. 16-bit tensors are converted to float.
+class CpuBackend {
+ public:
+  template <typename Stored>
+  using Native = ComputeType<Stored>;
+
+  explicit CpuBackend(OpKernelContext* context)
+      : workers_(context->device()->tensorflow_cpu_worker_threads()->workers) {}
+
+  template <typename Stored, typename T>
+  absl::Status ToNative(DataFormat format, const TensorExtent& extent, const Stored* from, T* to) {
+    const auto& kernels = SelectCpuLayoutKernels<Stored>();
+    ForEachPixelRange(extent, [&](int64_t begin, int64_t end) {
+      kernels.to_native(format, extent, from, begin, end, to);
+    });
+    return absl::OkStatus();
+  }
+
+  template <typename Stored, typename T>
+  absl::Status FromNative(DataFormat format, const TensorExtent& extent, const T* from,
+                          Stored* to) {
+    const auto& kernels = SelectCpuLayoutKernels<Stored>();
+    ForEachPixelRange(extent, [&](int64_t begin, int64_t end) {
+      kernels.from_native(format, extent, from, begin, end, to);
+    });
+    return absl::OkStatus();
+  }
+
+  template <typename T>
+  absl::Status Forward(const DeformConvParams& params, const SampledTensors<T>& tensors,
+                       const T* filters, T* output) {
+    DeformConv2DForwardCpu(params, tensors, filters, Threads(), output);
+    return absl::OkStatus();
+  }
+
+  template <typename T>
+  absl::Status Backward(const DeformConvParams& params, const SampledTensors<T>& tensors,
+                        const T* filters, const T* grad_output,
+                        const DeformConvGradients<T>& gradients) {
+    DeformConv2DBackwardCpu(params, tensors, filters, grad_output, Threads(), gradients);
+    return absl::OkStatus();
+  }
+
+ private:
+  CpuThreads Threads() const {
+    const auto run = [workers = workers_](int count, const std::function<void(int)>& work) {
+      const auto one_each = ThreadPool::SchedulingParams::Fixed(/*block_size=*/1);
+      workers->ParallelFor(count, one_each, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) work(static_cast<int>(i));
+      });
+    };
+    return {workers_->NumThreads(), run};
+  }
+
+  void ForEachPixelRange(const TensorExtent& extent,
+                         const std::function<void(int64_t, int64_t)>& convert) {
+    constexpr int64_t kCyclesPerElement = 2;
+    workers_->ParallelFor(
+        extent.batch * extent.pixels,
+        ThreadPool::SchedulingParams::Adaptive(kCyclesPerElement * extent.channels), convert);
+  }
+
+  ThreadPool* workers_;
+};
+
+DEFORM_CONV_REGISTER(CpuBackend, tensorflow::DEVICE_CPU);
+
+}  // namespace
+}  // namespace deform_conv

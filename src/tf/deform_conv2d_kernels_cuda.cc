@@ -1,0 +1,130 @@
+// The ops' kernels on a GPU: on the stream, the memory and the BLAS that TensorFlow uses itself.
+// Compiled without CUDA's headers, which would be another version than TensorFlow's.
+
+#include "core/deform_im2col_cuda.h"
+#include "tensorflow/core/kernels/numeric_options_utils.h"
+#include "tf/deform_conv2d_kernels.h"
+#include "xla/stream_executor/blas.h"
+#include "xla/stream_executor/stream.h"
+#include "xla/stream_executor/stream_executor.h"
+
+namespace deform_conv {
+namespace {
+
+namespace blas = stream_executor::blas;
+
+class TensorFlowDevice : public CudaDevice {
+ public:
+  explicit TensorFlowDevice(OpKernelContext* context)
+      : context_(context), stream_(context->op_device_context()->stream()) {}
+
+  void* stream() override { return stream_->platform_specific_handle().stream; }
+
+  std::string Allocate(int64_t bytes, void** memory) override {
+    Tensor buffer;
+    const absl::Status status =
+        context_->allocate_temp(tensorflow::DT_INT8, TensorShape({bytes}), &buffer);
+    if (!status.ok()) return Remember(status);
+    *memory = const_cast<char*>(buffer.tensor_data().data());
+    buffers_.push_back(std::move(buffer));
+    return "";
+  }
+
+  std::string Gemm(ElementType type, GemmForm form, const Matrix<const void>& a,
+                   const Matrix<const void>& b, const Matrix<void>& c, bool accumulate) override {
+    switch (type) {
+      case ElementType::kFloat:
+        return GemmOf<float, float>(form, a, b, c, accumulate);
+      case ElementType::kDouble:
+        return GemmOf<double, double>(form, a, b, c, accumulate);
+      case ElementType::kHalf:
+        return GemmOf<Eigen::half, float>(form, a, b, c, accumulate);
+      case ElementType::kBFloat16:
+        return GemmOf<Eigen::bfloat16, Eigen::bfloat16>(form, a, b, c, accumulate);
+    }
+    return "unknown element type";
+  }
+
+  // The status that an error of the core means: TensorFlow's own where it was TensorFlow's.
+  absl::Status StatusOf(const std::string& error) const {
+    if (error.empty()) return absl::OkStatus();
+    return status_.ok() ? absl::InternalError(error) : status_;
+  }
+
+ private:
+  // BLAS is column-major: there, a row-major matrix is its transpose, and c^T = b^T a^T.
+  template <typename T, typename Factor>
+  std::string GemmOf(GemmForm form, const Matrix<const void>& a, const Matrix<const void>& b,
+                     const Matrix<void>& c, bool accumulate) {
+    blas::BlasSupport* library = stream_->parent()->AsBlas();
+    if (library == nullptr) return Remember(absl::InternalError("TensorFlow has no BLAS here"));
+    const auto transpose = [form](GemmForm transposing) {
+      return form == transposing ? blas::Transpose::kTranspose : blas::Transpose::kNoTranspose;
+    };
+    const auto address = [](const Matrix<const void>& matrix) {
+      return stream_executor::DeviceAddress<T>::MakeFromByteSize(
+          const_cast<void*>(matrix.data), matrix.rows * matrix.stride * sizeof(T));
+    };
+    auto out = address({c.data, c.rows, c.cols, c.stride});
+    const int64_t depth = form == GemmForm::kTransposeA ? a.rows : a.cols;
+    const absl::Status status = library->BlasGemm(
+        stream_, transpose(GemmForm::kTransposeB), transpose(GemmForm::kTransposeA), c.cols, c.rows,
+        depth, static_cast<Factor>(1.0f), address(b), static_cast<int>(b.stride), address(a),
+        static_cast<int>(a.stride), static_cast<Factor>(accumulate ? 1.0f : 0.0f), &out,
+        static_cast<int>(c.stride), tensorflow::GetNumericOptions(), blas::CallContext::kNone);
+    return status.ok() ? "" : Remember(status);
+  }
+
+  std::string Remember(const absl::Status& status) {
+    status_ = status;
+    return std::string(status.message());
+  }
+
+  OpKernelContext* context_;
+  stream_executor::Stream* stream_;
+  std::vector<Tensor> buffers_;  // the allocator reuses memory in the stream's order
+  absl::Status status_;
+};
+
+class CudaBackend {
+ public:
+  template <typename Stored>
+  using Native = Stored;
+
+  explicit CudaBackend(OpKernelContext* context) : device_(context) {}
+
+  template <typename Stored, typename T>
+  absl::Status ToNative(DataFormat format, const TensorExtent& extent, const Stored* from, T* to) {
+    return device_.StatusOf(ToNhwcCuda(format, extent, from, to, device_.stream()));
+  }
+
+  template <typename Stored, typename T>
+  absl::Status FromNative(DataFormat format, const TensorExtent& extent, const T* from,
+                          Stored* to) {
+    return device_.StatusOf(FromNhwcCuda(format, extent, from, to, device_.stream()));
+  }
+
+  template <typename T>
+  absl::Status Forward(const DeformConvParams& params,
+                       const SampledTensors<T, ComputeType<T>>& tensors, const T* filters,
+                       T* output) {
+    return device_.StatusOf(DeformConv2DForwardCuda<T>(params, tensors, filters, device_, output));
+  }
+
+  template <typename T>
+  absl::Status Backward(const DeformConvParams& params,
+                        const SampledTensors<T, ComputeType<T>>& tensors, const T* filters,
+                        const T* grad_output,
+                        const DeformConvGradients<T, ComputeType<T>>& gradients) {
+    return device_.StatusOf(
+        DeformConv2DBackwardCuda<T>(params, tensors, filters, grad_output, device_, gradients));
+  }
+
+ private:
+  TensorFlowDevice device_;
+};
+
+DEFORM_CONV_REGISTER(CudaBackend, tensorflow::DEVICE_GPU);
+
+}  // namespace
+}  // namespace deform_conv
