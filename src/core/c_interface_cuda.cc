@@ -29,6 +29,7 @@ class ToolkitDevice : public CudaDevice {
   }
 
   std::string Allocate(int64_t bytes, void** memory) override {
+    KeepFreedMemory();
     const cudaError_t error = cudaMallocAsync(memory, bytes, stream_);
     if (error != cudaSuccess) {
       return "cannot allocate " + std::to_string(bytes) + " bytes: " + cudaGetErrorString(error);
@@ -69,6 +70,19 @@ class ToolkitDevice : public CudaDevice {
   }
 
  private:
+  // By default, each synchronisation would give the pool's free memory back to the system.
+  static void KeepFreedMemory() {
+    static const bool done = [] {
+      cudaMemPool_t pool;
+      int device;
+      uint64_t all = UINT64_MAX;
+      return cudaGetDevice(&device) == cudaSuccess &&
+             cudaDeviceGetDefaultMemPool(&pool, device) == cudaSuccess &&
+             cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &all) == cudaSuccess;
+    }();
+    static_cast<void>(done);
+  }
+
   cudaStream_t stream_;
   bool allow_tf32_;
   int64_t columns_bytes_;

@@ -2,6 +2,7 @@
 // is as large as the bound on its columns allows, whatever the batch is.
 
 #include <algorithm>
+#include <type_traits>
 
 #include "core/deform_conv2d.h"
 #include "core/deform_im2col_cuda.h"
@@ -40,27 +41,33 @@ class CudaCall {
   std::string Backward(const T* grad_output, const DeformConvGradients<T, A>& gradients) {
     DEFORM_CONV_RETURN_IF_ERROR(AllocateColumns());
     const int64_t input_size = params_.batch * params_.in_h * params_.in_w * params_.in_channels;
-    SampledGradients<A> sampled{nullptr, gradients.sampled.offset, gradients.sampled.mask};
-    DEFORM_CONV_RETURN_IF_ERROR(
-        PrepareInputGradient(gradients.sampled.input, input_size, &sampled.input));
     const int64_t filters_size =
         params_.taps() * params_.group_in_channels() * params_.out_channels;
-    if (gradients.filters != nullptr && positions_ == 0) {
-      DEFORM_CONV_RETURN_IF_ERROR(
-          ZeroCuda(gradients.filters, filters_size * sizeof(T), device_.stream()));
+    SampledGradients<A> sampled{nullptr, gradients.sampled.offset, gradients.sampled.mask};
+    DEFORM_CONV_RETURN_IF_ERROR(PrepareSum(gradients.sampled.input, input_size, &sampled.input));
+    // With one chunk, the GEMM writes the filters' gradient; with more, they are summed up.
+    const bool sum_filters = chunk_ < positions_ || positions_ == 0;
+    A* filters_sum = nullptr;
+    if (sum_filters) {
+      DEFORM_CONV_RETURN_IF_ERROR(PrepareSum(gradients.filters, filters_size, &filters_sum));
     }
     for (int64_t begin = 0; begin < positions_; begin += chunk_) {
       const int64_t end = std::min(begin + chunk_, positions_);
       if (sampled.any()) {
         DEFORM_CONV_RETURN_IF_ERROR(BackpropSamples(grad_output, begin, end, sampled));
       }
-      if (gradients.filters != nullptr) {
-        DEFORM_CONV_RETURN_IF_ERROR(BackpropFilters(grad_output, begin, end, gradients.filters));
+      if (gradients.filters == nullptr) continue;
+      const bool accumulate = sum_filters && std::is_same_v<T, A>;
+      DEFORM_CONV_RETURN_IF_ERROR(
+          BackpropFilters(grad_output, begin, end, accumulate, gradients.filters));
+      if constexpr (!std::is_same_v<T, A>) {
+        if (!sum_filters) continue;
+        DEFORM_CONV_RETURN_IF_ERROR(
+            AddCuda(filters_size, gradients.filters, filters_sum, device_.stream()));
       }
     }
-    if (gradients.sampled.input == nullptr || std::is_same_v<T, A>) return "";
-    return FromNhwcCuda<A, T>(DataFormat::kNhwc, {1, input_size, 1}, sampled.input,
-                              gradients.sampled.input, device_.stream());
+    DEFORM_CONV_RETURN_IF_ERROR(StoreSum(sampled.input, input_size, gradients.sampled.input));
+    return StoreSum(filters_sum, filters_size, gradients.filters);
   }
 
  private:
@@ -74,8 +81,9 @@ class CudaCall {
     return device_.Allocate(chunk_ * row_bytes, reinterpret_cast<void**>(&columns_));
   }
 
-  // Zeroes what col2im adds to: the gradient itself, or for the 16-bit types a float copy.
-  std::string PrepareInputGradient(T* gradient, int64_t size, A** sum) {
+  // Zeroes what is added to in the end: the gradient itself, or for the 16-bit types a float copy,
+  // since sums in 16 bits would depend on how many terms they have.
+  std::string PrepareSum(T* gradient, int64_t size, A** sum) {
     if (gradient == nullptr) return "";
     if constexpr (std::is_same_v<T, A>) {
       *sum = gradient;
@@ -84,6 +92,11 @@ class CudaCall {
           device_.Allocate(size * sizeof(A), reinterpret_cast<void**>(sum)));
     }
     return ZeroCuda(*sum, size * sizeof(A), device_.stream());
+  }
+
+  std::string StoreSum(const A* sum, int64_t size, T* gradient) {
+    if (sum == nullptr || std::is_same_v<T, A>) return "";
+    return FromNhwcCuda<A, T>(DataFormat::kNhwc, {1, size, 1}, sum, gradient, device_.stream());
   }
 
   std::string Im2Col(int64_t begin, int64_t end) {
@@ -100,12 +113,13 @@ class CudaCall {
     return DeformCol2ImCuda<T>(params_, tensors_, begin, end, columns_, sampled, device_.stream());
   }
 
-  std::string BackpropFilters(const T* grad_output, int64_t begin, int64_t end, T* grad_filters) {
+  std::string BackpropFilters(const T* grad_output, int64_t begin, int64_t end, bool accumulate,
+                              T* grad_filters) {
     DEFORM_CONV_RETURN_IF_ERROR(Im2Col(begin, end));
     for (int64_t j = 0; j < params_.groups; ++j) {
       DEFORM_CONV_RETURN_IF_ERROR(Gemm(GemmForm::kTransposeA, Columns(j, begin, end),
                                        Output(j, grad_output, begin, end),
-                                       GroupFilters(j, grad_filters), /*accumulate=*/begin > 0));
+                                       GroupFilters(j, grad_filters), accumulate));
     }
     return "";
   }

@@ -309,12 +309,15 @@ __global__ void __launch_bounds__(kTile* kTileRows)
   }
 }
 
-template <typename From, typename To>
+// to[i] = from[i], or to[i] += from[i].
+template <typename From, typename To, bool kAdd>
 __global__ void __launch_bounds__(kThreadsPerBlock)
     ConvertKernel(int64_t count, const From* __restrict__ from, To* __restrict__ to) {
+  using A = Accumulator<To>;
   const int64_t step = int64_t{gridDim.x} * kThreadsPerBlock;
   for (int64_t i = int64_t{blockIdx.x} * kThreadsPerBlock + threadIdx.x; i < count; i += step) {
-    to[i] = static_cast<To>(static_cast<Accumulator<To>>(from[i]));
+    const A before = kAdd ? static_cast<A>(to[i]) : A(0);
+    to[i] = static_cast<To>(before + static_cast<A>(from[i]));
   }
 }
 
@@ -390,12 +393,14 @@ std::string TransposeCuda(int64_t batch, int64_t rows, int64_t cols, const From*
   return LaunchError("TransposeKernel");
 }
 
-template <typename From, typename To>
+template <bool kAdd, typename From, typename To>
 std::string ConvertCuda(int64_t count, const From* from, To* to, void* stream) {
   constexpr int64_t kMostBlocks = 1 << 16;
   if (count == 0) return "";
-  const unsigned blocks = std::min<int64_t>(Blocks(count, kThreadsPerBlock), kMostBlocks);
-  ConvertKernel<<<blocks, kThreadsPerBlock, 0, StreamOf(stream)>>>(count, Native(from), Native(to));
+  const int64_t blocks = std::min<int64_t>((count - 1) / kThreadsPerBlock + 1, kMostBlocks);
+  ConvertKernel<CudaType<From>, CudaType<To>, kAdd>
+      <<<static_cast<unsigned>(blocks), kThreadsPerBlock, 0, StreamOf(stream)>>>(
+          count, Native(from), Native(to));
   return LaunchError("ConvertKernel");
 }
 
@@ -437,15 +442,20 @@ std::string DeformCol2ImCuda(const DeformConvParams& params,
 template <typename From, typename To>
 std::string ToNhwcCuda(DataFormat format, const TensorExtent& extent, const From* from, To* to,
                        void* stream) {
-  if (format == DataFormat::kNhwc) return ConvertCuda(extent.elements(), from, to, stream);
+  if (format == DataFormat::kNhwc) return ConvertCuda<false>(extent.elements(), from, to, stream);
   return TransposeCuda(extent.batch, extent.channels, extent.pixels, from, to, stream);
 }
 
 template <typename From, typename To>
 std::string FromNhwcCuda(DataFormat format, const TensorExtent& extent, const From* from, To* to,
                          void* stream) {
-  if (format == DataFormat::kNhwc) return ConvertCuda(extent.elements(), from, to, stream);
+  if (format == DataFormat::kNhwc) return ConvertCuda<false>(extent.elements(), from, to, stream);
   return TransposeCuda(extent.batch, extent.pixels, extent.channels, from, to, stream);
+}
+
+template <typename From, typename To>
+std::string AddCuda(int64_t count, const From* from, To* to, void* stream) {
+  return ConvertCuda<true>(count, from, to, stream);
 }
 
 std::string ZeroCuda(void* memory, int64_t bytes, void* stream) {
@@ -479,5 +489,8 @@ DEFORM_CONV_INSTANTIATE(BFloat16, BFloat16)
 DEFORM_CONV_INSTANTIATE(Half, float)
 DEFORM_CONV_INSTANTIATE(BFloat16, float)
 #undef DEFORM_CONV_INSTANTIATE
+
+template std::string AddCuda<Half, float>(int64_t, const Half*, float*, void*);
+template std::string AddCuda<BFloat16, float>(int64_t, const BFloat16*, float*, void*);
 
 }  // namespace deform_conv

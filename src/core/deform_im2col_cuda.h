@@ -38,6 +38,10 @@ template <typename From, typename To>
 std::string FromNhwcCuda(DataFormat format, const TensorExtent& extent, const From* from, To* to,
                          void* stream);
 
+// to[i] += from[i]
+template <typename From, typename To>
+std::string AddCuda(int64_t count, const From* from, To* to, void* stream);
+
 // Sets memory to zero bytes.
 std::string ZeroCuda(void* memory, int64_t bytes, void* stream);
 
