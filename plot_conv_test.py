@@ -34,7 +34,7 @@ LARGEST_ZOOM = 2.0
 LARGEST_ANGLE = 30.0
 FRAME_MILLISECONDS = 100
 # Offsets beyond this have the colour of this one.
-FARTHEST = 3.0
+FARTHEST = 2.0
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
         "--threshold",
         type=number(float, at_least=0),
         nargs="+",
-        default=[1.0],
+        default=[0.25, 1.05],
         metavar="PIXELS",
         help="draw samples moved by more than so many pixels: one number, or one for each of the "
         "two layers (default: %(default)s)",

@@ -19,7 +19,13 @@ ARGUMENTS = ("input", "filters", "offset", "mask")
 
 # The same examples in every run: a failure is of the change at hand.
 hypothesis.settings.register_profile(
-    "project", derandomize=True, deadline=None, print_blob=False, max_examples=200
+    "project",
+    derandomize=True,
+    deadline=None,
+    print_blob=False,
+    max_examples=200,
+    # `device` is the same for all examples.
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 hypothesis.settings.load_profile("project")
 
@@ -31,6 +37,17 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+# Tolerances are those of float32; tests/test_gpu.py tests TensorFloat-32.
+tf.config.experimental.enable_tensor_float_32_execution(False)
+
+
+@pytest.fixture(params=["CPU:0", pytest.param("GPU:0", marks=pytest.mark.gpu)])
+def device(request):
+    """Runs a test on the CPU and, marked `gpu`, on a GPU."""
+    with tf.device(request.param):
+        yield request.param
 
 
 def relative_error(actual, expected) -> float:
@@ -58,6 +75,18 @@ class Case:
             )
             for name, array in self.arrays.items()
         }
+
+    def rounded_to(self, dtype, offset_dtype=None):
+        """The case with every number rounded to its type, and offsets still off the pixel grid."""
+        arrays = {}
+        for name, array in self.arrays.items():
+            to = (offset_dtype or dtype) if name in ("offset", "mask") else dtype
+            rounded = tf.cast(tf.cast(array, to), tf.float64).numpy()
+            if name == "offset":
+                # An eighth more is exact in every type, at the sizes of the tests.
+                rounded = np.where(rounded == np.floor(rounded), rounded + 0.125, rounded)
+            arrays[name] = rounded
+        return Case(arrays, self.attributes)
 
     def attributes_in(self, data_format):
         """The attributes, with explicit padding in the order of `data_format`."""

@@ -10,6 +10,8 @@ from conftest import GOLDEN_FILE, Case, in_format, random_case, relative_error, 
 from utils.deform_conv_reference import deform_conv2d_reference
 from utils.deform_conv_wrapper import deform_conv2d
 
+pytestmark = pytest.mark.usefixtures("device")
+
 FORMATS = ("NHWC", "NCHW")
 
 
@@ -167,17 +169,11 @@ def test_precision(size, channels, dtype, offset_dtype, tolerance, data_format, 
         deform_groups=2,
         offset_scale=2.0,
     )
-    rounded = case.tensors(dtype, offset_dtype)
-    # Rounding moves offsets onto the pixel grid; keep them off it, exactly in either type.
-    offset = tf.cast(rounded["offset"], tf.float64).numpy()
-    offset = np.where(offset == np.floor(offset), offset + 0.125, offset)
-    rounded["offset"] = tf.cast(offset, offset_dtype)
+    case = case.rounded_to(dtype, offset_dtype)
     grad_output = tf.cast(rng.standard_normal((1, *size, channels)), dtype)
-    exact = {name: tf.cast(tensor, tf.float64) for name, tensor in rounded.items()}
     expected = run(
-        exact, case.attributes, tf.cast(grad_output, tf.float64), deform_conv2d_reference
+        case.tensors(), case.attributes, tf.cast(grad_output, tf.float64), deform_conv2d_reference
     )
-    case = Case({name: tensor.numpy() for name, tensor in exact.items()}, case.attributes)
     actual = run(
         case.tensors(dtype, offset_dtype, data_format),
         case.attributes_in(data_format),
@@ -346,7 +342,9 @@ def test_nan_and_infinite_offsets_leave_other_samples_alone(dtype, rng):
     masked = clean | {"mask": tf.where(pair_bad, tf.zeros_like(clean["mask"]), clean["mask"])}
     actual, expected = (run(tensors, case.attributes) for tensors in (dirty, masked))
     for key in ("output", "grad_input", "grad_filters"):
-        np.testing.assert_array_equal(actual[key], expected[key])
+        tensors = (tf.cast(results[key], tf.float32) for results in (actual, expected))
+        # Equal, but for the order in which a GPU sums the input's gradient.
+        assert relative_error(*tensors) <= {tf.float32: 1e-6, tf.float16: 1e-3}.get(dtype, 1e-2)
     for value in actual.values():
         assert np.all(np.isfinite(tf.cast(value, tf.float32)))
 

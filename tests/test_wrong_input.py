@@ -8,6 +8,8 @@ import tensorflow as tf
 
 from utils.deform_conv_wrapper import deform_conv2d
 
+pytestmark = pytest.mark.usefixtures("device")
+
 # Arguments that fit, for a 3x3 kernel on 2 images of 5x6 with 4 channels.
 FITTING = {
     "input": (2, 5, 6, 4),

@@ -68,7 +68,8 @@ def load_model(name: str, path: Path | None = None, folder: Path = CHECKPOINTS) 
     try:
         model.load_weights(path)
     except (ValueError, KeyError, OSError) as error:
-        raise UserError(f"{path} does not hold the weights of {name}: {error}") from error
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path} does not hold the weights of {name}: {reason}") from error
     return model
 
 

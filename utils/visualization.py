@@ -72,7 +72,7 @@ def draw_frame(image: np.ndarray, panels: Sequence[Panel], farthest: float) -> I
             samples.positions[:, 1],
             samples.positions[:, 0],
             c=samples.distances,
-            s=5,
+            s=9,
             linewidths=0,
             alpha=0.85,
             cmap="plasma",

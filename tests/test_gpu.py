@@ -1,0 +1,153 @@
+"""What holds on a GPU only, or between a GPU and the CPU."""
+
+import threading
+
+import pytest
+import tensorflow as tf
+from conftest import random_case, relative_error, run
+
+from utils.deform_conv_reference import deform_conv2d_reference
+from utils.deform_conv_wrapper import deform_conv2d
+
+pytestmark = pytest.mark.gpu
+
+GPU, CPU = "GPU:0", "CPU:0"
+
+
+def run_on(device, case, dtype, **options):
+    with tf.device(device):
+        return run(case.tensors(dtype), case.attributes, **options)
+
+
+@pytest.mark.parametrize(
+    "configuration",
+    [
+        {"size": (100, 152), "channels": 16, "out_channels": 24, "deform_groups": 2},
+        {"size": (50, 76), "channels": 64, "out_channels": 64, "mask": False},
+        {"size": (28, 28), "channels": 34, "out_channels": 16, "groups": 2, "strides": (2, 2)},
+        {"size": (13, 17), "channels": 1},
+        {"size": (13, 17), "channels": 3, "deform_groups": 3, "dilations": (1, 2)},
+        {"size": (13, 17), "channels": 17},
+        {"size": (9, 9), "channels": 24, "out_channels": 24, "groups": 24},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(tf.float64, 1e-12), (tf.float32, 1e-6), (tf.float16, 5e-3), (tf.bfloat16, 2e-2)],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_gpu_is_as_precise_as_it_should_be(configuration, dtype, tolerance, rng):
+    """Against the reference in float64, on inputs rounded to the type; and so is the CPU."""
+    case = random_case(rng, **configuration).rounded_to(dtype)
+    with tf.device(CPU):
+        expected = run(case.tensors(), case.attributes, function=deform_conv2d_reference)
+    for device in (GPU, CPU):
+        for key, value in run_on(device, case, dtype).items():
+            assert relative_error(tf.cast(value, tf.float64), expected[key]) <= tolerance, key
+
+
+def test_op_runs_on_the_gpu(rng):
+    results = run_on(GPU, random_case(rng), tf.float32)
+    assert all("GPU" in value.device for value in results.values())
+
+
+def test_tensor_float_32_setting_is_obeyed(rng):
+    case = random_case(rng, size=(32, 32), channels=64, out_channels=64)
+    expected = run_on(CPU, case, tf.float64)["output"]
+    errors = []
+    for allowed in (True, False):
+        tf.config.experimental.enable_tensor_float_32_execution(allowed)
+        errors.append(relative_error(run_on(GPU, case, tf.float32)["output"], expected))
+    assert errors[1] <= 1e-6
+    compute_capability = tf.config.experimental.get_device_details(
+        tf.config.list_physical_devices("GPU")[0]
+    )["compute_capability"]
+    if compute_capability >= (8, 0):
+        assert 1e-5 <= errors[0] <= 2e-3
+
+
+@pytest.mark.parametrize("dtype", [tf.float16, tf.float32])
+def test_batch_of_many_chunks_equals_single_images(dtype, rng):
+    """67 images whose columns take several chunks, 67 being prime."""
+    case = random_case(rng, batch=67, size=(48, 48), channels=128, out_channels=8, mask=False)
+    tensors = case.tensors(dtype)
+    with tf.device(GPU):
+        together = run(tensors, case.attributes)
+        singles = [
+            run(
+                {k: v if k == "filters" else v[n : n + 1] for k, v in tensors.items()},
+                case.attributes,
+            )
+            for n in range(67)
+        ]
+    tolerance = {tf.float16: 2e-3, tf.float32: 1e-5}[dtype]
+    for key in ("output", "grad_input", "grad_offset"):
+        single = tf.concat([result[key] for result in singles], axis=0)
+        assert relative_error(together[key], single) <= tolerance, key
+    total = tf.add_n([tf.cast(result["grad_filters"], tf.float64) for result in singles])
+    assert relative_error(together["grad_filters"], total) <= tolerance
+
+
+def test_more_than_2_to_the_31_elements():
+    """A 1x1 identity convolution with an offset of one pixel moves a large image by one pixel."""
+    batch, size, channels = 9, 4096, 16
+    assert batch * size * size * channels > 2**31
+    with tf.device(GPU):
+        row = tf.random.normal([batch, 1, size, channels], dtype=tf.float16)
+        image = tf.tile(row, [1, size, 1, 1])
+        offset = tf.tile(tf.constant([[[[0.0, 1.0]]]]), [batch, size, size, 1])
+        identity = tf.eye(channels, dtype=tf.float16)[tf.newaxis, tf.newaxis]
+        with tf.GradientTape() as tape:
+            tape.watch(image)
+            output = deform_conv2d(image, identity, offset)
+        gradient = tape.gradient(output, image)
+        for n in range(batch):
+            moved = tf.pad(image[n, :, 1:], [[0, 0], [0, 1], [0, 0]])
+            assert tf.reduce_all(output[n] == moved)
+            # Every pixel but those of the first column is read once.
+            assert tf.reduce_all(gradient[n, :, 1:] == 1)
+            assert tf.reduce_all(gradient[n, :, 0] == 0)
+
+
+def test_out_of_memory_raises_and_leaves_the_process_usable(rng):
+    with tf.device(GPU):
+        image, offset = tf.zeros((1, 4096, 4096, 1)), tf.zeros((1, 4096, 4096, 2))
+        with pytest.raises(tf.errors.ResourceExhaustedError):
+            deform_conv2d(image, tf.zeros((1, 1, 1, 65536)), offset)
+    assert run_on(GPU, random_case(rng), tf.float32)
+
+
+def test_tensors_that_do_not_begin_on_a_vector_boundary(rng):
+    """Slices of larger tensors, which TensorFlow may hand over in place."""
+    case = random_case(rng, batch=4, size=(5, 3), channels=8)
+    with tf.device(GPU):
+        tensors = case.tensors(tf.float16)
+        shifted = {
+            name: tf.reshape(
+                tf.concat([tensor[..., :1] * 0, tensor], axis=-1)[..., 1:], tensor.shape
+            )
+            for name, tensor in tensors.items()
+        }
+        actual, expected = run(shifted, case.attributes), run(tensors, case.attributes)
+    for key, value in actual.items():
+        assert relative_error(value, expected[key]) <= 1e-3, key
+
+
+def test_threads_do_not_disturb_each_other(rng):
+    cases = [random_case(rng, size=(40, 40), channels=32, batch=4) for _ in range(4)]
+    expected = [run_on(GPU, case, tf.float32) for case in cases]
+    worst = [0.0] * len(cases)
+
+    def work(index):
+        for _ in range(20):
+            for key, value in run_on(GPU, cases[index], tf.float32).items():
+                error = relative_error(value, expected[index][key])
+                worst[index] = max(worst[index], error)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(cases))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert max(worst) <= 1e-6
