@@ -54,7 +54,10 @@ class CudaCall {
     for (int64_t begin = 0; begin < positions_; begin += chunk_) {
       const int64_t end = std::min(begin + chunk_, positions_);
       if (sampled.any()) {
-        DEFORM_CONV_RETURN_IF_ERROR(BackpropSamples(grad_output, begin, end, sampled));
+        DEFORM_CONV_RETURN_IF_ERROR(
+            BackpropSamples(grad_output, begin, end, gradients.filters != nullptr, sampled));
+      } else if (gradients.filters != nullptr) {
+        DEFORM_CONV_RETURN_IF_ERROR(Im2Col(begin, end));
       }
       if (gradients.filters == nullptr) continue;
       const bool accumulate = sum_filters && std::is_same_v<T, A>;
@@ -103,19 +106,20 @@ class CudaCall {
     return DeformIm2ColCuda<T>(params_, tensors_, begin, end, columns_, device_.stream());
   }
 
-  std::string BackpropSamples(const T* grad_output, int64_t begin, int64_t end,
+  // Leaves the columns themselves in place of their gradient if they are wanted.
+  std::string BackpropSamples(const T* grad_output, int64_t begin, int64_t end, bool want_columns,
                               const SampledGradients<A>& sampled) {
     for (int64_t j = 0; j < params_.groups; ++j) {
       DEFORM_CONV_RETURN_IF_ERROR(Gemm(GemmForm::kTransposeB, Output(j, grad_output, begin, end),
                                        Filters(j), Columns(j, begin, end),
                                        /*accumulate=*/false));
     }
-    return DeformCol2ImCuda<T>(params_, tensors_, begin, end, columns_, sampled, device_.stream());
+    return DeformCol2ImCuda<T>(params_, tensors_, begin, end, want_columns, columns_, sampled,
+                               device_.stream());
   }
 
   std::string BackpropFilters(const T* grad_output, int64_t begin, int64_t end, bool accumulate,
                               T* grad_filters) {
-    DEFORM_CONV_RETURN_IF_ERROR(Im2Col(begin, end));
     for (int64_t j = 0; j < params_.groups; ++j) {
       DEFORM_CONV_RETURN_IF_ERROR(Gemm(GemmForm::kTransposeA, Columns(j, begin, end),
                                        Output(j, grad_output, begin, end),

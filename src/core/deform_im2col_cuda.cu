@@ -47,6 +47,14 @@ __device__ __forceinline__ Vector<T, kSize> Load(const T* from) {
   return *reinterpret_cast<const Vector<T, kSize>*>(from);
 }
 
+template <typename T, typename A, int kSize>
+__device__ __forceinline__ void Store(T* to, const A (&numbers)[kSize]) {
+  Vector<T, kSize> vector;
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) vector.elements[i] = static_cast<T>(numbers[i]);
+  *reinterpret_cast<Vector<T, kSize>*>(to) = vector;
+}
+
 // A sample as a block keeps it in shared memory.
 template <typename A>
 struct LocatedSample {
@@ -163,11 +171,7 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
           sums[i] += weights[corner] * static_cast<A>(values.elements[i]);
         }
       }
-      Vector<T, kSize> out;
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) out.elements[i] = static_cast<T>(sums[i]);
-      *reinterpret_cast<Vector<T, kSize>*>(
-          columns + ColumnOf(params, sample.column, sample.channel + c)) = out;
+      Store(columns + ColumnOf(params, sample.column, sample.channel + c), sums);
     }
   }
 }
@@ -216,11 +220,11 @@ __device__ __forceinline__ void WriteGradients(const LocatedSample<A>& sample,
   if (gradients.mask != nullptr) gradients.mask[sample.index] = grad_mask;
 }
 
-// kInput: the input's gradient is wanted; kProducts: that of offset or mask.
-template <typename T, int kSize, bool kInput, bool kProducts>
+// With `replace`, writes each sample over the gradient of its column once that has been read.
+template <typename T, int kSize>
 __global__ void __launch_bounds__(kThreadsPerBlock)
     Col2ImKernel(DeformConvParams params, SampledTensors<T, Accumulator<T>> tensors, int64_t begin,
-                 int64_t sample_count, Lanes lanes, const T* __restrict__ grad_columns,
+                 int64_t sample_count, Lanes lanes, bool replace, T* __restrict__ columns,
                  SampledGradients<Accumulator<T>> gradients) {
   using A = Accumulator<T>;
   __shared__ LocatedSample<A> samples[kSamplesPerBlock];
@@ -231,52 +235,54 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
     samples[threadIdx.x] = Locate(params, tensors, begin, first + threadIdx.x);
   __syncthreads();
 
+  const bool want_products = gradients.offset != nullptr || gradients.mask != nullptr;
   const int channels = static_cast<int>(params.deform_group_channels());
   // Every thread makes every round, so that whole warps take part in the shuffles.
   for (int round = 0; round < count; round += lanes.rows()) {
     const int s = round + lanes.row();
     const bool active = s < count;
     const LocatedSample<A>& sample = samples[active ? s : 0];
-    const unsigned corners = active ? sample.corners : 0;
+    const unsigned corners = sample.corners;
+    const int64_t pixel = sample.top_left * params.in_channels + sample.channel;
     A products[kCorners] = {};
-    if (corners != 0) {
-      const int64_t pixel = sample.top_left * params.in_channels + sample.channel;
-      for (int c = lanes.lane() * kSize; c < channels; c += lanes.count() * kSize) {
-        const Vector<T, kSize> grad =
-            Load<T, kSize>(grad_columns + ColumnOf(params, sample.column, sample.channel + c));
-        A grads[kSize];
+    const int channels_end = active && (corners != 0 || replace) ? channels : 0;
+    for (int c = lanes.lane() * kSize; c < channels_end; c += lanes.count() * kSize) {
+      T* column = columns + ColumnOf(params, sample.column, sample.channel + c);
+      const Vector<T, kSize> grad = Load<T, kSize>(column);
+      A grads[kSize], sums[kSize] = {};
 #pragma unroll
-        for (int i = 0; i < kSize; ++i) grads[i] = static_cast<A>(grad.elements[i]);
-#pragma unroll
-        for (int corner = 0; corner < kCorners; ++corner) {
-          if (!(corners >> corner & 1)) continue;
-          const int64_t at = pixel + CornerDistance(params, corner) * params.in_channels + c;
-          if (kProducts) {
-            const Vector<T, kSize> values = Load<T, kSize>(tensors.input + at);
-#pragma unroll
-            for (int i = 0; i < kSize; ++i) {
-              products[corner] += grads[i] * static_cast<A>(values.elements[i]);
-            }
-          }
-          if (kInput) {
-            const A weight = sample.mask * sample.weights[corner];
-            A shares[kSize];
-#pragma unroll
-            for (int i = 0; i < kSize; ++i) shares[i] = weight * grads[i];
-            AtomicAdd<kSize>(gradients.input + at, shares);
-          }
-        }
-      }
-    }
-    if constexpr (kProducts) {
+      for (int i = 0; i < kSize; ++i) grads[i] = static_cast<A>(grad.elements[i]);
 #pragma unroll
       for (int corner = 0; corner < kCorners; ++corner) {
-        for (int distance = lanes.count() / 2; distance > 0; distance /= 2) {
-          products[corner] += __shfl_xor_sync(0xffffffffu, products[corner], distance);
+        if (!(corners >> corner & 1)) continue;
+        const int64_t at = pixel + CornerDistance(params, corner) * params.in_channels + c;
+        const A weight = sample.mask * sample.weights[corner];
+        if (want_products || replace) {
+          const Vector<T, kSize> values = Load<T, kSize>(tensors.input + at);
+#pragma unroll
+          for (int i = 0; i < kSize; ++i) {
+            const A value = static_cast<A>(values.elements[i]);
+            products[corner] += grads[i] * value;
+            sums[i] += weight * value;
+          }
+        }
+        if (gradients.input != nullptr) {
+          A shares[kSize];
+#pragma unroll
+          for (int i = 0; i < kSize; ++i) shares[i] = weight * grads[i];
+          AtomicAdd<kSize>(gradients.input + at, shares);
         }
       }
-      if (active && lanes.lane() == 0) WriteGradients(sample, products, gradients);
+      if (replace) Store(column, sums);
     }
+    if (!want_products) continue;
+#pragma unroll
+    for (int corner = 0; corner < kCorners; ++corner) {
+      for (int distance = lanes.count() / 2; distance > 0; distance /= 2) {
+        products[corner] += __shfl_xor_sync(0xffffffffu, products[corner], distance);
+      }
+    }
+    if (active && lanes.lane() == 0) WriteGradients(sample, products, gradients);
   }
 }
 
@@ -370,19 +376,6 @@ SampledTensors<CudaType<T>, ComputeType<T>> NativeTensors(
   return {Native(tensors.input), tensors.offset, tensors.mask};
 }
 
-template <typename T, int kSize>
-void LaunchCol2Im(const DeformConvParams& params, const SampledTensors<T, Accumulator<T>>& tensors,
-                  int64_t begin, int64_t samples, const T* grad_columns,
-                  const SampledGradients<Accumulator<T>>& gradients, cudaStream_t stream) {
-  const bool products = gradients.offset != nullptr || gradients.mask != nullptr;
-  const auto kernel = gradients.input == nullptr ? Col2ImKernel<T, kSize, false, true>
-                      : products                 ? Col2ImKernel<T, kSize, true, true>
-                                                 : Col2ImKernel<T, kSize, true, false>;
-  kernel<<<Blocks(samples, kSamplesPerBlock), kThreadsPerBlock, 0, stream>>>(
-      params, tensors, begin, samples, LanesFor(params.deform_group_channels(), kSize),
-      grad_columns, gradients);
-}
-
 template <typename From, typename To>
 std::string TransposeCuda(int64_t batch, int64_t rows, int64_t cols, const From* from, To* to,
                           void* stream) {
@@ -425,17 +418,19 @@ std::string DeformIm2ColCuda(const DeformConvParams& params,
 template <typename T>
 std::string DeformCol2ImCuda(const DeformConvParams& params,
                              const SampledTensors<T, ComputeType<T>>& tensors, int64_t begin,
-                             int64_t end, const T* grad_columns,
+                             int64_t end, bool replace, T* columns,
                              const SampledGradients<ComputeType<T>>& gradients, void* stream) {
   using Element = CudaType<T>;
   constexpr int kSize = kVectorBytes / sizeof(T);
   const int64_t samples = (end - begin) * params.mask_channels();
-  if (samples == 0 || !gradients.any()) return "";
-  const bool vectorize = CanVectorize<T>(params) && Aligned(tensors.input) &&
-                         Aligned(grad_columns) && Aligned(gradients.input);
-  const auto launch = vectorize ? LaunchCol2Im<Element, kSize> : LaunchCol2Im<Element, 1>;
-  launch(params, NativeTensors(tensors), begin, samples, Native(grad_columns), gradients,
-         StreamOf(stream));
+  if (samples == 0) return "";
+  const bool vectorize = CanVectorize<T>(params) && Aligned(tensors.input) && Aligned(columns) &&
+                         Aligned(gradients.input);
+  const auto kernel = vectorize ? Col2ImKernel<Element, kSize> : Col2ImKernel<Element, 1>;
+  kernel<<<Blocks(samples, kSamplesPerBlock), kThreadsPerBlock, 0, StreamOf(stream)>>>(
+      params, NativeTensors(tensors), begin, samples,
+      LanesFor(params.deform_group_channels(), vectorize ? kSize : 1), replace, Native(columns),
+      gradients);
   return LaunchError("Col2ImKernel");
 }
 
@@ -464,13 +459,13 @@ std::string ZeroCuda(void* memory, int64_t bytes, void* stream) {
   return error == cudaSuccess ? "" : std::string("cudaMemsetAsync: ") + cudaGetErrorString(error);
 }
 
-#define DEFORM_CONV_INSTANTIATE(T)                                                            \
-  template std::string DeformIm2ColCuda<T>(const DeformConvParams&,                           \
-                                           const SampledTensors<T, ComputeType<T>>&, int64_t, \
-                                           int64_t, T*, void*);                               \
-  template std::string DeformCol2ImCuda<T>(                                                   \
-      const DeformConvParams&, const SampledTensors<T, ComputeType<T>>&, int64_t, int64_t,    \
-      const T*, const SampledGradients<ComputeType<T>>&, void*);
+#define DEFORM_CONV_INSTANTIATE(T)                                                               \
+  template std::string DeformIm2ColCuda<T>(const DeformConvParams&,                              \
+                                           const SampledTensors<T, ComputeType<T>>&, int64_t,    \
+                                           int64_t, T*, void*);                                  \
+  template std::string DeformCol2ImCuda<T>(                                                      \
+      const DeformConvParams&, const SampledTensors<T, ComputeType<T>>&, int64_t, int64_t, bool, \
+      T*, const SampledGradients<ComputeType<T>>&, void*);
 DEFORM_CONV_INSTANTIATE(float)
 DEFORM_CONV_INSTANTIATE(double)
 DEFORM_CONV_INSTANTIATE(Half)

@@ -22,12 +22,14 @@ std::string DeformIm2ColCuda(const DeformConvParams& params,
                              const SampledTensors<T, ComputeType<T>>& tensors, int64_t begin,
                              int64_t end, T* columns, void* stream);
 
-// From the columns' gradient at positions [begin, end): adds to gradients.input, in an order that
-// is not fixed, and writes gradients.offset and gradients.mask at these positions.
+// From the columns' gradient at positions [begin, end), in `columns`: adds to gradients.input, in
+// an order that is not fixed, and writes gradients.offset and gradients.mask at these positions.
+// With `replace`, also writes the columns themselves over their gradient: what the filters'
+// gradient needs next is at hand here.
 template <typename T>
 std::string DeformCol2ImCuda(const DeformConvParams& params,
                              const SampledTensors<T, ComputeType<T>>& tensors, int64_t begin,
-                             int64_t end, const T* grad_columns,
+                             int64_t end, bool replace, T* columns,
                              const SampledGradients<ComputeType<T>>& gradients, void* stream);
 
 // Converts a tensor in `format` to NHWC, and back.
