@@ -34,7 +34,7 @@ struct ElementTypeOf<BFloat16> {
 };
 
 // See benchmarks/README.md for how this was chosen.
-constexpr int64_t kDefaultColumnsBytes = int64_t{256} << 20;
+constexpr int64_t kDefaultColumnsBytes = int64_t{512} << 20;
 
 // Functions return an empty string, or what went wrong. All work is put on stream().
 class CudaDevice {
