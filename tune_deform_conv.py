@@ -36,8 +36,9 @@ def main() -> None:
     parser.add_argument(
         "--unscaled-share",
         type=number(float, at_least=0, at_most=1),
-        default=0.0,
-        help="share of the training digits that stay unscaled (default: %(default)s)",
+        default=0.15,
+        help="share of the training digits that stay unscaled, so that the network does not "
+        "unlearn regular ones (default: %(default)s)",
     )
     parser.add_argument(
         "--regular-weights",

@@ -3,6 +3,8 @@
 
     python benchmarks/benchmark_gpu.py [--check] [--time] [--columns-mib N ...] [--output FILE.json]
 
+With --output, a table is written beside FILE.json too.
+
 Needs nvcc, PyTorch and torchvision. Builds build/libdeform_conv_core_cuda.so from src/core, calls
 it through its C interface, and compares outputs and gradients with torchvision in float64 and with
 the golden cases. Times are medians of event timings, with the L2 cache flushed before each;
@@ -12,8 +14,6 @@ offset.
 
 import argparse
 import ctypes
-import datetime
-import json
 import math
 import statistics
 import subprocess
@@ -21,6 +21,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import report
 import torch
 import torchvision
 from torchvision.ops import deform_conv2d as torchvision_deform_conv2d
@@ -43,6 +44,7 @@ TYPES = {
     "float16": (torch.float16, 2, False, 5e-3),
     "bfloat16": (torch.bfloat16, 3, False, 2e-2),
 }
+MEASUREMENTS = ("forward", "forward+backward")
 TIMED_TYPES = ("float32", "tf32", "float16", "bfloat16")
 # N, C -> O, H x W; 3x3, stride 1
 SHAPES = (
@@ -373,26 +375,44 @@ def time_all(library, columns_bytes) -> dict:
         for shape in SHAPES:
             times = time_shape(library, type_name, shape, columns_bytes)
             rows.append({"type": type_name, "shape": shape, "ms": times})
-            cells = []
-            for measurement, values in times.items():
-                ours, theirs = values["deform_conv2d"], values.get("torchvision", math.nan)
-                cells.append(
-                    f"{measurement} {ours:7.3f}  torchvision {theirs:7.3f} ({theirs / ours:4.1f}x)"
-                    f"  cuDNN conv {values['cudnn_conv2d']:6.3f}"
-                )
-            print(f"{type_name:9}{shape!s:25}", " | ".join(cells), flush=True)
+            print(" | ".join(cells_of(rows[-1])), flush=True)
     means = {}
-    for measurement in ("forward", "forward+backward"):
-        ratios = [
-            row["ms"][measurement]["torchvision"] / row["ms"][measurement]["deform_conv2d"]
-            for row in rows
-            if "torchvision" in row["ms"][measurement]
-        ]
-        means[measurement] = math.exp(statistics.mean(map(math.log, ratios)))
-        print(
-            f"geometric mean, {measurement}: {means[measurement]:.2f} times as fast as torchvision"
-        )
-    return {"columns_bytes": columns_bytes, "times_as_fast_as_torchvision": means, "rows": rows}
+    for measurement in MEASUREMENTS:
+        for peer in ("torchvision", "cudnn_conv2d"):
+            means[f"{measurement}, {peer}"] = report.geometric_mean(
+                row["ms"][measurement][peer] / row["ms"][measurement]["deform_conv2d"]
+                for row in rows
+                if peer in row["ms"][measurement]
+            )
+    print(sentence_of(means))
+    return {"columns_bytes": columns_bytes, "times_as_fast_as": means, "rows": rows}
+
+
+HEADER = (
+    "type", "N, C→O, H×W", "forward", "torchvision", "conv2d",
+    "forward+backward", "torchvision", "conv2d",
+)  # fmt: skip
+
+
+def cells_of(row) -> list[str]:
+    cells = [row["type"], report.shape_name(row["shape"])]
+    for measurement in MEASUREMENTS:
+        times = row["ms"][measurement]
+        ours = times["deform_conv2d"]
+        cells.append(f"{ours:.3f}")
+        for peer in ("torchvision", "cudnn_conv2d"):
+            cells.append(f"{times[peer]:.3f} ({times[peer] / ours:.2f}×)" if peer in times else "–")
+    return cells
+
+
+def sentence_of(means) -> str:
+    """Geometric means in words."""
+    return (
+        f"Geometric means: forward {means['forward, torchvision']:.2f} and forward+backward "
+        f"{means['forward+backward, torchvision']:.2f} times as fast as torchvision; "
+        f"{1 / means['forward, cudnn_conv2d']:.2f} and "
+        f"{1 / means['forward+backward, cudnn_conv2d']:.2f} times the time of cuDNN's convolution."
+    )
 
 
 def main() -> None:
@@ -415,24 +435,26 @@ def main() -> None:
         good = check_golden(library) & check_types(library, arguments.small)
         print("every error is within its bound" if good else "SOME ERRORS ARE OUT OF BOUNDS")
     if arguments.time or not arguments.check:
-        device = torch.cuda.get_device_name()
-        print(f"{device}, driver {driver_version()}, {datetime.date.today()}; times in ms")
+        machine = f"{torch.cuda.get_device_name()}, driver {driver_version()}, {report.today()}"
+        print(f"{machine}; milliseconds")
         runs = []
         for mib in arguments.columns_mib:
             if len(arguments.columns_mib) > 1:
                 print(f"columns of at most {mib} MiB")
             runs.append(time_all(library, mib << 20))
         if arguments.output:
-            results = {
-                "date": datetime.date.today().isoformat(),
-                "device": device,
-                "driver": driver_version(),
-                "torch": torch.__version__,
-                "torchvision": torchvision.__version__,
-                "runs": runs,
-            }
-            arguments.output.parent.mkdir(parents=True, exist_ok=True)
-            arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+            versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
+            markdown = [
+                f"{machine}, PyTorch {torch.__version__}, torchvision {torchvision.__version__}.",
+                "Medians in milliseconds; in brackets, the time divided by deform_conv2d's.\n",
+            ]
+            for run in runs:
+                if run["columns_bytes"]:
+                    markdown.append(f"Columns of at most {run['columns_bytes'] >> 20} MiB.\n")
+                markdown.append(report.table(HEADER, map(cells_of, run["rows"])))
+                markdown.append(sentence_of(run["times_as_fast_as"]) + "\n")
+            results = {"machine": machine, "versions": versions, "runs": runs}
+            report.write(arguments.output, results, "\n".join(markdown))
     sys.exit(0 if good else 1)
 
 

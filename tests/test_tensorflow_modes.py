@@ -216,6 +216,7 @@ LOAD_AND_RUN = """
 import sys
 import tensorflow as tf
 from utils import deform_conv_wrapper
+tf.config.experimental.enable_tensor_float_32_execution(False)
 module = tf.saved_model.load(sys.argv[1])
 image = tf.Variable(tf.ones((1, 5, 5, 2)))
 with tf.GradientTape() as tape:
