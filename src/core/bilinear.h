@@ -22,28 +22,33 @@ namespace deform_conv {
 
 // Where a sample lies on one axis: between pixel `low` (-1 to size - 1) and the next, `fraction`
 // (0 to 1) of the way. Only `inside` has a meaning where that is false.
-template <typename T>
+template <typename T, typename Int>
 struct AxisSample {
-  bool inside;
-  int64_t low;
+  int32_t inside;  // 0 or 1
+  Int low;
   T fraction;
 };
 
-// Locates position `base + offset` on an axis of `size` pixels.
+// Locates position `base + offset` on an axis of `size` pixels. Int is int64_t, or int32_t where
+// base and size are within kInt32Limit.
 //
 // The whole and the fractional part of the offset are taken apart before the base is added, so the
-// fraction keeps its precision however far along the axis the sample lies.
-template <typename T>
-DEFORM_CONV_INLINE AxisSample<T> LocateOnAxis(int64_t base, T offset, int64_t size) {
-  // Past any image, and within int64_t. Written so that NaN fails.
-  constexpr T kFar = T(int64_t{1} << 40);
-  if (!(offset > -kFar && offset < kFar)) return {false, 0, T(0)};
-  const T whole = std::floor(offset);
-  const T fraction = offset - whole;
-  const int64_t low = base + static_cast<int64_t>(whole);
+// fraction keeps its precision however far along the axis the sample lies. There is no branch, so
+// that a loop over this becomes vector code.
+constexpr int64_t kInt32Limit = int64_t{1} << 29;
+
+template <typename T, typename Int>
+DEFORM_CONV_INLINE AxisSample<T, Int> LocateOnAxis(Int base, T offset, Int size) {
+  // Past any image, and within Int with the base. Written so that NaN fails.
+  constexpr T kFar = T(int64_t{1} << (sizeof(Int) == 8 ? 40 : 30));
+  const int32_t near = (offset > -kFar ? 1 : 0) & (offset < kFar ? 1 : 0);
+  const T safe_offset = offset > -kFar ? (offset < kFar ? offset : T(0)) : T(0);
+  const T whole = std::floor(safe_offset);
+  const T fraction = safe_offset - whole;
+  const Int low = base + static_cast<Int>(whole);
   // The sample itself must be above -1, its lower pixel need not be.
-  const bool inside = low < size && (low >= 0 || (low == -1 && fraction > T(0)));
-  return {inside, low, fraction};
+  const int32_t above = (low >= 0 ? 1 : 0) | ((low == -1 ? 1 : 0) & (fraction > T(0) ? 1 : 0));
+  return {near & above & (low < size ? 1 : 0), low, fraction};
 }
 
 // The four pixels around a sample, in the order in which the arrays below list them.
@@ -58,16 +63,48 @@ DEFORM_CONV_INLINE void BilinearWeights(T h_fraction, T w_fraction, T weights[kC
   weights[kBottomRight] = h_fraction * w_fraction;
 }
 
-// The sample's derivative along h, from the value at each corner.
-template <typename T>
-DEFORM_CONV_INLINE T BilinearDerivativeH(T w_fraction, const T values[kCorners]) {
+// Where a sample lies in an image, and what of it counts.
+template <typename T, typename Int>
+struct ImageSample {
+  T weights[kCorners];
+  T h_fraction, w_fraction;
+  int32_t corners;   // a bit for each corner that lies in the image; 0 if the sample is 0
+  Int h_low, w_low;  // the top left corner, which may lie outside
+};
+
+constexpr int32_t kAllCorners = (1 << kCorners) - 1;
+
+// Locates position (h_base, w_base) + (dy, dx) in an image of in_h x in_w pixels. Where no corner
+// counts, `corners` alone has a meaning.
+template <typename T, typename Int>
+DEFORM_CONV_INLINE ImageSample<T, Int> LocateSample(Int h_base, Int w_base, T dy, T dx, Int in_h,
+                                                    Int in_w) {
+  const AxisSample<T, Int> h = LocateOnAxis(h_base, dy, in_h);
+  const AxisSample<T, Int> w = LocateOnAxis(w_base, dx, in_w);
+  ImageSample<T, Int> sample;
+  const int32_t inside = h.inside & w.inside;
+  const int32_t top = inside & (h.low >= 0 ? 1 : 0), bottom = inside & (h.low + 1 < in_h ? 1 : 0);
+  const int32_t left = w.low >= 0 ? 1 : 0, right = w.low + 1 < in_w ? 1 : 0;
+  sample.corners = (top & left) << kTopLeft | (top & right) << kTopRight |
+                   (bottom & left) << kBottomLeft | (bottom & right) << kBottomRight;
+  sample.h_low = h.low;
+  sample.w_low = w.low;
+  sample.h_fraction = h.fraction;
+  sample.w_fraction = w.fraction;
+  BilinearWeights(h.fraction, w.fraction, sample.weights);
+  return sample;
+}
+
+// The sample's derivative along h, from the value at each corner: a number, or a vector of them.
+template <typename T, typename Values>
+DEFORM_CONV_INLINE Values BilinearDerivativeH(T w_fraction, const Values (&values)[kCorners]) {
   return (1 - w_fraction) * (values[kBottomLeft] - values[kTopLeft]) +
          w_fraction * (values[kBottomRight] - values[kTopRight]);
 }
 
-// The sample's derivative along w, from the value at each corner.
-template <typename T>
-DEFORM_CONV_INLINE T BilinearDerivativeW(T h_fraction, const T values[kCorners]) {
+// The sample's derivative along w, likewise.
+template <typename T, typename Values>
+DEFORM_CONV_INLINE Values BilinearDerivativeW(T h_fraction, const Values (&values)[kCorners]) {
   return (1 - h_fraction) * (values[kTopRight] - values[kTopLeft]) +
          h_fraction * (values[kBottomRight] - values[kBottomLeft]);
 }

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "core/bilinear.h"
 #include "core/deform_im2col.h"
 #include "core/gemm.h"
 #include "core/layout.h"
@@ -13,29 +14,79 @@
 
 namespace deform_conv {
 
+// A range of input channels to work on: whole convolution groups, or a part of one group.
+struct ChannelSlice {
+  int64_t begin, end;
+  int64_t first_group, groups;
+  int64_t width;  // channels of each group that are in the slice
+
+  int64_t channels() const { return end - begin; }
+};
+
+// Neighbouring channels of a slice that share a deformable group and a convolution group: what one
+// sample reads at once, and what lies together in the columns.
+struct ChannelRun {
+  int64_t channel, count;
+  int64_t deform_group;
+  int64_t column;      // where the run's channels for tap 0 begin in a row of columns
+  int64_t tap_stride;  // distance in the row from one tap to the next
+};
+
+// What positions [begin, end) sample for deformable groups [first_group, end_group), as
+// LocateSample() gives it, but with the weights times the mask. Numbered
+// [position - begin][group - first_group][tap]; in separate arrays, so that vector code writes
+// them.
+template <typename T>
+struct TileSamples {
+  int64_t begin, end;
+  int64_t first_group, end_group;
+  T* weights[kCorners];
+  T *h_fraction, *w_fraction;
+  int32_t *corners, *h_low, *w_low;
+
+  static constexpr int kFloats = kCorners + 2, kInts = 3;  // per sample
+};
+
+// The slice of the channels that im2col and col2im work on.
+struct ChannelRuns {
+  const ChannelRun* begin;
+  const ChannelRun* end;
+};
+
 // Inner loops for tensors in native form.
 template <typename T>
 struct CpuKernels {
-  // Writes the columns of positions [begin, end).
-  //   zero_pixel  [in_channels]  zeros, read where a corner lies outside the image
-  //   columns     [end - begin, taps * slice.channels()]  written whole
-  void (*im2col)(const DeformConvParams& params, const ChannelSlice& slice,
-                 const SampledTensors<T>& tensors, int64_t begin, int64_t end, const T* zero_pixel,
-                 T* columns);
+  // The result of a GEMM is computed in blocks of so many rows, and in panels of so many columns.
+  int64_t gemm_rows, gemm_panel;
 
-  // Adds to `gradients` what the columns' gradient at positions [begin, end) means for the sampled
-  // tensors. Gradients of offset and mask get the share of the slice's channels.
-  //   grad_columns   [end - begin, taps * slice.channels()]
-  //   zero_pixel     [in_channels]  as above
-  //   ignored_pixel  [in_channels]  receives what falls outside the image
-  void (*col2im)(const DeformConvParams& params, const ChannelSlice& slice,
-                 const SampledTensors<T>& tensors, int64_t begin, int64_t end,
-                 const T* grad_columns, const T* zero_pixel, T* ignored_pixel,
+  // Writes the arrays of `tile`.
+  void (*locate)(const DeformConvParams& params, const SampledTensors<T>& tensors,
+                 const TileSamples<T>& tile);
+
+  // Writes the tile's columns for the runs' channels, a row for each position.
+  //   zeros  as many as a run has channels, at least; read where a corner lies outside the image
+  void (*im2col)(const DeformConvParams& params, const ChannelRuns& runs,
+                 const TileSamples<T>& tile, const T* input, const T* zeros,
+                 const Matrix<T>& columns);
+
+  // Adds to `gradients` what the columns' gradient, in `columns`, means for the sampled tensors.
+  // With `replace`, writes the columns themselves over their gradient.
+  //   ignored  as large as `zeros`; receives what falls outside the image
+  void (*col2im)(const DeformConvParams& params, const ChannelRuns& runs,
+                 const TileSamples<T>& tile, const SampledTensors<T>& tensors, const T* zeros,
+                 T* ignored, bool replace, const Matrix<T>& columns,
                  const SampledGradients<T>& gradients);
 
-  // c = a * b, with one factor transposed as `form` says, or c += a * b.
-  void (*gemm)(GemmForm form, const Matrix<const T>& a, const Matrix<const T>& b,
-               const Matrix<T>& c, bool accumulate);
+  // Packs the second factor of a GEMM, [depth, columns]: for each panel of gemm_panel columns, its
+  // rows one after the other, so depth * gemm_panel elements per panel, in the last one too.
+  // `pack` writes rows [row_begin, row_begin + b.rows) of it from the rows of `b`, and
+  // `pack_transposed` columns [column_begin, column_begin + b.rows) from them.
+  void (*pack)(const Matrix<const T>& b, int64_t row_begin, int64_t depth, T* packed);
+  void (*pack_transposed)(const Matrix<const T>& b, int64_t column_begin, T* packed);
+
+  // c = a * b, or c += a * b, with `a` transposed if `form` is kTransposeA, and b packed.
+  void (*gemm)(GemmForm form, const Matrix<const T>& a, const T* packed, const Matrix<T>& c,
+               bool accumulate);
 };
 
 // Conversion of `Stored` tensors in either format from and to native form.

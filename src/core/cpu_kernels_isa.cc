@@ -21,10 +21,11 @@
 namespace deform_conv {
 namespace DEFORM_CONV_ISA {
 
-extern const CpuKernels<float> kFloatKernels = {DeformIm2Col<float>, DeformCol2Im<float>,
-                                                Gemm<float>};
-extern const CpuKernels<double> kDoubleKernels = {DeformIm2Col<double>, DeformCol2Im<double>,
-                                                  Gemm<double>};
+template <typename T>
+constexpr CpuKernels<T> kKernels = {kRows,           kPanel<T>, Locate<T>,         DeformIm2Col<T>,
+                                    DeformCol2Im<T>, Pack<T>,   PackTransposed<T>, Gemm<T>};
+extern const CpuKernels<float> kFloatKernels = kKernels<float>;
+extern const CpuKernels<double> kDoubleKernels = kKernels<double>;
 extern const CpuLayoutKernels<float> kFloatLayout = {ToNative<float, float>,
                                                      FromNative<float, float>};
 extern const CpuLayoutKernels<double> kDoubleLayout = {ToNative<double, double>,

@@ -5,7 +5,7 @@
 // ky * kernel_w + kx.
 //
 // Columns are a row-major matrix with one row per position. A row holds, for each convolution
-// group of the channel slice, for each tap, the samples of the group's channels:
+// group (of those that are worked on at a time), for each tap, the samples of the group's channels:
 //
 //   columns[position][group][tap][channel] = mask * sample of the input
 //
@@ -19,19 +19,6 @@
 #include "core/params.h"
 
 namespace deform_conv {
-
-// A range of input channels to work on: whole convolution groups, or a part of one group.
-struct ChannelSlice {
-  int64_t begin, end;
-  int64_t first_group;
-  int64_t groups;
-  int64_t width;  // channels of each group that are in the slice
-
-  int64_t channels() const { return end - begin; }
-  static ChannelSlice All(const DeformConvParams& params) {
-    return {0, params.in_channels, 0, params.groups, params.group_in_channels()};
-  }
-};
 
 // The tensors that decide what is sampled. On a GPU the input may be of a 16-bit type beside
 // offset and mask in float.

@@ -4,223 +4,301 @@
 #ifndef DEFORM_CONV_CORE_DEFORM_IM2COL_CPU_H_
 #define DEFORM_CONV_CORE_DEFORM_IM2COL_CPU_H_
 
-#include "core/bilinear.h"
-#include "core/deform_im2col.h"
+#include "core/cpu_kernels.h"
+#include "core/vector_cpu.h"
 
 namespace deform_conv {
 namespace DEFORM_CONV_ISA {
 
-// One tap's sample at one position: the corners as indices into an image, -1 outside it.
-template <typename T>
-struct TapSample {
-  bool inside;
-  T h_fraction, w_fraction;
-  int64_t pixels[kCorners];
-};
+// Lambdas that are handed to an inlined function must be inlined too, or their captures would go
+// through memory.
+#define DEFORM_CONV_INLINE_LAMBDA __attribute__((always_inline))
 
-template <typename T>
-DEFORM_CONV_INLINE TapSample<T> LocateTap(const DeformConvParams& params, int64_t h_base,
-                                          int64_t w_base, const T* offset) {
-  const AxisSample<T> h = LocateOnAxis(h_base, offset[0], params.in_h);
-  const AxisSample<T> w = LocateOnAxis(w_base, offset[1], params.in_w);
-  TapSample<T> sample;
-  sample.inside = h.inside && w.inside;
-  if (!sample.inside) return sample;
-  sample.h_fraction = h.fraction;
-  sample.w_fraction = w.fraction;
-  const bool top = h.low >= 0, bottom = h.low + 1 < params.in_h;
-  const bool left = w.low >= 0, right = w.low + 1 < params.in_w;
-  const int64_t top_left = h.low * params.in_w + w.low;
-  sample.pixels[kTopLeft] = top && left ? top_left : -1;
-  sample.pixels[kTopRight] = top && right ? top_left + 1 : -1;
-  sample.pixels[kBottomLeft] = bottom && left ? top_left + params.in_w : -1;
-  sample.pixels[kBottomRight] = bottom && right ? top_left + params.in_w + 1 : -1;
-  return sample;
+// Whether LocateSample() may compute in int32_t.
+DEFORM_CONV_INLINE bool FitsInt32(const DeformConvParams& params) {
+  const int64_t h_end = params.out_h * params.stride_h + params.kernel_h * params.dilation_h;
+  const int64_t w_end = params.out_w * params.stride_w + params.kernel_w * params.dilation_w;
+  return params.in_h < kInt32Limit && params.in_w < kInt32Limit && params.pad_top < kInt32Limit &&
+         params.pad_left < kInt32Limit && h_end < kInt32Limit && w_end < kInt32Limit;
 }
 
-// Calls visit(position, n, g, tap, sample) for every sample that positions [begin, end) take for
-// the deformable groups of `slice`; n is the image, g the deformable group.
-template <typename T, typename Visit>
-DEFORM_CONV_INLINE void ForEachSample(const DeformConvParams& params, const ChannelSlice& slice,
-                                      const T* offset, int64_t begin, int64_t end,
-                                      const Visit& visit) {
-  const int64_t taps = params.taps();
-  const int64_t first_g = slice.begin / params.deform_group_channels();
-  const int64_t last_g = (slice.end - 1) / params.deform_group_channels();
-  for (int64_t position = begin; position < end; ++position) {
-    const int64_t x = position % params.out_w;
-    const int64_t y = position / params.out_w % params.out_h;
-    const int64_t n = position / params.out_w / params.out_h;
+// The samples' positions without offsets, into tile.h_low and tile.w_low.
+template <typename T>
+void WriteBases(const DeformConvParams& params, const TileSamples<T>& tile) {
+  const int64_t y_n = tile.begin / params.out_w;
+  int64_t x = tile.begin - y_n * params.out_w;
+  int64_t y = y_n % params.out_h;
+  int32_t *h = tile.h_low, *w = tile.w_low;
+  for (int64_t position = tile.begin; position < tile.end; ++position) {
     const int64_t h_origin = y * params.stride_h - params.pad_top;
     const int64_t w_origin = x * params.stride_w - params.pad_left;
-    const T* position_offset = offset + position * params.offset_channels();
-    for (int64_t g = first_g; g <= last_g; ++g) {
-      for (int64_t ky = 0, tap = 0; ky < params.kernel_h; ++ky) {
-        for (int64_t kx = 0; kx < params.kernel_w; ++kx, ++tap) {
-          const TapSample<T> sample =
-              LocateTap(params, h_origin + ky * params.dilation_h,
-                        w_origin + kx * params.dilation_w, position_offset + 2 * (g * taps + tap));
-          visit(position, n, g, tap, sample);
+    for (int64_t g = tile.first_group; g < tile.end_group; ++g) {
+      for (int64_t ky = 0; ky < params.kernel_h; ++ky) {
+        for (int64_t kx = 0; kx < params.kernel_w; ++kx) {
+          *h++ = static_cast<int32_t>(h_origin + ky * params.dilation_h);
+          *w++ = static_cast<int32_t>(w_origin + kx * params.dilation_w);
         }
       }
     }
+    if (++x < params.out_w) continue;
+    x = 0;
+    if (++y == params.out_h) y = 0;
   }
 }
 
-// Calls visit(channel, column, count) for every run of channels of deformable group `g` that lies
-// together in one tap of a row of columns, `column` elements from the row's begin.
-template <typename Visit>
-DEFORM_CONV_INLINE void ForEachRun(const DeformConvParams& params, const ChannelSlice& slice,
-                                   int64_t g, int64_t tap, const Visit& visit) {
-  const int64_t g_begin = g * params.deform_group_channels();
-  const int64_t g_end = g_begin + params.deform_group_channels();
-  const int64_t end = g_end < slice.end ? g_end : slice.end;
-  int64_t channel = g_begin > slice.begin ? g_begin : slice.begin;
-  while (channel < end) {
-    const int64_t group = (channel - slice.begin) / slice.width;
-    const int64_t group_begin = slice.begin + group * slice.width;
-    const int64_t group_end = group_begin + slice.width;
-    const int64_t run_end = group_end < end ? group_end : end;
-    visit(channel, (group * params.taps() + tap) * slice.width + (channel - group_begin),
-          run_end - channel);
-    channel = run_end;
-  }
-}
-
-template <typename T>
-void DeformIm2Col(const DeformConvParams& params, const ChannelSlice& slice,
-                  const SampledTensors<T>& tensors, int64_t begin, int64_t end, const T* zero_pixel,
-                  T* columns) {
-  const int64_t image_size = params.in_h * params.in_w * params.in_channels;
-  const int64_t row_size = params.taps() * slice.channels();
-  ForEachSample(
-      params, slice, tensors.offset, begin, end,
-      [&](int64_t position, int64_t n, int64_t g, int64_t tap, const TapSample<T>& sample) {
-        T* row = columns + (position - begin) * row_size;
-        if (!sample.inside) {
-          ForEachRun(params, slice, g, tap, [&](int64_t, int64_t column, int64_t count) {
-            for (int64_t i = 0; i < count; ++i) row[column + i] = T(0);
-          });
-          return;
-        }
-        T weights[kCorners];
-        BilinearWeights(sample.h_fraction, sample.w_fraction, weights);
-        if (tensors.mask != nullptr) {
-          const T mask = tensors.mask[position * params.mask_channels() + g * params.taps() + tap];
-          for (T& weight : weights) weight *= mask;
-        }
-        const T* image = tensors.input + n * image_size;
-        const T* pixels[kCorners];
-        for (int corner = 0; corner < kCorners; ++corner) {
-          const int64_t pixel = sample.pixels[corner];
-          pixels[corner] = pixel < 0 ? zero_pixel : image + pixel * params.in_channels;
-        }
-        ForEachRun(params, slice, g, tap, [&](int64_t channel, int64_t column, int64_t count) {
-          const T* top_left = pixels[kTopLeft] + channel;
-          const T* top_right = pixels[kTopRight] + channel;
-          const T* bottom_left = pixels[kBottomLeft] + channel;
-          const T* bottom_right = pixels[kBottomRight] + channel;
-          T* out = row + column;
+// Samples [to, to + count) of the tile from their bases, which `tile` has, and these offsets and
+// masks.
+template <typename Int, bool has_mask, typename T>
+void LocateRange(const DeformConvParams& params, const T* offset, const T* mask, int64_t count,
+                 const TileSamples<T>& tile, int64_t to) {
+  const Int in_h = static_cast<Int>(params.in_h), in_w = static_cast<Int>(params.in_w);
+  T *top_left = tile.weights[kTopLeft] + to, *top_right = tile.weights[kTopRight] + to;
+  T *bottom_left = tile.weights[kBottomLeft] + to, *bottom_right = tile.weights[kBottomRight] + to;
+  T *h_fraction = tile.h_fraction + to, *w_fraction = tile.w_fraction + to;
+  int32_t *corners = tile.corners + to, *h_low = tile.h_low + to, *w_low = tile.w_low + to;
 #pragma omp simd
-          for (int64_t i = 0; i < count; ++i) {
-            out[i] = weights[kTopLeft] * top_left[i] + weights[kTopRight] * top_right[i] +
-                     weights[kBottomLeft] * bottom_left[i] +
-                     weights[kBottomRight] * bottom_right[i];
-          }
-        });
-      });
-}
-
-// What one run of channels adds to the gradients: to the corners' pixels in place, and to
-// `products`, the products of the columns' gradient with each corner, summed over channels. The
-// derivatives by offset and mask are combinations of those four sums.
-template <bool kInput, bool kProducts, typename T>
-DEFORM_CONV_INLINE void BackpropRun(const T* grad, int64_t count, const T* const pixels[kCorners],
-                                    const T weights[kCorners], T* const grad_pixels[kCorners],
-                                    T products[kCorners]) {
-  T top_left = 0, top_right = 0, bottom_left = 0, bottom_right = 0;
-  // Corners are different pixels, or the one whose content is ignored.
-#pragma omp simd reduction(+ : top_left, top_right, bottom_left, bottom_right)
   for (int64_t i = 0; i < count; ++i) {
-    if (kProducts) {
-      top_left += grad[i] * pixels[kTopLeft][i];
-      top_right += grad[i] * pixels[kTopRight][i];
-      bottom_left += grad[i] * pixels[kBottomLeft][i];
-      bottom_right += grad[i] * pixels[kBottomRight][i];
-    }
-    if (kInput) {
-      grad_pixels[kTopLeft][i] += weights[kTopLeft] * grad[i];
-      grad_pixels[kTopRight][i] += weights[kTopRight] * grad[i];
-      grad_pixels[kBottomLeft][i] += weights[kBottomLeft] * grad[i];
-      grad_pixels[kBottomRight][i] += weights[kBottomRight] * grad[i];
-    }
+    const ImageSample<T, Int> sample =
+        LocateSample<T, Int>(h_low[i], w_low[i], offset[2 * i], offset[2 * i + 1], in_h, in_w);
+    const T factor = has_mask ? mask[i] : T(1);
+    top_left[i] = factor * sample.weights[kTopLeft];
+    top_right[i] = factor * sample.weights[kTopRight];
+    bottom_left[i] = factor * sample.weights[kBottomLeft];
+    bottom_right[i] = factor * sample.weights[kBottomRight];
+    h_fraction[i] = sample.h_fraction;
+    w_fraction[i] = sample.w_fraction;
+    corners[i] = sample.corners;
+    h_low[i] = static_cast<int32_t>(sample.h_low);
+    w_low[i] = static_cast<int32_t>(sample.w_low);
   }
-  products[kTopLeft] += top_left;
-  products[kTopRight] += top_right;
-  products[kBottomLeft] += bottom_left;
-  products[kBottomRight] += bottom_right;
-}
-
-template <bool kInput, bool kProducts, typename T>
-void DeformCol2ImFor(const DeformConvParams& params, const ChannelSlice& slice,
-                     const SampledTensors<T>& tensors, int64_t begin, int64_t end,
-                     const T* grad_columns, const T* zero_pixel, T* ignored_pixel,
-                     const SampledGradients<T>& gradients) {
-  const int64_t image_size = params.in_h * params.in_w * params.in_channels;
-  const int64_t row_size = params.taps() * slice.channels();
-  ForEachSample(
-      params, slice, tensors.offset, begin, end,
-      [&](int64_t position, int64_t n, int64_t g, int64_t tap, const TapSample<T>& sample) {
-        if (!sample.inside) return;
-        const int64_t mask_index = position * params.mask_channels() + g * params.taps() + tap;
-        const T mask = tensors.mask == nullptr ? T(1) : tensors.mask[mask_index];
-        T weights[kCorners], masked_weights[kCorners];
-        BilinearWeights(sample.h_fraction, sample.w_fraction, weights);
-        for (int corner = 0; corner < kCorners; ++corner) {
-          masked_weights[corner] = mask * weights[corner];
-        }
-        const T* row = grad_columns + (position - begin) * row_size;
-        T products[kCorners] = {0, 0, 0, 0};
-        ForEachRun(params, slice, g, tap, [&](int64_t channel, int64_t column, int64_t count) {
-          const T* pixels[kCorners];
-          T* grad_pixels[kCorners];
-          for (int corner = 0; corner < kCorners; ++corner) {
-            const bool exists = sample.pixels[corner] >= 0;
-            const int64_t at =
-                n * image_size + sample.pixels[corner] * params.in_channels + channel;
-            pixels[corner] = exists ? tensors.input + at : zero_pixel;
-            grad_pixels[corner] = kInput && exists ? gradients.input + at : ignored_pixel;
-          }
-          BackpropRun<kInput, kProducts>(row + column, count, pixels, masked_weights, grad_pixels,
-                                         products);
-        });
-        if (!kProducts) return;
-        if (gradients.offset != nullptr) {
-          gradients.offset[2 * mask_index] +=
-              mask * BilinearDerivativeH(sample.w_fraction, products);
-          gradients.offset[2 * mask_index + 1] +=
-              mask * BilinearDerivativeW(sample.h_fraction, products);
-        }
-        if (gradients.mask != nullptr) {
-          T sum = 0;
-          for (int corner = 0; corner < kCorners; ++corner) {
-            sum += weights[corner] * products[corner];
-          }
-          gradients.mask[mask_index] += sum;
-        }
-      });
 }
 
 template <typename T>
-void DeformCol2Im(const DeformConvParams& params, const ChannelSlice& slice,
-                  const SampledTensors<T>& tensors, int64_t begin, int64_t end,
-                  const T* grad_columns, const T* zero_pixel, T* ignored_pixel,
+void Locate(const DeformConvParams& params, const SampledTensors<T>& tensors,
+            const TileSamples<T>& tile) {
+  WriteBases(params, tile);
+  const bool small = FitsInt32(params);
+  const auto locate =
+      tensors.mask == nullptr
+          ? (small ? LocateRange<int32_t, false, T> : LocateRange<int64_t, false, T>)
+          : (small ? LocateRange<int32_t, true, T> : LocateRange<int64_t, true, T>);
+  // With all groups, the tile's samples follow each other in the tensors too.
+  const int64_t groups = tile.end_group - tile.first_group;
+  const bool all_groups = groups == params.deform_groups;
+  const int64_t rows = all_groups ? 1 : tile.end - tile.begin;
+  const int64_t count = (all_groups ? tile.end - tile.begin : 1) * groups * params.taps();
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t first =
+        ((tile.begin + row) * params.deform_groups + tile.first_group) * params.taps();
+    locate(params, tensors.offset + 2 * first,
+           tensors.mask == nullptr ? nullptr : tensors.mask + first, count, tile, row * count);
+  }
+}
+
+template <typename T>
+DEFORM_CONV_INLINE void FillZero(T* to, int64_t count) {
+  ForEachVector<T>(count, [=](int64_t i, auto lanes) DEFORM_CONV_INLINE_LAMBDA {
+    Store<lanes()>(to + i, Vector<T, lanes()>{});
+  });
+}
+
+// Calls visit(run, row, tap, sample, at) for all that a tile reads: `row` is the position's,
+// counted from the tile's first; `sample` the number of the sample in the tile; and `at` where the
+// run's channels at the sample's top left corner are in the input, in elements.
+template <typename T, typename Visit>
+DEFORM_CONV_INLINE void ForEachRead(const DeformConvParams& params, const ChannelRuns& runs,
+                                    const TileSamples<T>& tile, const Visit& visit) {
+  const int64_t taps = params.taps(), channels = params.in_channels;
+  const int64_t in_h = params.in_h, in_w = params.in_w;
+  const int64_t image_positions = params.out_h * params.out_w;
+  const int64_t groups = tile.end_group - tile.first_group;
+  const int64_t rows = tile.end - tile.begin;
+  const int32_t *h_low = tile.h_low, *w_low = tile.w_low;
+  int64_t n = tile.begin / image_positions;
+  int64_t row = 0;
+  while (row < rows) {  // image by image
+    const int64_t image_end = (n + 1) * image_positions - tile.begin;
+    const int64_t rows_end = image_end < rows ? image_end : rows;
+    for (; row < rows_end; ++row) {
+      for (const ChannelRun* run = runs.begin; run < runs.end; ++run) {
+        int64_t sample = (row * groups + run->deform_group - tile.first_group) * taps;
+        for (int64_t tap = 0; tap < taps; ++tap, ++sample) {
+          const int64_t pixel = (n * in_h + h_low[sample]) * in_w + w_low[sample];
+          visit(*run, row, tap, sample, pixel * channels + run->channel);
+        }
+      }
+    }
+    ++n;
+  }
+}
+
+// Pointers to each corner of a sample, `outside` for those that lie outside the image.
+template <typename Element>
+struct Corners {
+  Element* at[kCorners];
+
+  DEFORM_CONV_INLINE Corners(Element* top_left, int64_t right, int64_t down, int32_t corners,
+                             Element* outside)
+      : at{top_left, top_left + right, top_left + down, top_left + down + right} {
+    if (corners == kAllCorners) return;
+    for (int corner = 0; corner < kCorners; ++corner) {
+      if (!(corners >> corner & 1)) at[corner] = outside;
+    }
+  }
+};
+
+template <typename T>
+void DeformIm2Col(const DeformConvParams& params, const ChannelRuns& runs,
+                  const TileSamples<T>& tile_samples, const T* input, const T* zeros,
+                  const Matrix<T>& columns_matrix) {
+  // Copies: nothing that is written through a pointer can change them.
+  const TileSamples<T> tile = tile_samples;
+  const Matrix<T> columns = columns_matrix;
+  const int64_t right = params.in_channels, down = params.in_w * params.in_channels;
+  ForEachRead(params, runs, tile,
+              [=](const ChannelRun& run, int64_t row, int64_t tap, int64_t sample,
+                  int64_t at) DEFORM_CONV_INLINE_LAMBDA {
+                T* to = columns.data + row * columns.stride + run.column + tap * run.tap_stride;
+                const int32_t corners = tile.corners[sample];
+                if (corners == 0) return FillZero(to, run.count);
+                const T top_left = tile.weights[kTopLeft][sample];
+                const T top_right = tile.weights[kTopRight][sample];
+                const T bottom_left = tile.weights[kBottomLeft][sample];
+                const T bottom_right = tile.weights[kBottomRight][sample];
+                const Corners<const T> from(input + at, right, down, corners, zeros);
+                ForEachVector<T>(run.count, [=](int64_t i, auto lanes) DEFORM_CONV_INLINE_LAMBDA {
+                  constexpr int n = lanes();
+                  Store<n>(to + i, top_left * Load<n>(from.at[kTopLeft] + i) +
+                                       top_right * Load<n>(from.at[kTopRight] + i) +
+                                       bottom_left * Load<n>(from.at[kBottomLeft] + i) +
+                                       bottom_right * Load<n>(from.at[kBottomRight] + i));
+                });
+              });
+}
+
+// Products of a column's gradient with each corner, summed over channels. The gradients by offset
+// and mask are combinations of those four sums, and so of four vectors that are summed up later.
+template <typename T>
+struct CornerProducts {
+  Vector<T> vectors[kCorners] = {};
+  T numbers[kCorners] = {};  // what did not fill a vector
+
+  template <int n>
+  DEFORM_CONV_INLINE void Add(int corner, const Vector<T, n>& product) {
+    if constexpr (n == kLanes<T>) {
+      vectors[corner] += product;
+    } else {
+      numbers[corner] += Sum<n, T>(product);
+    }
+  }
+};
+
+// Adds a sample's share of the gradients by its offset and mask. `index` numbers the samples of the
+// batch.
+template <typename T>
+DEFORM_CONV_INLINE void AddPositionGradients(const CornerProducts<T>& products, T h_fraction,
+                                             T w_fraction, const T* mask, int64_t index,
+                                             const SampledGradients<T>& gradients) {
+  constexpr int n = kLanes<T>;
+  if (gradients.offset != nullptr) {
+    const T factor = mask == nullptr ? T(1) : mask[index];
+    const T h = Sum<n, T>(BilinearDerivativeH(w_fraction, products.vectors)) +
+                BilinearDerivativeH(w_fraction, products.numbers);
+    const T w = Sum<n, T>(BilinearDerivativeW(h_fraction, products.vectors)) +
+                BilinearDerivativeW(h_fraction, products.numbers);
+    gradients.offset[2 * index] += factor * h;
+    gradients.offset[2 * index + 1] += factor * w;
+  }
+  if (gradients.mask != nullptr) {
+    T weights[kCorners];
+    BilinearWeights(h_fraction, w_fraction, weights);
+    Vector<T> vector = {};
+    T sum = 0;
+    for (int corner = 0; corner < kCorners; ++corner) {
+      vector += weights[corner] * products.vectors[corner];
+      sum += weights[corner] * products.numbers[corner];
+    }
+    gradients.mask[index] += Sum<n, T>(vector) + sum;
+  }
+}
+
+template <bool want_input, bool want_positions, bool replace, typename T>
+void DeformCol2ImFor(const DeformConvParams& params, const ChannelRuns& runs,
+                     const TileSamples<T>& tile_samples, const SampledTensors<T>& tensors,
+                     const T* zeros, T* ignored, const Matrix<T>& columns_matrix,
+                     const SampledGradients<T>& sampled_gradients) {
+  // Copies: nothing that is written through a pointer can change them.
+  const TileSamples<T> tile = tile_samples;
+  const Matrix<T> columns = columns_matrix;
+  const SampledGradients<T> gradients = sampled_gradients;
+  const T *input = tensors.input, *mask = tensors.mask;
+  const int64_t right = params.in_channels, down = params.in_w * params.in_channels;
+  const int64_t taps = params.taps(), deform_groups = params.deform_groups;
+  ForEachRead(params, runs, tile,
+              [=](const ChannelRun& run, int64_t row, int64_t tap, int64_t sample,
+                  int64_t at) DEFORM_CONV_INLINE_LAMBDA {
+                T* column = columns.data + row * columns.stride + run.column + tap * run.tap_stride;
+                const int32_t corners = tile.corners[sample];
+                if (corners == 0) {
+                  if (replace) FillZero(column, run.count);
+                  return;
+                }
+                T weights[kCorners];
+                for (int corner = 0; corner < kCorners; ++corner) {
+                  weights[corner] = tile.weights[corner][sample];
+                }
+                const Corners<const T> from(input + at, right, down, corners, zeros);
+                // Corners are different pixels, or the one whose content is ignored.
+                const Corners<T> to(want_input ? gradients.input + at : ignored, right, down,
+                                    corners, ignored);
+                CornerProducts<T> products;
+                ForEachVector<T>(run.count, [&](int64_t i, auto lanes) DEFORM_CONV_INLINE_LAMBDA {
+                  constexpr int n = lanes();
+                  const Vector<T, n> grad = Load<n>(column + i);
+                  Vector<T, n> sum = {};
+#pragma GCC unroll 4
+                  for (int corner = 0; corner < kCorners; ++corner) {
+                    if (want_positions || replace) {
+                      const Vector<T, n> pixel = Load<n>(from.at[corner] + i);
+                      if (want_positions) products.template Add<n>(corner, grad * pixel);
+                      if (replace) sum += weights[corner] * pixel;
+                    }
+                    if (want_input) {
+                      T* pixel = to.at[corner] + i;
+                      Store<n>(pixel, Load<n>(pixel) + weights[corner] * grad);
+                    }
+                  }
+                  if (replace) Store<n>(column + i, sum);
+                });
+                if (!want_positions) return;
+                const int64_t position = tile.begin + row;
+                AddPositionGradients(
+                    products, tile.h_fraction[sample], tile.w_fraction[sample], mask,
+                    (position * deform_groups + run.deform_group) * taps + tap, gradients);
+              });
+}
+
+template <typename T>
+void DeformCol2Im(const DeformConvParams& params, const ChannelRuns& runs,
+                  const TileSamples<T>& tile, const SampledTensors<T>& tensors, const T* zeros,
+                  T* ignored, bool replace, const Matrix<T>& columns,
                   const SampledGradients<T>& gradients) {
-  const bool products = gradients.offset != nullptr || gradients.mask != nullptr;
-  const auto run = gradients.input == nullptr ? DeformCol2ImFor<false, true, T>
-                   : products                 ? DeformCol2ImFor<true, true, T>
-                                              : DeformCol2ImFor<true, false, T>;
-  run(params, slice, tensors, begin, end, grad_columns, zero_pixel, ignored_pixel, gradients);
+  const bool positions = gradients.offset != nullptr || gradients.mask != nullptr;
+  const auto run = [&](auto want_input, auto want_positions, auto want_columns) {
+    DeformCol2ImFor<want_input(), want_positions(), want_columns()>(
+        params, runs, tile, tensors, zeros, ignored, columns, gradients);
+  };
+  const auto run_with = [&](auto want_input, auto want_positions) {
+    replace ? run(want_input, want_positions, std::true_type())
+            : run(want_input, want_positions, std::false_type());
+  };
+  if (gradients.input == nullptr) {
+    run_with(std::false_type(), std::true_type());
+  } else if (positions) {
+    run_with(std::true_type(), std::true_type());
+  } else {
+    run_with(std::true_type(), std::false_type());
+  }
 }
 
 }  // namespace DEFORM_CONV_ISA

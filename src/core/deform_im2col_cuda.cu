@@ -57,12 +57,9 @@ __device__ __forceinline__ void Store(T* to, const A (&numbers)[kSize]) {
 
 // A sample as a block keeps it in shared memory.
 template <typename A>
-struct LocatedSample {
-  A weights[kCorners];  // without the mask
-  A h_fraction, w_fraction;
+struct LocatedSample : ImageSample<A, int64_t> {
   A mask;
-  unsigned corners;  // a bit for each corner that lies in the image; 0 if none counts
-  int64_t top_left;  // pixel of the batch; meaningful as a base of the others only
+  int64_t top_left;  // pixel of the batch
   int64_t column;    // where the tap's first column of group 0 is, in elements
   int64_t index;     // (position * deform_groups + g) * taps + tap, of the whole batch
   int channel;       // the deformable group's first
@@ -90,24 +87,13 @@ __device__ LocatedSample<A> Locate(const DeformConvParams& params,
   sample.index = position * per_position + g_tap;
   sample.column = row * taps * params.in_channels + tap * params.group_in_channels();
   sample.channel = static_cast<int>(g * params.deform_group_channels());
-  sample.corners = 0;
-  sample.top_left = 0;
-  const AxisSample<A> h =
-      LocateOnAxis(y * params.stride_h - params.pad_top + ky * params.dilation_h,
-                   tensors.offset[2 * sample.index], params.in_h);
-  const AxisSample<A> w =
-      LocateOnAxis(x * params.stride_w - params.pad_left + kx * params.dilation_w,
-                   tensors.offset[2 * sample.index + 1], params.in_w);
-  if (!h.inside || !w.inside) return sample;
-  const unsigned top = h.low >= 0, bottom = h.low + 1 < params.in_h;
-  const unsigned left = w.low >= 0, right = w.low + 1 < params.in_w;
-  sample.corners = (top & left) << kTopLeft | (top & right) << kTopRight |
-                   (bottom & left) << kBottomLeft | (bottom & right) << kBottomRight;
-  sample.top_left = (n * params.in_h + h.low) * params.in_w + w.low;
-  sample.h_fraction = h.fraction;
-  sample.w_fraction = w.fraction;
+  static_cast<ImageSample<A, int64_t>&>(sample) =
+      LocateSample<A, int64_t>(y * params.stride_h - params.pad_top + ky * params.dilation_h,
+                               x * params.stride_w - params.pad_left + kx * params.dilation_w,
+                               tensors.offset[2 * sample.index],
+                               tensors.offset[2 * sample.index + 1], params.in_h, params.in_w);
+  sample.top_left = (n * params.in_h + sample.h_low) * params.in_w + sample.w_low;
   sample.mask = tensors.mask == nullptr ? A(1) : tensors.mask[sample.index];
-  BilinearWeights(h.fraction, w.fraction, sample.weights);
   return sample;
 }
 
@@ -152,7 +138,7 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
   const int channels = static_cast<int>(params.deform_group_channels());
   for (int s = lanes.row(); s < count; s += lanes.rows()) {
     const LocatedSample<A>& sample = samples[s];
-    const unsigned corners = sample.corners;
+    const int corners = sample.corners;
     const T* pixel = tensors.input + sample.top_left * params.in_channels + sample.channel;
     A weights[kCorners];
 #pragma unroll
@@ -203,7 +189,7 @@ template <typename A>
 __device__ __forceinline__ void WriteGradients(const LocatedSample<A>& sample,
                                                const A (&products)[kCorners],
                                                const SampledGradients<A>& gradients) {
-  // Where no corner counts, fractions and mask are not set, and every gradient is 0.
+  // Where no corner counts every gradient is 0, also beside an infinite mask.
   A grad_h = 0, grad_w = 0, grad_mask = 0;
   if (sample.corners != 0) {
     grad_h = sample.mask * BilinearDerivativeH(sample.w_fraction, products);
@@ -242,7 +228,7 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
     const int s = round + lanes.row();
     const bool active = s < count;
     const LocatedSample<A>& sample = samples[active ? s : 0];
-    const unsigned corners = sample.corners;
+    const int corners = sample.corners;
     const int64_t pixel = sample.top_left * params.in_channels + sample.channel;
     A products[kCorners] = {};
     const int channels_end = active && (corners != 0 || replace) ? channels : 0;

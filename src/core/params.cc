@@ -38,14 +38,15 @@ std::string SizeAxis(const Axis& axis, Padding padding, int64_t* out, int64_t* p
     return Message("filters and dilations: dilated kernel ", axis.name, " ", extent,
                    " is too large");
   }
-  if (padding == Padding::kSame) {
-    *pad_before = std::max<int64_t>((*out - 1) * axis.stride + extent - axis.in, 0) / 2;
-    return "";
-  }
-  const int64_t padded =
-      axis.in + (padding == Padding::kExplicit ? axis.pad_before + axis.pad_after : 0);
+  int64_t padded = axis.in;
+  if (padding == Padding::kSame) padded = std::max((*out - 1) * axis.stride + extent, axis.in);
+  if (padding == Padding::kExplicit) padded += axis.pad_before + axis.pad_after;
   if (padded > kMaxExtent) {
     return Message("padding: padded input ", axis.name, " ", padded, " is too large");
+  }
+  if (padding == Padding::kSame) {
+    *pad_before = (padded - axis.in) / 2;
+    return "";
   }
   // The size tf.nn.conv2d gives: an input short of the kernel by less than a stride gives 0.
   if (padded + axis.stride < extent) {
