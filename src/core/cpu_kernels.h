@@ -32,19 +32,25 @@ struct ChannelRun {
   int64_t tap_stride;  // distance in the row from one tap to the next
 };
 
-// What positions [begin, end) sample for deformable groups [first_group, end_group), as
-// LocateSample() gives it, but with the weights times the mask. Numbered
-// [position - begin][group - first_group][tap]; in separate arrays, so that vector code writes
-// them.
+// Samples as LocateSample() gives them, but with the weights times the mask, and all 0 where no
+// corner counts. Some side by side, so that vector code writes them, yet near each other, so that
+// one pointer is enough to read all of a sample.
+template <typename T>
+struct SampleBlock {
+  static constexpr int kSize = 16;
+  T weights[kCorners][kSize];
+  T h_fraction[kSize], w_fraction[kSize];
+  int32_t corners[kSize], h_low[kSize], w_low[kSize];
+};
+
+// What positions [begin, end) sample for deformable groups [first_group, end_group), numbered
+// [position - begin][group - first_group][tap].
 template <typename T>
 struct TileSamples {
   int64_t begin, end;
   int64_t first_group, end_group;
-  T* weights[kCorners];
-  T *h_fraction, *w_fraction;
-  int32_t *corners, *h_low, *w_low;
-
-  static constexpr int kFloats = kCorners + 2, kInts = 3;  // per sample
+  int32_t *h_bases, *w_bases;  // the positions without offsets; workspace of locate
+  SampleBlock<T>* blocks;
 };
 
 // The slice of the channels that im2col and col2im work on.
@@ -59,7 +65,7 @@ struct CpuKernels {
   // The result of a GEMM is computed in blocks of so many rows, and in panels of so many columns.
   int64_t gemm_rows, gemm_panel;
 
-  // Writes the arrays of `tile`.
+  // Writes the tile's samples.
   void (*locate)(const DeformConvParams& params, const SampledTensors<T>& tensors,
                  const TileSamples<T>& tile);
 

@@ -18,10 +18,10 @@ namespace {
 
 // A tile's positions, about: enough for its GEMMs to make up for reading the packed filters from
 // the last-level cache.
-constexpr int64_t kTilePositions = 144;
+constexpr int64_t kTilePositions = 96;
 // The length of a row of columns, about: a tile of them takes 330 KB, within a second-level cache,
 // and slices are wide enough for the work per sample to outweigh finding it.
-constexpr int64_t kRowSize = 576;
+constexpr int64_t kRowSize = 1152;
 // Channels are cut into slices at multiples of so many: a cache line.
 constexpr int64_t kSliceUnit = 16;
 // Bounds on what a thread allocates, so 8 MiB in all.
@@ -249,8 +249,7 @@ int64_t TilePositions(const DeformConvParams& params, const std::vector<ChannelS
     const int64_t width = params.deform_group_channels();
     most_groups = std::max(most_groups, (slice.end - 1) / width - slice.begin / width + 1);
   }
-  constexpr int64_t kBytes =
-      TileSamples<T>::kFloats * sizeof(T) + TileSamples<T>::kInts * sizeof(int32_t);
+  constexpr int64_t kBytes = sizeof(SampleBlock<T>) / SampleBlock<T>::kSize;
   const int64_t sample_bytes = most_groups * params.taps() * kBytes;
   const int64_t most = std::clamp<int64_t>(kSamplesBytes / sample_bytes, 1, kTilePositions);
   const int64_t tiles = RoundUp(CeilDiv(positions, most), wanted);
@@ -315,24 +314,15 @@ class Tile {
   }
   void MakeRoomForSamples(int64_t first_group, int64_t end_group) {
     const int64_t count = positions_ * (end_group - first_group) * params_.taps();
-    if (static_cast<int64_t>(ints_.size()) < TileSamples<T>::kInts * count) {
-      floats_.resize(TileSamples<T>::kFloats * count);
-      ints_.resize(TileSamples<T>::kInts * count);
+    if (static_cast<int64_t>(bases_.size()) < 2 * count) {
+      bases_.resize(2 * count);
+      blocks_.resize(CeilDiv(count, SampleBlock<T>::kSize));
     }
-    T* floats = floats_.data();
-    int32_t* ints = ints_.data();
-    const auto next = [count](auto*& array) {
-      array += count;
-      return array - count;
-    };
     located_.first_group = first_group;
     located_.end_group = end_group;
-    for (T*& weights : located_.weights) weights = next(floats);
-    located_.h_fraction = next(floats);
-    located_.w_fraction = next(floats);
-    located_.corners = next(ints);
-    located_.h_low = next(ints);
-    located_.w_low = next(ints);
+    located_.h_bases = bases_.data();
+    located_.w_bases = bases_.data() + count;
+    located_.blocks = blocks_.data();
   }
 
   ChannelRuns Runs() const { return {runs_.data(), runs_.data() + runs_.size()}; }
@@ -345,8 +335,8 @@ class Tile {
   ChannelSlice slice_{};
   int64_t stride_ = 0;
   std::vector<ChannelRun> runs_;
-  AlignedVector<T> floats_;
-  AlignedVector<int32_t> ints_;
+  AlignedVector<int32_t> bases_;
+  AlignedVector<SampleBlock<T>> blocks_;
   AlignedVector<T> columns_, zeros_, ignored_;
 };
 

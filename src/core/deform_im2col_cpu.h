@@ -22,45 +22,55 @@ DEFORM_CONV_INLINE bool FitsInt32(const DeformConvParams& params) {
          params.pad_left < kInt32Limit && h_end < kInt32Limit && w_end < kInt32Limit;
 }
 
-// The samples' positions without offsets, into tile.h_low and tile.w_low.
 template <typename T>
 void WriteBases(const DeformConvParams& params, const TileSamples<T>& tile) {
   const int64_t y_n = tile.begin / params.out_w;
   int64_t x = tile.begin - y_n * params.out_w;
   int64_t y = y_n % params.out_h;
-  int32_t *h = tile.h_low, *w = tile.w_low;
-  for (int64_t position = tile.begin; position < tile.end; ++position) {
-    const int64_t h_origin = y * params.stride_h - params.pad_top;
-    const int64_t w_origin = x * params.stride_w - params.pad_left;
-    for (int64_t g = tile.first_group; g < tile.end_group; ++g) {
-      for (int64_t ky = 0; ky < params.kernel_h; ++ky) {
-        for (int64_t kx = 0; kx < params.kernel_w; ++kx) {
-          *h++ = static_cast<int32_t>(h_origin + ky * params.dilation_h);
-          *w++ = static_cast<int32_t>(w_origin + kx * params.dilation_w);
-        }
+  const int64_t first_y = y, first_x = x;
+  const int64_t count = (tile.end_group - tile.first_group) * params.taps();
+  int32_t *h = tile.h_bases, *w = tile.w_bases;
+  for (int64_t g = tile.first_group; g < tile.end_group; ++g) {
+    for (int64_t ky = 0; ky < params.kernel_h; ++ky) {
+      for (int64_t kx = 0; kx < params.kernel_w; ++kx) {
+        *h++ = static_cast<int32_t>(y * params.stride_h - params.pad_top + ky * params.dilation_h);
+        *w++ = static_cast<int32_t>(x * params.stride_w - params.pad_left + kx * params.dilation_w);
       }
     }
-    if (++x < params.out_w) continue;
-    x = 0;
-    if (++y == params.out_h) y = 0;
+  }
+  // The other positions are the first one, moved.
+  for (int64_t position = tile.begin + 1; position < tile.end; ++position, h += count, w += count) {
+    if (++x == params.out_w) {
+      x = 0;
+      if (++y == params.out_h) y = 0;
+    }
+    const int32_t down = static_cast<int32_t>((y - first_y) * params.stride_h);
+    const int32_t right = static_cast<int32_t>((x - first_x) * params.stride_w);
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) {
+      h[i] = tile.h_bases[i] + down;
+      w[i] = tile.w_bases[i] + right;
+    }
   }
 }
 
-// Samples [to, to + count) of the tile from their bases, which `tile` has, and these offsets and
-// masks.
+// Samples [lane, lane + count) of a block.
 template <typename Int, bool has_mask, typename T>
-void LocateRange(const DeformConvParams& params, const T* offset, const T* mask, int64_t count,
-                 const TileSamples<T>& tile, int64_t to) {
-  const Int in_h = static_cast<Int>(params.in_h), in_w = static_cast<Int>(params.in_w);
-  T *top_left = tile.weights[kTopLeft] + to, *top_right = tile.weights[kTopRight] + to;
-  T *bottom_left = tile.weights[kBottomLeft] + to, *bottom_right = tile.weights[kBottomRight] + to;
-  T *h_fraction = tile.h_fraction + to, *w_fraction = tile.w_fraction + to;
-  int32_t *corners = tile.corners + to, *h_low = tile.h_low + to, *w_low = tile.w_low + to;
+DEFORM_CONV_INLINE void LocateInBlock(const int32_t* h_bases, const int32_t* w_bases,
+                                      const T* offset, const T* mask, Int in_h, Int in_w,
+                                      int64_t lane, int64_t count, SampleBlock<T>& block) {
+  T *top_left = block.weights[kTopLeft] + lane, *top_right = block.weights[kTopRight] + lane;
+  T* bottom_left = block.weights[kBottomLeft] + lane;
+  T* bottom_right = block.weights[kBottomRight] + lane;
+  T *h_fraction = block.h_fraction + lane, *w_fraction = block.w_fraction + lane;
+  int32_t* corners = block.corners + lane;
+  int32_t *h_low = block.h_low + lane, *w_low = block.w_low + lane;
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
     const ImageSample<T, Int> sample =
-        LocateSample<T, Int>(h_low[i], w_low[i], offset[2 * i], offset[2 * i + 1], in_h, in_w);
-    const T factor = has_mask ? mask[i] : T(1);
+        LocateSample<T, Int>(h_bases[i], w_bases[i], offset[2 * i], offset[2 * i + 1], in_h, in_w);
+    // What lies outside weighs nothing, whatever the mask.
+    const T factor = sample.corners != 0 ? (has_mask ? mask[i] : T(1)) : T(0);
     top_left[i] = factor * sample.weights[kTopLeft];
     top_right[i] = factor * sample.weights[kTopRight];
     bottom_left[i] = factor * sample.weights[kBottomLeft];
@@ -70,6 +80,30 @@ void LocateRange(const DeformConvParams& params, const T* offset, const T* mask,
     corners[i] = sample.corners;
     h_low[i] = static_cast<int32_t>(sample.h_low);
     w_low[i] = static_cast<int32_t>(sample.w_low);
+  }
+}
+
+// Samples [first, first + count) of the tile; offset and mask are those of the first.
+template <typename Int, bool has_mask, typename T>
+void LocateRange(const DeformConvParams& params, const T* offset, const T* mask, int64_t count,
+                 const TileSamples<T>& tile, int64_t first) {
+  constexpr int64_t kSize = SampleBlock<T>::kSize;
+  const Int in_h = static_cast<Int>(params.in_h), in_w = static_cast<Int>(params.in_w);
+  const int32_t *h_bases = tile.h_bases, *w_bases = tile.w_bases;
+  for (int64_t end = first + count; first < end;) {
+    SampleBlock<T>& block = tile.blocks[first / kSize];
+    const int64_t lane = first % kSize;
+    const int64_t lanes = kSize - lane < end - first ? kSize - lane : end - first;
+    if (lanes == kSize) {  // of a length that the compiler knows
+      LocateInBlock<Int, has_mask>(h_bases + first, w_bases + first, offset, mask, in_h, in_w, 0,
+                                   kSize, block);
+    } else {
+      LocateInBlock<Int, has_mask>(h_bases + first, w_bases + first, offset, mask, in_h, in_w, lane,
+                                   lanes, block);
+    }
+    first += lanes;
+    offset += 2 * lanes;
+    if (has_mask) mask += lanes;
   }
 }
 
@@ -102,32 +136,37 @@ DEFORM_CONV_INLINE void FillZero(T* to, int64_t count) {
   });
 }
 
-// Calls visit(run, row, tap, sample, at) for all that a tile reads: `row` is the position's,
-// counted from the tile's first; `sample` the number of the sample in the tile; and `at` where the
-// run's channels at the sample's top left corner are in the input, in elements.
+// Calls visit(run, row, tap, block, lane, top_left) for all that a tile reads: `row` is the
+// position's, counted from the tile's first; the sample is the block's lane; and `top_left` is
+// where the run's channels at its top left corner are in the input, in elements.
 template <typename T, typename Visit>
 DEFORM_CONV_INLINE void ForEachRead(const DeformConvParams& params, const ChannelRuns& runs,
                                     const TileSamples<T>& tile, const Visit& visit) {
-  const int64_t taps = params.taps(), channels = params.in_channels;
-  const int64_t in_h = params.in_h, in_w = params.in_w;
+  constexpr uint64_t kSize = SampleBlock<T>::kSize;
+  const int64_t taps = params.taps(), channels = params.in_channels, in_w = params.in_w;
   const int64_t image_positions = params.out_h * params.out_w;
   const int64_t groups = tile.end_group - tile.first_group;
   const int64_t rows = tile.end - tile.begin;
-  const int32_t *h_low = tile.h_low, *w_low = tile.w_low;
+  const SampleBlock<T>* const blocks = tile.blocks;
   int64_t n = tile.begin / image_positions;
-  int64_t row = 0;
-  while (row < rows) {  // image by image
+  int64_t rows_begin = 0;
+  while (rows_begin < rows) {  // image by image
     const int64_t image_end = (n + 1) * image_positions - tile.begin;
     const int64_t rows_end = image_end < rows ? image_end : rows;
-    for (; row < rows_end; ++row) {
-      for (const ChannelRun* run = runs.begin; run < runs.end; ++run) {
-        int64_t sample = (row * groups + run->deform_group - tile.first_group) * taps;
+    for (const ChannelRun* next = runs.begin; next < runs.end; ++next) {
+      const ChannelRun run = *next;
+      const int64_t image = n * params.in_h * in_w * channels + run.channel;
+      for (int64_t row = rows_begin; row < rows_end; ++row) {
+        uint64_t sample = (row * groups + run.deform_group - tile.first_group) * taps;
         for (int64_t tap = 0; tap < taps; ++tap, ++sample) {
-          const int64_t pixel = (n * in_h + h_low[sample]) * in_w + w_low[sample];
-          visit(*run, row, tap, sample, pixel * channels + run->channel);
+          const SampleBlock<T>& block = blocks[sample / kSize];
+          const uint64_t lane = sample % kSize;
+          const int64_t pixel = block.h_low[lane] * in_w + block.w_low[lane];
+          visit(run, row, tap, block, lane, image + pixel * channels);
         }
       }
     }
+    rows_begin = rows_end;
     ++n;
   }
 }
@@ -140,9 +179,8 @@ struct Corners {
   DEFORM_CONV_INLINE Corners(Element* top_left, int64_t right, int64_t down, int32_t corners,
                              Element* outside)
       : at{top_left, top_left + right, top_left + down, top_left + down + right} {
-    if (corners == kAllCorners) return;
     for (int corner = 0; corner < kCorners; ++corner) {
-      if (!(corners >> corner & 1)) at[corner] = outside;
+      at[corner] = corners >> corner & 1 ? at[corner] : outside;
     }
   }
 };
@@ -156,15 +194,14 @@ void DeformIm2Col(const DeformConvParams& params, const ChannelRuns& runs,
   const Matrix<T> columns = columns_matrix;
   const int64_t right = params.in_channels, down = params.in_w * params.in_channels;
   ForEachRead(params, runs, tile,
-              [=](const ChannelRun& run, int64_t row, int64_t tap, int64_t sample,
-                  int64_t at) DEFORM_CONV_INLINE_LAMBDA {
+              [=](const ChannelRun& run, int64_t row, int64_t tap, const SampleBlock<T>& block,
+                  uint64_t lane, int64_t at) DEFORM_CONV_INLINE_LAMBDA {
                 T* to = columns.data + row * columns.stride + run.column + tap * run.tap_stride;
-                const int32_t corners = tile.corners[sample];
-                if (corners == 0) return FillZero(to, run.count);
-                const T top_left = tile.weights[kTopLeft][sample];
-                const T top_right = tile.weights[kTopRight][sample];
-                const T bottom_left = tile.weights[kBottomLeft][sample];
-                const T bottom_right = tile.weights[kBottomRight][sample];
+                const int32_t corners = block.corners[lane];
+                const T top_left = block.weights[kTopLeft][lane];
+                const T top_right = block.weights[kTopRight][lane];
+                const T bottom_left = block.weights[kBottomLeft][lane];
+                const T bottom_right = block.weights[kBottomRight][lane];
                 const Corners<const T> from(input + at, right, down, corners, zeros);
                 ForEachVector<T>(run.count, [=](int64_t i, auto lanes) DEFORM_CONV_INLINE_LAMBDA {
                   constexpr int n = lanes();
@@ -235,17 +272,17 @@ void DeformCol2ImFor(const DeformConvParams& params, const ChannelRuns& runs,
   const int64_t right = params.in_channels, down = params.in_w * params.in_channels;
   const int64_t taps = params.taps(), deform_groups = params.deform_groups;
   ForEachRead(params, runs, tile,
-              [=](const ChannelRun& run, int64_t row, int64_t tap, int64_t sample,
-                  int64_t at) DEFORM_CONV_INLINE_LAMBDA {
+              [=](const ChannelRun& run, int64_t row, int64_t tap, const SampleBlock<T>& block,
+                  uint64_t lane, int64_t at) DEFORM_CONV_INLINE_LAMBDA {
                 T* column = columns.data + row * columns.stride + run.column + tap * run.tap_stride;
-                const int32_t corners = tile.corners[sample];
+                const int32_t corners = block.corners[lane];
                 if (corners == 0) {
                   if (replace) FillZero(column, run.count);
                   return;
                 }
                 T weights[kCorners];
                 for (int corner = 0; corner < kCorners; ++corner) {
-                  weights[corner] = tile.weights[corner][sample];
+                  weights[corner] = block.weights[corner][lane];
                 }
                 const Corners<const T> from(input + at, right, down, corners, zeros);
                 // Corners are different pixels, or the one whose content is ignored.
@@ -272,9 +309,9 @@ void DeformCol2ImFor(const DeformConvParams& params, const ChannelRuns& runs,
                 });
                 if (!want_positions) return;
                 const int64_t position = tile.begin + row;
-                AddPositionGradients(
-                    products, tile.h_fraction[sample], tile.w_fraction[sample], mask,
-                    (position * deform_groups + run.deform_group) * taps + tap, gradients);
+                AddPositionGradients(products, block.h_fraction[lane], block.w_fraction[lane], mask,
+                                     (position * deform_groups + run.deform_group) * taps + tap,
+                                     gradients);
               });
 }
 
