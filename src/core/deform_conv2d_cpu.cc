@@ -9,9 +9,9 @@
 #include <numeric>
 #include <vector>
 
-#include "core/aligned_vector.h"
 #include "core/cpu_kernels.h"
 #include "core/deform_conv2d.h"
+#include "core/workspace_vector.h"
 
 namespace deform_conv {
 namespace {
@@ -215,7 +215,7 @@ class PackedFilters {
   const CpuKernels<T>& kernels_ = SelectCpuKernels<T>();
   const DeformConvParams& params_;
   const GemmForm form_;
-  AlignedVector<T> packed_;
+  WorkspaceVector<T> packed_;
   std::vector<int64_t> begins_;
 };
 
@@ -276,8 +276,10 @@ class Tile {
     runs_ = RunsOf(params_, slice);
     int64_t longest = 0;
     for (const ChannelRun& run : runs_) longest = std::max(longest, run.count);
-    if (static_cast<int64_t>(zeros_.size()) < longest)
-      zeros_.resize(longest), ignored_.resize(longest);
+    if (static_cast<int64_t>(zeros_.size()) < longest) {
+      zeros_.assign(longest, T(0));
+      ignored_.assign(longest, T(0));
+    }
     // Rows an odd number of cache lines apart use all sets of the cache.
     stride_ = RoundUp(params_.taps() * slice.channels(), kSliceUnit);
     if (stride_ / kSliceUnit % 2 == 0) stride_ += kSliceUnit;
@@ -335,9 +337,9 @@ class Tile {
   ChannelSlice slice_{};
   int64_t stride_ = 0;
   std::vector<ChannelRun> runs_;
-  AlignedVector<int32_t> bases_;
-  AlignedVector<SampleBlock<T>> blocks_;
-  AlignedVector<T> columns_, zeros_, ignored_;
+  WorkspaceVector<int32_t> bases_;
+  WorkspaceVector<SampleBlock<T>> blocks_;
+  WorkspaceVector<T> columns_, zeros_, ignored_;
 };
 
 // --- Forward ---
@@ -447,10 +449,10 @@ class Backward {
     Worker(const DeformConvParams& params, const SampledTensors<T>& tensors, int64_t positions)
         : tile(params, tensors, positions) {}
     Tile<T> tile;
-    AlignedVector<T> packed_output;  // the tile's, of one group
-    AlignedVector<T> filters;        // sums, slice after slice, group after group
-    std::vector<T> offset, mask;     // sums of a band, unless the worker has the first part
-    int64_t begin = 0, end = 0;      // positions of its images
+    WorkspaceVector<T> packed_output;  // the tile's, of one group
+    WorkspaceVector<T> filters;        // sums, slice after slice, group after group
+    std::vector<T> offset, mask;       // sums of a band, unless the worker has the first part
+    int64_t begin = 0, end = 0;        // positions of its images
   };
 
   void RunRound(const std::vector<std::vector<ChannelSlice>>& slices) {

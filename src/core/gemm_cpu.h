@@ -106,19 +106,16 @@ void Gemm(GemmForm form, const Matrix<const T>& a, const T* packed, const Matrix
 }
 
 template <typename T>
-void Pack(const Matrix<const T>& b, int64_t depth_begin, int64_t depth, T* packed) {
-  T* to = packed + depth_begin * kPanel<T>;
-  for (int64_t j = 0; j < b.cols; j += kPanel<T>, to += depth * kPanel<T>) {
-    const int64_t width = b.cols - j < kPanel<T> ? b.cols - j : kPanel<T>;
-    for (int64_t p = 0; p < b.rows; ++p) {
-      const T* from = b.data + p * b.stride + j;
-      T* row = to + p * kPanel<T>;
-      if (width == kPanel<T>) {
-        std::memcpy(row, from, kPanel<T> * sizeof(T));
-      } else {
-        for (int64_t q = 0; q < kPanel<T>; ++q) row[q] = q < width ? from[q] : T(0);
-      }
+void Pack(const Matrix<const T>& b, int64_t row_begin, int64_t depth, T* packed) {
+  for (int64_t p = 0; p < b.rows; ++p) {
+    const T* from = b.data + p * b.stride;
+    T* row = packed + (row_begin + p) * kPanel<T>;
+    int64_t left = b.cols;
+    for (; left >= kPanel<T>; left -= kPanel<T>, from += kPanel<T>, row += depth * kPanel<T>) {
+      std::memcpy(row, from, kPanel<T> * sizeof(T));
     }
+    if (left == 0) continue;
+    for (int64_t q = 0; q < kPanel<T>; ++q) row[q] = q < left ? from[q] : T(0);
   }
 }
 
