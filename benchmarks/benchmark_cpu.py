@@ -1,23 +1,21 @@
 #!/usr/bin/env python3
 """Times deform_conv2d on the CPU against tf.nn.conv2d, in one run.
 
-    python benchmarks/benchmark_cpu.py [--output FILE.json]
+    python benchmarks/benchmark_cpu.py [--rounds N] [--output FILE.json]
 
-float32, 3x3, NHWC, stride 1, SAME. The two are timed in turn, so that whatever else the machine
-does falls on both. "forward+backward" is with respect to input, filters and, for deform_conv2d,
-offset. Prints medians with the quartiles, and writes them with machine, date and versions.
+float32, 3x3, NHWC, SAME: four shapes of detection networks at stride 1, and the layers of the
+experiment's network. The two are timed in turn, so that whatever else the machine does falls on
+both. "forward+backward" is with respect to input, filters and, for deform_conv2d, offset. Prints
+medians with the quartiles; --output keeps them, and writes a table beside FILE.json.
 """
 
 import argparse
-import datetime
-import json
-import math
 import os
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -25,15 +23,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils.cli import number, run
 
 import numpy as np
+import report
 import tensorflow as tf
 
-# N, C -> O, H x W
+# N, C -> O, H x W, stride
 SHAPES = (
-    (64, 32, 64, 28, 28),
-    (1, 128, 128, 100, 152),
-    (1, 256, 256, 50, 76),
-    (1, 512, 512, 25, 38),
+    (64, 32, 64, 28, 28, 1),
+    (1, 128, 128, 100, 152, 1),
+    (1, 256, 256, 50, 76, 1),
+    (1, 512, 512, 25, 38, 1),
 )
+LAYERS = (
+    (64, 1, 32, 28, 28, 1),
+    (64, 32, 64, 28, 28, 2),
+    (64, 64, 128, 14, 14, 1),
+    (64, 128, 128, 14, 14, 2),
+)
+MEASUREMENTS = ("forward", "forward+backward")
+HEADER = (
+    "N, C→O, H×W", "forward, ms", "tf.nn.conv2d", "ratio",
+    "forward+backward, ms", "tf.nn.conv2d", "ratio",
+)  # fmt: skip
 
 
 def processor_name() -> str:
@@ -44,12 +54,20 @@ def processor_name() -> str:
         return platform.processor()
 
 
+def instruction_set() -> str:
+    """The one that the library chooses here; see src/core/cpu_kernels.cc."""
+    flags = set(Path("/proc/cpuinfo").read_text().split()) if Path("/proc/cpuinfo").exists() else ()
+    if {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= set(flags):
+        return "AVX-512"
+    return "AVX2" if {"avx2", "fma", "f16c"} <= set(flags) else "baseline"
+
+
 def functions_of(shape: tuple[int, ...]) -> dict[str, dict[str, Callable[[], object]]]:
     """For each measurement, the two functions to compare, on the same random tensors."""
     # Here, so that run() can tell of a missing library.
     from utils.deform_conv_wrapper import deform_conv2d
 
-    batch, channels, out_channels, height, width = shape
+    batch, channels, out_channels, height, width, stride = shape
     rng = np.random.default_rng(0)
 
     def normal(*dimensions, scale=1.0):
@@ -57,11 +75,15 @@ def functions_of(shape: tuple[int, ...]) -> dict[str, dict[str, Callable[[], obj
 
     image = normal(batch, height, width, channels)
     filters = normal(3, 3, channels, out_channels, scale=0.05)
-    offset = normal(batch, height, width, 18)
-    grad_output = normal(batch, height, width, out_channels)
+    out_size = [-(-size // stride) for size in (height, width)]
+    offset = normal(batch, *out_size, 18)
+    grad_output = normal(batch, *out_size, out_channels)
+
+    def deform_conv(image, filters, offset):
+        return deform_conv2d(image, filters, offset, strides=stride)
 
     def conv(image, filters):
-        return tf.nn.conv2d(image, filters, 1, "SAME")
+        return tf.nn.conv2d(image, filters, stride, "SAME")
 
     def backward(function):
         def run(*arguments):
@@ -74,89 +96,103 @@ def functions_of(shape: tuple[int, ...]) -> dict[str, dict[str, Callable[[], obj
         return run
 
     def bound(function, *arguments):
-        compiled = tf.function(function)
-        return lambda: compiled(*arguments)
+        # A concrete function, so that Python does not look at the arguments in every call.
+        concrete = tf.function(function).get_concrete_function(*arguments)
+        return lambda: concrete(*arguments)
 
     return {
         "forward": {
-            "deform_conv2d": bound(deform_conv2d, image, filters, offset),
+            "deform_conv2d": bound(deform_conv, image, filters, offset),
             "tf.nn.conv2d": bound(conv, image, filters),
         },
         "forward+backward": {
-            "deform_conv2d": bound(backward(deform_conv2d), image, filters, offset),
+            "deform_conv2d": bound(backward(deform_conv), image, filters, offset),
             "tf.nn.conv2d": bound(backward(conv), image, filters),
         },
     }
 
 
 def time_in_turn(functions: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each function in each round."""
+    """Milliseconds of each function in each round."""
     for function in functions.values():
         function()
         function()
-    seconds = {name: [] for name in functions}
+    milliseconds = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
             start = time.perf_counter()
-            function()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
+            result = function()
+            milliseconds[name].append(1e3 * (time.perf_counter() - start))
+            del result  # freed outside the time
+    return milliseconds
+
+
+def time_shapes(shapes: Sequence[tuple[int, ...]], rounds: int) -> dict:
+    """Quartiles in milliseconds and ratios of medians, for each shape and measurement."""
+    rows = []
+    print(*HEADER, sep=" | ")
+    for shape in shapes:
+        row = {"shape": shape}
+        for measurement, functions in functions_of(shape).items():
+            quartiles = {
+                name: statistics.quantiles(values, n=4)
+                for name, values in time_in_turn(functions, rounds).items()
+            }
+            ratio = quartiles["deform_conv2d"][1] / quartiles["tf.nn.conv2d"][1]
+            row[measurement] = {"quartiles_ms": quartiles, "ratio": ratio}
+        rows.append(row)
+        print(*cells_of(row), sep=" | ", flush=True)
+    means = {
+        measurement: report.geometric_mean(row[measurement]["ratio"] for row in rows)
+        for measurement in MEASUREMENTS
+    }
+    print(sentence_of(means))
+    return {"rows": rows, "geometric_mean_ratios": means}
+
+
+def cells_of(row) -> list[str]:
+    *shape, stride = row["shape"]
+    cells = [report.shape_name(shape) + (f", stride {stride}" if stride > 1 else "")]
+    for measurement in MEASUREMENTS:
+        for low, median, high in row[measurement]["quartiles_ms"].values():
+            cells.append(f"{median:.1f} ({low:.1f}–{high:.1f})")
+        cells.append(f"{row[measurement]['ratio']:.2f}")
+    return cells
+
+
+def sentence_of(means) -> str:
+    """Geometric means in words."""
+    return (
+        f"Geometric means: forward {means['forward']:.2f}, forward+backward "
+        f"{means['forward+backward']:.2f} times the time of tf.nn.conv2d."
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=number(int, at_least=2), default=15)
+    parser.add_argument("--rounds", type=number(int, at_least=2), default=25)
     parser.add_argument("--output", type=Path, help="write the results there, as JSON")
     arguments = parser.parse_args()
 
-    rows = []
-    for shape in SHAPES:
-        batch, channels, out_channels, height, width = shape
-        name = f"{batch}, {channels}→{out_channels}, {height}×{width}"
-        for measurement, functions in functions_of(shape).items():
-            seconds = time_in_turn(functions, arguments.rounds)
-            quartiles = {
-                function: [1e3 * value for value in statistics.quantiles(values, n=4)]
-                for function, values in seconds.items()
-            }
-            ours, theirs = quartiles["deform_conv2d"], quartiles["tf.nn.conv2d"]
-            rows.append(
-                {
-                    "shape": name,
-                    "measurement": measurement,
-                    "quartiles_ms": quartiles,
-                    "ratio": ours[1] / theirs[1],
-                }
-            )
-            print(
-                f"{name:24} {measurement:17}"
-                f" deform_conv2d {ours[1]:7.1f} ms ({ours[0]:.1f}–{ours[2]:.1f})"
-                f"  tf.nn.conv2d {theirs[1]:7.1f} ms ({theirs[0]:.1f}–{theirs[2]:.1f})"
-                f"  ratio {ours[1] / theirs[1]:.2f}",
-                flush=True,
-            )
-    means = {}
-    for measurement in ("forward", "forward+backward"):
-        ratios = [row["ratio"] for row in rows if row["measurement"] == measurement]
-        means[measurement] = math.exp(statistics.mean(map(math.log, ratios)))
-        print(f"geometric mean, {measurement}: {means[measurement]:.2f} times tf.nn.conv2d")
-
+    machine = (
+        f"{processor_name()}, {os.cpu_count()} cores, instruction set {instruction_set()}, "
+        f"TensorFlow {tf.__version__}, Python {platform.python_version()}, {report.today()}"
+    )
+    print(machine)
+    sections = {
+        "Shapes of detection networks": time_shapes(SHAPES, arguments.rounds),
+        "Layers of the experiment's network": time_shapes(LAYERS, arguments.rounds),
+    }
     if arguments.output:
-        results = {
-            "date": datetime.date.today().isoformat(),
-            "processor": processor_name(),
-            "cores": os.cpu_count(),
-            "tensorflow": tf.__version__,
-            "python": platform.python_version(),
-            "rounds": arguments.rounds,
-            "geometric_mean_ratios": means,
-            "rows": rows,
-        }
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-        print(f"wrote {arguments.output}")
+        markdown = [f"{machine}.", f"Medians of {arguments.rounds} rounds, with the quartiles.\n"]
+        for title, section in sections.items():
+            markdown.append(f"## {title}\n")
+            markdown.append(report.table(HEADER, map(cells_of, section["rows"])))
+            markdown.append(sentence_of(section["geometric_mean_ratios"]) + "\n")
+        results = {"machine": machine, "rounds": arguments.rounds, "sections": sections}
+        report.write(arguments.output, results, "\n".join(markdown))
 
 
 if __name__ == "__main__":

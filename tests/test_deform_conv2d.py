@@ -429,21 +429,32 @@ def test_any_channel_count(channels, rng):
 
 
 @pytest.mark.parametrize(
-    ("batch", "channels", "groups", "deform_groups"),
-    [(1, 64, 1, 1), (3, 64, 1, 4), (1, 64, 64, 1), (1, 40, 5, 2), (2, 48, 2, 3)],
+    "configuration",
+    [
+        # Few images, whose channels are shared out among threads.
+        {"batch": 1, "channels": 64, "out_channels": 128},
+        {"batch": 3, "channels": 64, "out_channels": 128, "deform_groups": 4},
+        {"batch": 1, "channels": 64, "out_channels": 128, "groups": 64},
+        {"batch": 1, "channels": 40, "out_channels": 80, "groups": 5, "deform_groups": 2},
+        {"batch": 2, "channels": 48, "out_channels": 96, "groups": 2, "deform_groups": 3},
+        # Channels that are cut into slices, not all as wide, across and within groups.
+        {"channels": 300, "out_channels": 7},
+        {"channels": 300, "out_channels": 6, "groups": 2, "deform_groups": 3},
+        {"channels": 96, "out_channels": 5, "deform_groups": 48},
+        # Filters that are packed and summed up in several rounds.
+        {"batch": 1, "size": (3, 4), "channels": 400, "out_channels": 800},
+        {"batch": 5, "size": (2, 3), "channels": 256, "out_channels": 512, "mask": False},
+        # An image whose offset gradients are summed up in several bands.
+        {"batch": 1, "size": (90, 80), "channels": 32, "out_channels": 3},
+        # Tiles that begin and end anywhere in rows and images.
+        {"batch": 7, "size": (11, 5), "channels": 3, "out_channels": 4, "strides": (2, 1)},
+        # Taps so far away that positions are computed in 64 bits.
+        {"dilations": (2**29, 2**29)},
+    ],
+    ids=str,
 )
-def test_few_images_whose_channels_are_shared_out_among_threads(
-    batch, channels, groups, deform_groups, rng
-):
-    case = random_case(
-        rng,
-        batch=batch,
-        size=(13, 9),
-        channels=channels,
-        out_channels=2 * channels,
-        groups=groups,
-        deform_groups=deform_groups,
-    )
+def test_equals_the_reference_however_the_work_is_divided(configuration, rng):
+    case = random_case(rng, **({"size": (13, 9)} | configuration))
     actual, expected = (
         run(case.tensors(), case.attributes, function=function)
         for function in (deform_conv2d, deform_conv2d_reference)
