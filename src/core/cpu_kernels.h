@@ -32,9 +32,9 @@ struct ChannelRun {
   int64_t tap_stride;  // distance in the row from one tap to the next
 };
 
-// Samples as LocateSample() gives them, but with the weights times the mask, and all 0 where no
-// corner counts. Some side by side, so that vector code writes them, yet near each other, so that
-// one pointer is enough to read all of a sample.
+// Samples as LocateSample() gives them, but with the weights times the mask, and weights and corner
+// 0 where no corner counts. Some side by side, so that vector code writes them, yet near each
+// other, so that one pointer is enough to read all of a sample.
 template <typename T>
 struct SampleBlock {
   static constexpr int kSize = 16;

@@ -24,10 +24,11 @@ constexpr int64_t kTilePositions = 96;
 constexpr int64_t kRowSize = 1152;
 // Channels are cut into slices at multiples of so many: a cache line.
 constexpr int64_t kSliceUnit = 16;
-// Bounds on what a thread allocates, so 8 MiB in all.
+// Bounds on what a thread allocates: packed filters, sums of their gradients, and for each thing of
+// a tile or band, such as its columns. A slice or a position that takes more alone exceeds them.
 constexpr int64_t kPackedBytes = int64_t{3} << 20;
 constexpr int64_t kPartialBytes = int64_t{3} << 20;
-constexpr int64_t kSamplesBytes = int64_t{1} << 20;
+constexpr int64_t kTileBytes = int64_t{1} << 19;
 
 constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t RoundUp(int64_t a, int64_t multiple) { return CeilDiv(a, multiple) * multiple; }
@@ -92,10 +93,13 @@ std::vector<ChannelSlice> Cut(const ChannelSlice& slice, int64_t count) {
   return slices;
 }
 
-// Cuts a slice so that a row of columns has about kRowSize elements: between groups if they are
-// narrower than that, within them otherwise.
+// Cuts a slice so that a row of columns has about kRowSize elements, and fewer if the filters are
+// large: between groups if they are narrower than that, within them otherwise.
+template <typename T>
 std::vector<ChannelSlice> CutForColumns(const DeformConvParams& params, const ChannelSlice& whole) {
-  const int64_t channels = std::max(kRowSize / params.taps(), kSliceUnit);
+  const int64_t filter_bytes = params.taps() * params.group_out_channels() * sizeof(T);
+  const int64_t channels =
+      std::max(std::min(kRowSize / params.taps(), kPartialBytes / filter_bytes), kSliceUnit);
   const auto cuts = [&](int64_t size) {
     return std::max<int64_t>((size + channels / 2) / channels, 1);
   };
@@ -244,14 +248,17 @@ std::vector<std::vector<ChannelSlice>> Rounds(const std::vector<ChannelSlice>& s
 template <typename T>
 int64_t TilePositions(const DeformConvParams& params, const std::vector<ChannelSlice>& slices,
                       int64_t positions, int64_t wanted) {
-  int64_t most_groups = 1;
+  constexpr int64_t kSampleBytes = sizeof(SampleBlock<T>) / SampleBlock<T>::kSize;
+  const int64_t deform_width = params.deform_group_channels();
+  // Of what a tile holds for each position: output channels, columns, samples.
+  int64_t position_bytes = params.group_out_channels() * sizeof(T);
   for (const ChannelSlice& slice : slices) {
-    const int64_t width = params.deform_group_channels();
-    most_groups = std::max(most_groups, (slice.end - 1) / width - slice.begin / width + 1);
+    const int64_t deform_groups = (slice.end - 1) / deform_width - slice.begin / deform_width + 1;
+    position_bytes =
+        std::max({position_bytes, params.taps() * slice.channels() * int64_t{sizeof(T)},
+                  params.taps() * deform_groups * kSampleBytes});
   }
-  constexpr int64_t kBytes = sizeof(SampleBlock<T>) / SampleBlock<T>::kSize;
-  const int64_t sample_bytes = most_groups * params.taps() * kBytes;
-  const int64_t most = std::clamp<int64_t>(kSamplesBytes / sample_bytes, 1, kTilePositions);
+  const int64_t most = std::clamp<int64_t>(kTileBytes / position_bytes, 1, kTilePositions);
   const int64_t tiles = RoundUp(CeilDiv(positions, most), wanted);
   return std::min(RoundUp(CeilDiv(positions, tiles), SelectCpuKernels<T>().gemm_rows), most);
 }
@@ -349,7 +356,7 @@ void Forward(const DeformConvParams& params, const SampledTensors<T>& tensors, c
              const CpuThreads& threads, T* output) {
   const CpuKernels<T>& kernels = SelectCpuKernels<T>();
   const int64_t positions = params.out_positions();
-  const std::vector<ChannelSlice> all = CutForColumns(params, AllChannels(params));
+  const std::vector<ChannelSlice> all = CutForColumns<T>(params, AllChannels(params));
   const int64_t tile_positions = TilePositions<T>(params, all, positions, threads.count);
   const int64_t tiles = CeilDiv(positions, tile_positions);
   PackedFilters<T> packed(params, GemmForm::kPlain);
@@ -399,19 +406,24 @@ class Backward {
 
   void Run() {
     const SampledGradients<T>& sampled = gradients_.sampled;
-    Zero(sampled.input, params_.batch * params_.in_h * params_.in_w * params_.in_channels);
-    Zero(sampled.offset, params_.out_positions() * params_.offset_channels());
-    Zero(sampled.mask, params_.out_positions() * params_.mask_channels());
-    Zero(gradients_.filters, params_.taps() * params_.group_in_channels() * params_.out_channels);
+    RunOn(threads_, threads_.count, [&](int64_t i) {
+      Zero(sampled.input, params_.batch * params_.in_h * params_.in_w * params_.in_channels, i);
+      Zero(sampled.offset, params_.out_positions() * params_.offset_channels(), i);
+      Zero(sampled.mask, params_.out_positions() * params_.mask_channels(), i);
+      Zero(gradients_.filters, params_.taps() * params_.group_in_channels() * params_.out_channels,
+           i);
+    });
     if (params_.out_positions() == 0) return;
     PlanParts();
     // Each part of the channels goes through rounds of its own; all parts have their r-th at once.
+    const PackedFilters<T> packed(params_, GemmForm::kTransposeB);  // for its sizes
     std::vector<std::vector<std::vector<ChannelSlice>>> rounds;
     size_t most_rounds = 0;
     for (const ChannelSlice& part : parts_) {
       rounds.push_back(
-          Rounds(CutForColumns(params_, part), kPartialBytes,
-                 [&](const ChannelSlice& slice) { return PartialSize(slice) * sizeof(T); }));
+          Rounds(CutForColumns<T>(params_, part), kPartialBytes, [&](const ChannelSlice& slice) {
+            return std::max<int64_t>(PartialSize(slice) * sizeof(T), packed.BytesOf(slice));
+          }));
       most_rounds = std::max(most_rounds, rounds.back().size());
     }
     for (size_t r = 0; r < most_rounds; ++r) {
@@ -424,8 +436,11 @@ class Backward {
   }
 
  private:
-  static void Zero(T* data, int64_t size) {
-    if (data != nullptr) std::fill_n(data, size, T(0));
+  // Zeroes the i-th thread's share.
+  void Zero(T* data, int64_t size, int64_t i) const {
+    if (data == nullptr) return;
+    std::fill(data + PartBegin(size, i, threads_.count),
+              data + PartBegin(size, i + 1, threads_.count), T(0));
   }
 
   // Divides the images among workers, and the channels too unless the images alone keep every
@@ -461,11 +476,15 @@ class Backward {
     const int64_t most_positions = CeilDiv(params_.batch, image_groups_) * image_positions;
     std::vector<ChannelSlice> all;
     for (const auto& of_part : slices) all.insert(all.end(), of_part.begin(), of_part.end());
-    const int64_t tile_positions = TilePositions<T>(params_, all, most_positions, 1);
-    // With several parts, their gradients by offset and mask are summed up band by band.
-    const int64_t band_bytes = (params_.offset_channels() + params_.mask_channels()) * sizeof(T);
-    const int64_t band =
-        parts == 1 ? most_positions : RoundUp(CeilDiv(kSamplesBytes, band_bytes), tile_positions);
+    int64_t tile_positions = TilePositions<T>(params_, all, most_positions, 1);
+    int64_t band = most_positions;
+    if (parts > 1) {
+      // Their gradients by offset and mask are summed up band by band, of whole tiles.
+      const int64_t bytes = (params_.offset_channels() + params_.mask_channels()) * sizeof(T);
+      const int64_t most = std::max<int64_t>(kTileBytes / bytes, 1);
+      tile_positions = std::min(tile_positions, most);
+      band = most / tile_positions * tile_positions;
+    }
 
     std::vector<PackedFilters<T>> packed(parts, PackedFilters<T>(params_, GemmForm::kTransposeB));
     if (gradients_.sampled.any()) {

@@ -78,8 +78,8 @@ DEFORM_CONV_INLINE void LocateInBlock(const int32_t* h_bases, const int32_t* w_b
     h_fraction[i] = sample.h_fraction;
     w_fraction[i] = sample.w_fraction;
     corners[i] = sample.corners;
-    h_low[i] = static_cast<int32_t>(sample.h_low);
-    w_low[i] = static_cast<int32_t>(sample.w_low);
+    h_low[i] = sample.corners != 0 ? static_cast<int32_t>(sample.h_low) : 0;
+    w_low[i] = sample.corners != 0 ? static_cast<int32_t>(sample.w_low) : 0;
   }
 }
 
@@ -217,7 +217,8 @@ void DeformIm2Col(const DeformConvParams& params, const ChannelRuns& runs,
 // and mask are combinations of those four sums, and so of four vectors that are summed up later.
 template <typename T>
 struct CornerProducts {
-  Vector<T> vectors[kCorners] = {};
+  // Templates forget the type's own alignment, and take that of a whole vector.
+  alignas(kVectorBytes) Vector<T> vectors[kCorners] = {};
   T numbers[kCorners] = {};  // what did not fill a vector
 
   template <int n>
