@@ -56,6 +56,8 @@ def processor_name() -> str:
 
 def instruction_set() -> str:
     """The one that the library chooses here; see src/core/cpu_kernels.cc."""
+    if asked := os.environ.get("DEFORM_CONV_CPU_ISA"):
+        return f"{asked} at most"
     flags = set(Path("/proc/cpuinfo").read_text().split()) if Path("/proc/cpuinfo").exists() else ()
     if {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= set(flags):
         return "AVX-512"

@@ -29,14 +29,15 @@ struct AxisSample {
   T fraction;
 };
 
+// Positions and sizes below this can be computed with in int32_t.
+constexpr int64_t kInt32Limit = int64_t{1} << 29;
+
 // Locates position `base + offset` on an axis of `size` pixels. Int is int64_t, or int32_t where
 // base and size are within kInt32Limit.
 //
 // The whole and the fractional part of the offset are taken apart before the base is added, so the
 // fraction keeps its precision however far along the axis the sample lies. There is no branch, so
 // that a loop over this becomes vector code.
-constexpr int64_t kInt32Limit = int64_t{1} << 29;
-
 template <typename T, typename Int>
 DEFORM_CONV_INLINE AxisSample<T, Int> LocateOnAxis(Int base, T offset, Int size) {
   // Past any image, and within Int with the base. Written so that NaN fails.
@@ -71,8 +72,6 @@ struct ImageSample {
   int32_t corners;   // a bit for each corner that lies in the image; 0 if the sample is 0
   Int h_low, w_low;  // the top left corner, which may lie outside
 };
-
-constexpr int32_t kAllCorners = (1 << kCorners) - 1;
 
 // Locates position (h_base, w_base) + (dy, dx) in an image of in_h x in_w pixels. Where no corner
 // counts, `corners` alone has a meaning.

@@ -14,16 +14,7 @@
 
 namespace deform_conv {
 
-// A range of input channels to work on: whole convolution groups, or a part of one group.
-struct ChannelSlice {
-  int64_t begin, end;
-  int64_t first_group, groups;
-  int64_t width;  // channels of each group that are in the slice
-
-  int64_t channels() const { return end - begin; }
-};
-
-// Neighbouring channels of a slice that share a deformable group and a convolution group: what one
+// Neighbouring input channels that share a deformable group and a convolution group: what one
 // sample reads at once, and what lies together in the columns.
 struct ChannelRun {
   int64_t channel, count;
@@ -53,7 +44,7 @@ struct TileSamples {
   SampleBlock<T>* blocks;
 };
 
-// The slice of the channels that im2col and col2im work on.
+// The channels that im2col and col2im work on.
 struct ChannelRuns {
   const ChannelRun* begin;
   const ChannelRun* end;

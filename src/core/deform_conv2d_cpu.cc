@@ -68,6 +68,15 @@ void ForEachOn(const CpuThreads& threads, int64_t count, const std::function<voi
 
 // --- Channels ---
 
+// A range of input channels to work on: whole convolution groups, or a part of one group.
+struct ChannelSlice {
+  int64_t begin, end;
+  int64_t first_group, groups;
+  int64_t width;  // channels of each group that are in the slice
+
+  int64_t channels() const { return end - begin; }
+};
+
 // Cuts a slice into `count` nearly equal ones if it has enough groups, or enough units of channels
 // within its one group; otherwise into fewer.
 std::vector<ChannelSlice> Cut(const ChannelSlice& slice, int64_t count) {

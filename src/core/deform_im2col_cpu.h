@@ -22,6 +22,7 @@ DEFORM_CONV_INLINE bool FitsInt32(const DeformConvParams& params) {
          params.pad_left < kInt32Limit && h_end < kInt32Limit && w_end < kInt32Limit;
 }
 
+// Writes the positions of the tile's samples without offsets.
 template <typename T>
 void WriteBases(const DeformConvParams& params, const TileSamples<T>& tile) {
   const int64_t y_n = tile.begin / params.out_w;
