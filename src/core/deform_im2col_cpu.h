@@ -137,12 +137,51 @@ DEFORM_CONV_INLINE void FillZero(T* to, int64_t count) {
   });
 }
 
+// Asks for the pixels that positions soon to come will be the first to sample, if their offsets are
+// small: hardware prefetchers see no pattern in samples.
+template <typename T>
+class InputPrefetcher {
+ public:
+  InputPrefetcher(const DeformConvParams& params, const ChannelRuns& runs,
+                  const TileSamples<T>& tile, const T* input)
+      : channels_(params.in_channels),
+        pixels_(params.batch * params.in_h * params.in_w),
+        step_(params.stride_h * params.stride_w),
+        wanted_(step_ < params.taps() ? step_ : params.taps()) {
+    // The lowest pixel without offsets, and so many below it.
+    constexpr int64_t kRowsAhead = 5;
+    const int64_t rows = (params.kernel_h - 1) * params.dilation_h - params.pad_top + kRowsAhead;
+    pixel_ = tile.begin * (params.in_h * params.in_w) / (params.out_h * params.out_w) +
+             rows * params.in_w;
+    if (pixel_ < 0) pixel_ = 0;
+    const ChannelRun& last = runs.end[-1];
+    from_ = input + runs.begin->channel;
+    size_ = last.channel + last.count - runs.begin->channel;
+  }
+
+  // To be called for each position of the tile in turn.
+  DEFORM_CONV_INLINE void Next() {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    for (int64_t i = 0; i < wanted_ && pixel_ + i < pixels_; ++i) {
+      const T* pixel = from_ + (pixel_ + i) * channels_;
+      for (int64_t c = 0; c < size_; c += kLine) __builtin_prefetch(pixel + c, 0, 2);
+    }
+    pixel_ += step_;
+  }
+
+ private:
+  const T* from_;
+  int64_t channels_, pixels_, step_, wanted_, pixel_, size_;
+};
+
 // Calls visit(run, row, tap, block, lane, top_left) for all that a tile reads: `row` is the
 // position's, counted from the tile's first; the sample is the block's lane; and `top_left` is
 // where the run's channels at its top left corner are in the input, in elements.
 template <typename T, typename Visit>
 DEFORM_CONV_INLINE void ForEachRead(const DeformConvParams& params, const ChannelRuns& runs,
-                                    const TileSamples<T>& tile, const Visit& visit) {
+                                    const TileSamples<T>& tile, const T* input,
+                                    const Visit& visit) {
+  InputPrefetcher<T> prefetcher(params, runs, tile, input);
   constexpr uint64_t kSize = SampleBlock<T>::kSize;
   const int64_t taps = params.taps(), channels = params.in_channels, in_w = params.in_w;
   const int64_t image_positions = params.out_h * params.out_w;
@@ -158,6 +197,7 @@ DEFORM_CONV_INLINE void ForEachRead(const DeformConvParams& params, const Channe
       const ChannelRun run = *next;
       const int64_t image = n * params.in_h * in_w * channels + run.channel;
       for (int64_t row = rows_begin; row < rows_end; ++row) {
+        if (next == runs.begin) prefetcher.Next();
         uint64_t sample = (row * groups + run.deform_group - tile.first_group) * taps;
         for (int64_t tap = 0; tap < taps; ++tap, ++sample) {
           const SampleBlock<T>& block = blocks[sample / kSize];
@@ -194,7 +234,7 @@ void DeformIm2Col(const DeformConvParams& params, const ChannelRuns& runs,
   const TileSamples<T> tile = tile_samples;
   const Matrix<T> columns = columns_matrix;
   const int64_t right = params.in_channels, down = params.in_w * params.in_channels;
-  ForEachRead(params, runs, tile,
+  ForEachRead(params, runs, tile, input,
               [=](const ChannelRun& run, int64_t row, int64_t tap, const SampleBlock<T>& block,
                   uint64_t lane, int64_t at) DEFORM_CONV_INLINE_LAMBDA {
                 T* to = columns.data + row * columns.stride + run.column + tap * run.tap_stride;
@@ -232,19 +272,21 @@ struct CornerProducts {
   }
 };
 
-// Adds a sample's share of the gradients by its offset and mask. `index` numbers the samples of the
-// batch.
+// Adds a sample's share of the gradients by its offset and mask. `has_vectors` tells whether there
+// are any in `products`; `index` numbers the samples of the batch.
 template <typename T>
-DEFORM_CONV_INLINE void AddPositionGradients(const CornerProducts<T>& products, T h_fraction,
-                                             T w_fraction, const T* mask, int64_t index,
-                                             const SampledGradients<T>& gradients) {
+DEFORM_CONV_INLINE void AddPositionGradients(const CornerProducts<T>& products, bool has_vectors,
+                                             T h_fraction, T w_fraction, const T* mask,
+                                             int64_t index, const SampledGradients<T>& gradients) {
   constexpr int n = kLanes<T>;
   if (gradients.offset != nullptr) {
     const T factor = mask == nullptr ? T(1) : mask[index];
-    const T h = Sum<n, T>(BilinearDerivativeH(w_fraction, products.vectors)) +
-                BilinearDerivativeH(w_fraction, products.numbers);
-    const T w = Sum<n, T>(BilinearDerivativeW(h_fraction, products.vectors)) +
-                BilinearDerivativeW(h_fraction, products.numbers);
+    T h = BilinearDerivativeH(w_fraction, products.numbers);
+    T w = BilinearDerivativeW(h_fraction, products.numbers);
+    if (has_vectors) {
+      h += Sum<n, T>(BilinearDerivativeH(w_fraction, products.vectors));
+      w += Sum<n, T>(BilinearDerivativeW(h_fraction, products.vectors));
+    }
     gradients.offset[2 * index] += factor * h;
     gradients.offset[2 * index + 1] += factor * w;
   }
@@ -257,7 +299,7 @@ DEFORM_CONV_INLINE void AddPositionGradients(const CornerProducts<T>& products, 
       vector += weights[corner] * products.vectors[corner];
       sum += weights[corner] * products.numbers[corner];
     }
-    gradients.mask[index] += Sum<n, T>(vector) + sum;
+    gradients.mask[index] += has_vectors ? sum + Sum<n, T>(vector) : sum;
   }
 }
 
@@ -273,7 +315,7 @@ void DeformCol2ImFor(const DeformConvParams& params, const ChannelRuns& runs,
   const T *input = tensors.input, *mask = tensors.mask;
   const int64_t right = params.in_channels, down = params.in_w * params.in_channels;
   const int64_t taps = params.taps(), deform_groups = params.deform_groups;
-  ForEachRead(params, runs, tile,
+  ForEachRead(params, runs, tile, input,
               [=](const ChannelRun& run, int64_t row, int64_t tap, const SampleBlock<T>& block,
                   uint64_t lane, int64_t at) DEFORM_CONV_INLINE_LAMBDA {
                 T* column = columns.data + row * columns.stride + run.column + tap * run.tap_stride;
@@ -311,7 +353,8 @@ void DeformCol2ImFor(const DeformConvParams& params, const ChannelRuns& runs,
                 });
                 if (!want_positions) return;
                 const int64_t position = tile.begin + row;
-                AddPositionGradients(products, block.h_fraction[lane], block.w_fraction[lane], mask,
+                AddPositionGradients(products, run.count >= kLanes<T>, block.h_fraction[lane],
+                                     block.w_fraction[lane], mask,
                                      (position * deform_groups + run.deform_group) * taps + tap,
                                      gradients);
               });
