@@ -1,49 +1,81 @@
 #!/usr/bin/env python3
-"""Times deform_conv2d on the CPU against tf.nn.conv2d, in one run.
+"""Times deform_conv2d on the CPU, measures its memory, and writes a report.
 
-    python benchmarks/benchmark_cpu.py [--rounds N] [--output FILE.json]
+    python benchmarks/benchmark_cpu.py [--rounds N] [--parts PART ...] [--output FILE.json]
 
-float32, 3x3, NHWC, SAME: four shapes of detection networks at stride 1, and the layers of the
-experiment's network. The two are timed in turn, so that whatever else the machine does falls on
-both. "forward+backward" is with respect to input, filters and, for deform_conv2d, offset. Prints
-medians with the quartiles; --output keeps them, and writes a table beside FILE.json.
+Parts, each in a process of its own:
+
+    layers   four layers of detection networks and the experiment's four, against tf.nn.conv2d and,
+             where requirements-peers.txt is installed, torchvision and ONNX Runtime
+    types    float16, bfloat16 and NCHW against float32 in NHWC
+    scaling  over batches, channels, image sizes and threads, against tf.nn.conv2d
+    memory   the most that forward and backward hold beyond their tensors
+
+3x3 kernels, SAME padding, float32 and NHWC unless said otherwise; offsets with a standard deviation
+of one pixel. "forward+backward" is with respect to input, filters and, for deformable convolutions,
+offset. What is compared is timed in turn, so that whatever else the machine does falls on all.
+Prints medians; --output keeps them with their quartiles, as FILE.json, FILE.md and FILE.png.
 """
 
 import argparse
+import concurrent.futures
+import gc
+import multiprocessing
 import os
 import platform
 import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.cli import number, run
 
 import numpy as np
+import peers
 import report
-import tensorflow as tf
 
-# N, C -> O, H x W, stride
-SHAPES = (
-    (64, 32, 64, 28, 28, 1),
-    (1, 128, 128, 100, 152, 1),
-    (1, 256, 256, 50, 76, 1),
-    (1, 512, 512, 25, 38, 1),
-)
-LAYERS = (
-    (64, 1, 32, 28, 28, 1),
-    (64, 32, 64, 28, 28, 2),
-    (64, 64, 128, 14, 14, 1),
-    (64, 128, 128, 14, 14, 2),
-)
 MEASUREMENTS = ("forward", "forward+backward")
-HEADER = (
-    "N, C→O, H×W", "forward, ms", "tf.nn.conv2d", "ratio",
-    "forward+backward, ms", "tf.nn.conv2d", "ratio",
-)  # fmt: skip
+# Peers take part in every so many rounds: they are slow.
+PEER_INTERVAL = 5
+
+
+class Layer(NamedTuple):
+    """A convolutional layer's sizes."""
+
+    batch: int
+    channels: int
+    out_channels: int
+    height: int
+    width: int
+    stride: int = 1
+
+    def __str__(self) -> str:
+        stride = f", stride {self.stride}" if self.stride > 1 else ""
+        return report.shape_name(self[:5]) + stride
+
+
+DETECTION = (
+    Layer(64, 32, 64, 28, 28),
+    Layer(1, 128, 128, 100, 152),
+    Layer(1, 256, 256, 50, 76),
+    Layer(1, 512, 512, 25, 38),
+)
+EXPERIMENT = (
+    Layer(64, 1, 32, 28, 28),
+    Layer(64, 32, 64, 28, 28, 2),
+    Layer(64, 64, 128, 14, 14),
+    Layer(64, 128, 128, 14, 14, 2),
+)
+SCALING = {
+    "batch": {n: Layer(n, 32, 64, 28, 28) for n in (1, 2, 4, 8, 16, 32, 64)},
+    "channels": {c: Layer(4, c, c, 14, 14) for c in (16, 32, 64, 128, 256, 512, 1024)},
+    "image size": {size: Layer(1, 64, 64, size, size) for size in (14, 28, 56, 112, 224)},
+}
+MEMORY_LAYER = Layer(16, 256, 256, 50, 76)
 
 
 def processor_name() -> str:
@@ -64,137 +96,341 @@ def instruction_set() -> str:
     return "AVX2" if {"avx2", "fma", "f16c"} <= set(flags) else "baseline"
 
 
-def functions_of(shape: tuple[int, ...]) -> dict[str, dict[str, Callable[[], object]]]:
-    """For each measurement, the two functions to compare, on the same random tensors."""
+# --- What is timed ---
+
+
+def arrays_of(layer: Layer) -> dict[str, np.ndarray]:
+    """Random arguments and the output's gradient."""
+    batch, channels, out_channels, height, width, stride = layer
+    rng = np.random.default_rng(0)
+    out_size = [-(-size // stride) for size in (height, width)]
+
+    def normal(*dimensions, scale=1.0):
+        return (scale * rng.standard_normal(dimensions, np.float32)).astype(np.float32)
+
+    return {
+        "image": normal(batch, height, width, channels),
+        "filters": normal(3, 3, channels, out_channels, scale=0.05),
+        "offset": normal(batch, *out_size, 18),
+        "grad_output": normal(batch, *out_size, out_channels),
+    }
+
+
+# Calls a function, and returns the milliseconds that it took.
+Timer = Callable[[], float]
+
+
+def tensorflow_functions(
+    layer: Layer, name: str, dtype: str = "float32", data_format: str = "NHWC"
+) -> dict[str, Callable[[], object]]:
+    """For each measurement, a call of "deform_conv2d" or "tf.nn.conv2d" on random tensors."""
+    import tensorflow as tf
+
     # Here, so that run() can tell of a missing library.
     from utils.deform_conv_wrapper import deform_conv2d
 
-    batch, channels, out_channels, height, width, stride = shape
-    rng = np.random.default_rng(0)
+    def tensor(key, array):
+        if data_format == "NCHW" and key != "filters":
+            array = np.moveaxis(array, 3, 1)
+        return tf.cast(tf.constant(array), dtype)
 
-    def normal(*dimensions, scale=1.0):
-        return tf.constant(scale * rng.standard_normal(dimensions), tf.float32)
+    arrays = {key: tensor(key, array) for key, array in arrays_of(layer).items()}
+    arguments = [arrays["image"], arrays["filters"]]
+    if name == "deform_conv2d":
+        arguments.append(arrays["offset"])
 
-    image = normal(batch, height, width, channels)
-    filters = normal(3, 3, channels, out_channels, scale=0.05)
-    out_size = [-(-size // stride) for size in (height, width)]
-    offset = normal(batch, *out_size, 18)
-    grad_output = normal(batch, *out_size, out_channels)
+    def forward(*arguments):
+        if name == "deform_conv2d":
+            return deform_conv2d(*arguments, strides=layer.stride, data_format=data_format)
+        return tf.nn.conv2d(*arguments, layer.stride, "SAME", data_format=data_format)
 
-    def deform_conv(image, filters, offset):
-        return deform_conv2d(image, filters, offset, strides=stride)
+    def backward(*arguments):
+        with tf.GradientTape() as tape:
+            tape.watch(arguments)
+            output = forward(*arguments)
+        # Without the output among the results, TensorFlow would leave the forward pass out.
+        grads = tape.gradient(output, arguments, output_gradients=arrays["grad_output"])
+        return output, grads
 
-    def conv(image, filters):
-        return tf.nn.conv2d(image, filters, stride, "SAME")
-
-    def backward(function):
-        def run(*arguments):
-            with tf.GradientTape() as tape:
-                tape.watch(arguments)
-                output = function(*arguments)
-            # Without the output among the results, TensorFlow would leave the forward pass out.
-            return output, tape.gradient(output, arguments, output_gradients=grad_output)
-
-        return run
-
-    def bound(function, *arguments):
+    def bound(function):
         # A concrete function, so that Python does not look at the arguments in every call.
         concrete = tf.function(function).get_concrete_function(*arguments)
         return lambda: concrete(*arguments)
 
+    return {"forward": bound(forward), "forward+backward": bound(backward)}
+
+
+def tensorflow_timers(layer: Layer, name: str, **options) -> dict[str, Timer]:
+    functions = tensorflow_functions(layer, name, **options)
+    return {key: partial(peers.milliseconds, function) for key, function in functions.items()}
+
+
+def peer_timers(layer: Layer, process: peers.PeerProcess) -> dict[str, dict[str, Timer]]:
+    def padding(size):
+        total = max((-(-size // layer.stride) - 1) * layer.stride + 3 - size, 0)
+        return total // 2, total - total // 2
+
+    return process.prepare(
+        **arrays_of(layer),
+        stride=layer.stride,
+        padding=(padding(layer.height), padding(layer.width)),
+        threads=os.cpu_count(),
+    )
+
+
+def time_in_turn(
+    timers: dict[str, Timer], rounds: int, intervals: dict[str, int] | None = None
+) -> dict[str, list[float]]:
+    """The quartiles of each function's milliseconds; some take part at intervals only."""
+    for timer in timers.values():
+        timer()
+        timer()
+    milliseconds = {name: [] for name in timers}
+    gc.collect()
+    gc.disable()  # Python's collection of garbage would fall on whoever's turn it is
+    for i in range(rounds):
+        for name, timer in timers.items():
+            if i % (intervals or {}).get(name, 1) == 0:
+                milliseconds[name].append(timer())
+    gc.enable()
+    return {name: statistics.quantiles(values, n=4) for name, values in milliseconds.items()}
+
+
+def compare(contestants: dict[str, dict], rounds: int, intervals=None) -> dict:
+    """For each measurement, the quartiles of each contestant that has it."""
     return {
-        "forward": {
-            "deform_conv2d": bound(deform_conv, image, filters, offset),
-            "tf.nn.conv2d": bound(conv, image, filters),
-        },
-        "forward+backward": {
-            "deform_conv2d": bound(backward(deform_conv), image, filters, offset),
-            "tf.nn.conv2d": bound(backward(conv), image, filters),
-        },
-    }
-
-
-def time_in_turn(functions: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each function in each round."""
-    for function in functions.values():
-        function()
-        function()
-    milliseconds = {name: [] for name in functions}
-    for _ in range(rounds):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            result = function()
-            milliseconds[name].append(1e3 * (time.perf_counter() - start))
-            del result  # freed outside the time
-    return milliseconds
-
-
-def time_shapes(shapes: Sequence[tuple[int, ...]], rounds: int) -> dict:
-    """Quartiles in milliseconds and ratios of medians, for each shape and measurement."""
-    rows = []
-    print(*HEADER, sep=" | ")
-    for shape in shapes:
-        row = {"shape": shape}
-        for measurement, functions in functions_of(shape).items():
-            quartiles = {
-                name: statistics.quantiles(values, n=4)
-                for name, values in time_in_turn(functions, rounds).items()
-            }
-            ratio = quartiles["deform_conv2d"][1] / quartiles["tf.nn.conv2d"][1]
-            row[measurement] = {"quartiles_ms": quartiles, "ratio": ratio}
-        rows.append(row)
-        print(*cells_of(row), sep=" | ", flush=True)
-    means = {
-        measurement: report.geometric_mean(row[measurement]["ratio"] for row in rows)
+        measurement: time_in_turn(
+            {name: of[measurement] for name, of in contestants.items() if measurement in of},
+            rounds,
+            intervals,
+        )
         for measurement in MEASUREMENTS
     }
-    print(sentence_of(means))
-    return {"rows": rows, "geometric_mean_ratios": means}
 
 
-def cells_of(row) -> list[str]:
-    *shape, stride = row["shape"]
-    cells = [report.shape_name(shape) + (f", stride {stride}" if stride > 1 else "")]
-    for measurement in MEASUREMENTS:
-        for low, median, high in row[measurement]["quartiles_ms"].values():
-            cells.append(f"{median:.1f} ({low:.1f}–{high:.1f})")
-        cells.append(f"{row[measurement]['ratio']:.2f}")
-    return cells
+# --- Parts ---
 
 
-def sentence_of(means) -> str:
-    """Geometric means in words."""
-    return (
-        f"Geometric means: forward {means['forward']:.2f}, forward+backward "
-        f"{means['forward+backward']:.2f} times the time of tf.nn.conv2d."
+def time_layers(rounds: int) -> dict:
+    names = ["deform_conv2d", "tf.nn.conv2d", *peers.versions()]
+    groups = {"Layers of detection networks": DETECTION, "The experiment's layers": EXPERIMENT}
+    intervals = dict.fromkeys(names[2:], PEER_INTERVAL)
+    result = {title: {} for title in groups}
+    with peers.PeerProcess() as process:
+        for title, layers in groups.items():
+            for layer in layers:
+                contestants = {name: tensorflow_timers(layer, name) for name in names[:2]}
+                for measurement, timers in peer_timers(layer, process).items():
+                    for name, timer in timers.items():
+                        contestants.setdefault(name, {})[measurement] = timer
+                times = compare(contestants, rounds, intervals)
+                result[title][str(layer)] = times
+                print(layer, _medians(times), flush=True)
+    return result
+
+
+def time_types(rounds: int) -> dict:
+    variants = {
+        "float32": {},
+        "float16": {"dtype": "float16"},
+        "bfloat16": {"dtype": "bfloat16"},
+        "float32, NCHW": {"data_format": "NCHW"},
+    }
+    rows = {}
+    for layer in DETECTION:
+        contestants = {
+            name: tensorflow_timers(layer, "deform_conv2d", **options)
+            for name, options in variants.items()
+        }
+        rows[str(layer)] = compare(contestants, rounds)
+        print(layer, _medians(rows[str(layer)]), flush=True)
+    return {"Types and data formats": rows}
+
+
+def time_scaling(rounds: int) -> dict:
+    result = {}
+    for axis, layers in SCALING.items():
+        result[axis] = {}
+        for value, layer in layers.items():
+            contestants = {
+                name: tensorflow_timers(layer, name) for name in ("deform_conv2d", "tf.nn.conv2d")
+            }
+            result[axis][value] = compare(contestants, rounds)
+            print(f"{axis} {value}", _medians(result[axis][value]), flush=True)
+    return result
+
+
+def measure_memory() -> dict:
+    """MiB that forward+backward holds at its peak beyond its tensors."""
+    layer = MEMORY_LAYER
+    tensorflow_functions(layer._replace(batch=1), "deform_conv2d")["forward+backward"]()
+    call = tensorflow_functions(layer, "deform_conv2d")["forward+backward"]
+    arrays = arrays_of(layer)
+    # The output, and a gradient of each argument; the arguments exist before and after.
+    results = sum(array.nbytes for array in arrays.values())
+    del arrays
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    before = _status_bytes("VmRSS")
+    call()
+    extra = _status_bytes("VmHWM") - before - results
+    result = {"layer": str(layer), "results_mib": results / 2**20, "extra_mib": extra / 2**20}
+    print(result, flush=True)
+    return result
+
+
+def _status_bytes(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
+
+
+def _medians(times: dict) -> str:
+    return "; ".join(
+        f"{measurement}: "
+        + ", ".join(f"{name} {quartiles[1]:.2f} ms" for name, quartiles in of.items())
+        for measurement, of in times.items()
     )
+
+
+def in_own_process(function: Callable, *arguments, threads: int | None = None):
+    """function(*arguments), in a process whose TensorFlow has so many threads."""
+    with concurrent.futures.ProcessPoolExecutor(
+        1, multiprocessing.get_context("spawn"), _set_threads, (threads or os.cpu_count(),)
+    ) as executor:
+        return executor.submit(function, *arguments).result()
+
+
+def _set_threads(threads: int) -> None:
+    import tensorflow as tf
+
+    tf.config.threading.set_intra_op_parallelism_threads(threads)
+
+
+# --- The report ---
+
+
+def ratios(rows: dict, name: str, to: str, measurement: str) -> list[float]:
+    """Medians of one contestant in each row, divided by another's."""
+    times = [row[measurement] for row in rows.values()]
+    return [of[name][1] / of[to][1] for of in times]
+
+
+def rows_as_markdown(rows: dict, *references: str) -> str:
+    """Tables of each contestant's times and, in round brackets, their ratio to the first reference.
+
+    A row for each reference gives the geometric means of the ratios to it.
+    """
+    sections = []
+    for measurement in MEASUREMENTS:
+        names = list(next(iter(rows.values()))[measurement])
+        cells = []
+        for title, row in rows.items():
+            times = row[measurement]
+            cells.append([title])
+            for name in names:
+                low, median, high = times[name]
+                ratio = f" ({median / times[references[0]][1]:.2f}×)" * (name != references[0])
+                cells[-1].append(f"{median:.1f} [{low:.1f}, {high:.1f}]{ratio}")
+        for to in references:
+            means = (report.geometric_mean(ratios(rows, name, to, measurement)) for name in names)
+            cells.append([f"geometric mean, × {to}", *(f"{mean:.2f}" for mean in means)])
+        sections.append(report.table([f"{measurement}, ms", *names], cells))
+    return "\n".join(sections)
+
+
+def scaling_as_markdown(scaling: dict) -> str:
+    """For each axis, the ratios to tf.nn.conv2d."""
+    sections = []
+    for axis in SCALING:
+        cells = []
+        for value in next(iter(scaling.values()))[axis]:
+            cells.append([str(value)])
+            for measurement in MEASUREMENTS:
+                for of_threads in scaling.values():
+                    times = of_threads[axis][value][measurement]
+                    median, ratio = times["deform_conv2d"][1], times["tf.nn.conv2d"][1]
+                    cells[-1].append(f"{median:.2f} ({median / ratio:.2f}×)")
+        header = [axis] + [
+            f"{measurement}, {threads}" for measurement in MEASUREMENTS for threads in scaling
+        ]
+        sections.append(report.table(header, cells))
+    return "\n".join(sections)
+
+
+def as_markdown(results: dict) -> str:
+    lines = [
+        f"{results['machine']}.",
+        f"Medians of {results['rounds']} rounds with the quartiles in brackets, milliseconds.\n",
+    ]
+    for title, rows in results.get("layers", {}).items():
+        lines += [
+            f"## {title}\n",
+            "(×) is the time divided by that of tf.nn.conv2d.\n",
+            rows_as_markdown(rows, "tf.nn.conv2d", "deform_conv2d"),
+        ]
+    for title, rows in results.get("types", {}).items():
+        lines += [
+            f"## {title}\n",
+            "(×) is the time divided by that of float32 in NHWC.\n",
+            rows_as_markdown(rows, "float32"),
+        ]
+    if scaling := results.get("scaling"):
+        layers = "; ".join(f"{axis}: {list(of.values())[-1]}" for axis, of in SCALING.items())
+        lines += [
+            "## Scaling\n",
+            "deform_conv2d, ms (×: divided by the time of tf.nn.conv2d). "
+            f"The last row of each is {layers}.\n",
+            scaling_as_markdown(scaling),
+        ]
+    if memory := results.get("memory"):
+        lines += [
+            "## Memory\n",
+            f"forward+backward of {memory['layer']}: {memory['results_mib']:.0f} MiB of results, "
+            f"and {memory['extra_mib']:.0f} MiB more at the peak.\n",
+        ]
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=number(int, at_least=2), default=25)
-    parser.add_argument("--output", type=Path, help="write the results there, as JSON")
+    all_parts = ("layers", "types", "scaling", "memory")
+    parser.add_argument("--rounds", type=number(int, at_least=10), default=25)
+    parser.add_argument("--parts", nargs="+", choices=all_parts, default=all_parts)
+    parser.add_argument("--output", type=Path, help="write the report there")
     arguments = parser.parse_args()
 
+    import tensorflow as tf
+
+    import utils.deform_conv_wrapper  # noqa: F401  fails early where the library is missing
+
+    compared = "".join(f", {name} {version}" for name, version in peers.versions().items())
     machine = (
         f"{processor_name()}, {os.cpu_count()} cores, instruction set {instruction_set()}, "
-        f"TensorFlow {tf.__version__}, Python {platform.python_version()}, {report.today()}"
+        f"TensorFlow {tf.__version__}{compared}, Python {platform.python_version()}, "
+        f"{report.today()}"
     )
-    print(machine)
-    sections = {
-        "Shapes of detection networks": time_shapes(SHAPES, arguments.rounds),
-        "Layers of the experiment's network": time_shapes(LAYERS, arguments.rounds),
-    }
+    print(machine, flush=True)
+    results = {"machine": machine, "rounds": arguments.rounds}
+    if "layers" in arguments.parts:
+        results["layers"] = in_own_process(time_layers, arguments.rounds)
+    if "types" in arguments.parts:
+        results["types"] = in_own_process(time_types, arguments.rounds)
+    if "scaling" in arguments.parts:
+        results["scaling"] = {
+            f"{threads} thread{'s' * (threads > 1)}": in_own_process(
+                time_scaling, arguments.rounds, threads=threads
+            )
+            for threads in sorted({1, os.cpu_count()})
+        }
+    if "memory" in arguments.parts:
+        results["memory"] = in_own_process(measure_memory)
+    markdown = as_markdown(results)
+    print(markdown)
     if arguments.output:
-        markdown = [f"{machine}.", f"Medians of {arguments.rounds} rounds, with the quartiles.\n"]
-        for title, section in sections.items():
-            markdown.append(f"## {title}\n")
-            markdown.append(report.table(HEADER, map(cells_of, section["rows"])))
-            markdown.append(sentence_of(section["geometric_mean_ratios"]) + "\n")
-        results = {"machine": machine, "rounds": arguments.rounds, "sections": sections}
-        report.write(arguments.output, results, "\n".join(markdown))
+        report.write(arguments.output, results, markdown)
+        report.plot_cpu(arguments.output.with_suffix(".png"), results)
 
 
 if __name__ == "__main__":

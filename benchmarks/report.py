@@ -34,3 +34,56 @@ def write(path: Path, results: dict, markdown: str) -> None:
     path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     path.with_suffix(".md").write_text(markdown, encoding="utf-8")
     print(f"wrote {path} and {path.with_suffix('.md')}")
+
+
+def plot_cpu(path: Path, results: dict) -> None:
+    """Draws benchmark_cpu.py's times of layers as bars, and the ratios of its scaling as curves."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    layers, scaling = results.get("layers", {}), results.get("scaling", {})
+    axes_of_scaling = list(next(iter(scaling.values()), {}))
+    rows = len(layers) + (1 if scaling else 0)
+    if rows == 0:
+        return
+    figure = pyplot.figure(figsize=(12, 3.6 * rows), layout="constrained")
+    subfigures = figure.subfigures(rows, squeeze=False)[:, 0]
+    for subfigure, (title, by_layer) in zip(subfigures, layers.items(), strict=False):
+        subfigure.suptitle(title)
+        measurements = list(next(iter(by_layer.values())))
+        for axes, measurement in zip(subfigure.subplots(1, 2), measurements, strict=True):
+            names = list(next(iter(by_layer.values()))[measurement])
+            width = 0.8 / len(names)
+            for i, name in enumerate(names):
+                medians = [times[measurement][name][1] for times in by_layer.values()]
+                positions = [j + (i - (len(names) - 1) / 2) * width for j in range(len(medians))]
+                axes.bar(positions, medians, width, label=name)
+            axes.set(yscale="log", ylabel=f"{measurement}, ms")
+            labels = [layer.replace(", ", "\n") for layer in by_layer]
+            axes.set_xticks(range(len(labels)), labels, fontsize="small")
+            axes.legend(fontsize="small")
+    if scaling:
+        subfigures[-1].suptitle("Time of deform_conv2d / time of tf.nn.conv2d")
+        for axes, axis in zip(
+            subfigures[-1].subplots(1, len(axes_of_scaling), sharey=True),
+            axes_of_scaling,
+            strict=True,
+        ):
+            for threads, of_threads in scaling.items():
+                for measurement in ("forward", "forward+backward"):
+                    times = {value: of[measurement] for value, of in of_threads[axis].items()}
+                    ratios = [
+                        of["deform_conv2d"][1] / of["tf.nn.conv2d"][1] for of in times.values()
+                    ]
+                    values = [float(value) for value in times]
+                    axes.plot(values, ratios, marker="o", label=f"{measurement}, {threads}")
+            axes.set(xlabel=axis, xscale="log")
+            axes.set_xticks(values, times, minor=False)
+            axes.minorticks_off()
+            axes.grid(alpha=0.3)
+        axes.set_ylim(bottom=0)  # of all, since they share it
+        axes.legend(fontsize="small")
+    figure.savefig(path, dpi=80)
+    print(f"wrote {path}")

@@ -203,3 +203,17 @@ def test_compile_sh_stops_with_one_clear_line_without_tensorflow(tmp_path):
     assert completed.returncode == 1
     assert "cannot import TensorFlow" in completed.stderr
     assert len(completed.stderr.splitlines()) == 1
+
+
+def test_backward_needs_40_mib_beside_its_tensors_at_most(tmp_path):
+    report = tmp_path / "memory.json"
+    script = PROJECT / "benchmarks" / "benchmark_cpu.py"
+    subprocess.run(
+        [sys.executable, script, "--parts", "memory", "--output", report],
+        check=True,
+        capture_output=True,
+    )
+    memory = json.loads(report.read_text())["memory"]
+    assert memory["results_mib"] > 100
+    assert -1 < memory["extra_mib"] <= 40
+    assert "more at the peak" in report.with_suffix(".md").read_text()

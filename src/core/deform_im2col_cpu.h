@@ -226,10 +226,11 @@ struct Corners {
   }
 };
 
-template <typename T>
-void DeformIm2Col(const DeformConvParams& params, const ChannelRuns& runs,
-                  const TileSamples<T>& tile_samples, const T* input, const T* zeros,
-                  const Matrix<T>& columns_matrix) {
+// With `channels`, that many in each run; 0 if the compiler is not to know.
+template <int channels, typename T>
+void DeformIm2ColFor(const DeformConvParams& params, const ChannelRuns& runs,
+                     const TileSamples<T>& tile_samples, const T* input, const T* zeros,
+                     const Matrix<T>& columns_matrix) {
   // Copies: nothing that is written through a pointer can change them.
   const TileSamples<T> tile = tile_samples;
   const Matrix<T> columns = columns_matrix;
@@ -244,7 +245,8 @@ void DeformIm2Col(const DeformConvParams& params, const ChannelRuns& runs,
                 const T bottom_left = block.weights[kBottomLeft][lane];
                 const T bottom_right = block.weights[kBottomRight][lane];
                 const Corners<const T> from(input + at, right, down, corners, zeros);
-                ForEachVector<T>(run.count, [=](int64_t i, auto lanes) DEFORM_CONV_INLINE_LAMBDA {
+                const int64_t count = channels > 0 ? channels : run.count;
+                ForEachVector<T>(count, [=](int64_t i, auto lanes) DEFORM_CONV_INLINE_LAMBDA {
                   constexpr int n = lanes();
                   Store<n>(to + i, top_left * Load<n>(from.at[kTopLeft] + i) +
                                        top_right * Load<n>(from.at[kTopRight] + i) +
@@ -252,6 +254,18 @@ void DeformIm2Col(const DeformConvParams& params, const ChannelRuns& runs,
                                        bottom_right * Load<n>(from.at[kBottomRight] + i));
                 });
               });
+}
+
+template <typename T>
+void DeformIm2Col(const DeformConvParams& params, const ChannelRuns& runs,
+                  const TileSamples<T>& tile, const T* input, const T* zeros,
+                  const Matrix<T>& columns) {
+  // Grey and colour images: too few channels for the general loops to pay.
+  const int64_t count = runs.end - runs.begin == 1 ? runs.begin->count : 0;
+  const auto im2col = count == 1   ? DeformIm2ColFor<1, T>
+                      : count == 3 ? DeformIm2ColFor<3, T>
+                                   : DeformIm2ColFor<0, T>;
+  im2col(params, runs, tile, input, zeros, columns);
 }
 
 // Products of a column's gradient with each corner, summed over channels. The gradients by offset
