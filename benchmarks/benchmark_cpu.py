@@ -19,6 +19,7 @@ Prints medians; --output keeps them with their quartiles, as FILE.json, FILE.md 
 
 import argparse
 import concurrent.futures
+import ctypes
 import gc
 import multiprocessing
 import os
@@ -76,6 +77,13 @@ SCALING = {
     "image size": {size: Layer(1, 64, 64, size, size) for size in (14, 28, 56, 112, 224)},
 }
 MEMORY_LAYER = Layer(16, 256, 256, 50, 76)
+# Types and data formats, as arguments of tensorflow_functions().
+VARIANTS = {
+    "float32": {},
+    "float16": {"dtype": "float16"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "float32, NCHW": {"data_format": "NCHW"},
+}
 
 
 def processor_name() -> str:
@@ -230,17 +238,11 @@ def time_layers(rounds: int) -> dict:
 
 
 def time_types(rounds: int) -> dict:
-    variants = {
-        "float32": {},
-        "float16": {"dtype": "float16"},
-        "bfloat16": {"dtype": "bfloat16"},
-        "float32, NCHW": {"data_format": "NCHW"},
-    }
     rows = {}
     for layer in DETECTION:
         contestants = {
             name: tensorflow_timers(layer, "deform_conv2d", **options)
-            for name, options in variants.items()
+            for name, options in VARIANTS.items()
         }
         rows[str(layer)] = compare(contestants, rounds)
         print(layer, _medians(rows[str(layer)]), flush=True)
@@ -260,23 +262,23 @@ def time_scaling(rounds: int) -> dict:
     return result
 
 
-def measure_memory() -> dict:
-    """MiB that forward+backward holds at its peak beyond its tensors."""
-    layer = MEMORY_LAYER
-    tensorflow_functions(layer._replace(batch=1), "deform_conv2d")["forward+backward"]()
-    call = tensorflow_functions(layer, "deform_conv2d")["forward+backward"]
-    arrays = arrays_of(layer)
-    # The output, and a gradient of each argument; the arguments exist before and after.
-    results = sum(array.nbytes for array in arrays.values())
-    del arrays
+def measure_memory(variant: str) -> dict:
+    """MiB of forward+backward's results, and what it holds beside them at its peak.
+
+    To be called in a process of its own: memory that was used and freed before would hide some.
+    """
+    options = VARIANTS[variant]
+    small = MEMORY_LAYER._replace(batch=1, height=8, width=8)
+    tensorflow_functions(small, "deform_conv2d", **options)["forward+backward"]()
+    call = tensorflow_functions(MEMORY_LAYER, "deform_conv2d", **options)["forward+backward"]
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
     before = _status_bytes("VmRSS")
-    call()
-    extra = _status_bytes("VmHWM") - before - results
-    result = {"layer": str(layer), "results_mib": results / 2**20, "extra_mib": extra / 2**20}
-    print(result, flush=True)
-    return result
+    output, gradients = call()
+    at_peak = _status_bytes("VmHWM") - before
+    results = sum(len(tensor.numpy().tobytes()) for tensor in (output, *gradients))
+    return {"results_mib": results / 2**20, "extra_mib": (at_peak - results) / 2**20}
 
 
 def _status_bytes(key: str) -> int:
@@ -383,10 +385,14 @@ def as_markdown(results: dict) -> str:
             scaling_as_markdown(scaling),
         ]
     if memory := results.get("memory"):
+        rows = [
+            [name, f"{of['results_mib']:.0f}", f"{of['extra_mib']:.0f}"]
+            for name, of in memory.items()
+        ]
         lines += [
             "## Memory\n",
-            f"forward+backward of {memory['layer']}: {memory['results_mib']:.0f} MiB of results, "
-            f"and {memory['extra_mib']:.0f} MiB more at the peak.\n",
+            f"MiB of forward+backward of {MEMORY_LAYER} at its peak, beside the arguments.\n",
+            report.table(["", "results", "more"], rows),
         ]
     return "\n".join(lines)
 
@@ -425,7 +431,7 @@ def main() -> None:
             for threads in sorted({1, os.cpu_count()})
         }
     if "memory" in arguments.parts:
-        results["memory"] = in_own_process(measure_memory)
+        results["memory"] = {name: in_own_process(measure_memory, name) for name in VARIANTS}
     markdown = as_markdown(results)
     print(markdown)
     if arguments.output:

@@ -205,7 +205,7 @@ def test_compile_sh_stops_with_one_clear_line_without_tensorflow(tmp_path):
     assert len(completed.stderr.splitlines()) == 1
 
 
-def test_backward_needs_40_mib_beside_its_tensors_at_most(tmp_path):
+def test_memory_beside_the_tensors_is_bounded(tmp_path):
     report = tmp_path / "memory.json"
     script = PROJECT / "benchmarks" / "benchmark_cpu.py"
     subprocess.run(
@@ -213,7 +213,9 @@ def test_backward_needs_40_mib_beside_its_tensors_at_most(tmp_path):
         check=True,
         capture_output=True,
     )
-    memory = json.loads(report.read_text())["memory"]
-    assert memory["results_mib"] > 100
-    assert -1 < memory["extra_mib"] <= 40
-    assert "more at the peak" in report.with_suffix(".md").read_text()
+    extra = {name: of["extra_mib"] for name, of in json.loads(report.read_text())["memory"].items()}
+    assert extra.keys() == {"float32", "float16", "bfloat16", "float32, NCHW"}
+    assert extra.pop("float32") <= 40
+    # Copies of some images at a time. Copies of the whole batch would take 195 MiB.
+    assert all(of <= 100 for of in extra.values()), extra
+    assert "## Memory" in report.with_suffix(".md").read_text()

@@ -40,12 +40,13 @@ template <typename T>
 void DeformConv2DForwardCpu(const DeformConvParams& params, const SampledTensors<T>& tensors,
                             const T* filters, const CpuThreads& threads, T* output);
 
-// Writes each wanted gradient, given that of the output. For one number of threads the result is
-// the same in every run; for different ones it differs by rounding.
+// Writes each wanted gradient, given that of the output; with `add_filters`, adds that of the
+// filters to what is there. For one number of threads the result is the same in every run; for
+// different ones it differs by rounding.
 template <typename T>
 void DeformConv2DBackwardCpu(const DeformConvParams& params, const SampledTensors<T>& tensors,
                              const T* filters, const T* grad_output, const CpuThreads& threads,
-                             const DeformConvGradients<T>& gradients);
+                             bool add_filters, const DeformConvGradients<T>& gradients);
 
 // --- CUDA ---
 

@@ -413,12 +413,13 @@ class Backward {
         gradients_(gradients),
         threads_(threads) {}
 
-  void Run() {
+  void Run(bool add_filters) {
     const SampledGradients<T>& sampled = gradients_.sampled;
     RunOn(threads_, threads_.count, [&](int64_t i) {
       Zero(sampled.input, params_.batch * params_.in_h * params_.in_w * params_.in_channels, i);
       Zero(sampled.offset, params_.out_positions() * params_.offset_channels(), i);
       Zero(sampled.mask, params_.out_positions() * params_.mask_channels(), i);
+      if (add_filters) return;
       Zero(gradients_.filters, params_.taps() * params_.group_in_channels() * params_.out_channels,
            i);
     });
@@ -635,15 +636,15 @@ void DeformConv2DForwardCpu(const DeformConvParams& params, const SampledTensors
 template <typename T>
 void DeformConv2DBackwardCpu(const DeformConvParams& params, const SampledTensors<T>& tensors,
                              const T* filters, const T* grad_output, const CpuThreads& threads,
-                             const DeformConvGradients<T>& gradients) {
-  Backward<T>(params, tensors, filters, grad_output, gradients, threads).Run();
+                             bool add_filters, const DeformConvGradients<T>& gradients) {
+  Backward<T>(params, tensors, filters, grad_output, gradients, threads).Run(add_filters);
 }
 
 #define DEFORM_CONV_INSTANTIATE(T)                                                            \
   template void DeformConv2DForwardCpu<T>(const DeformConvParams&, const SampledTensors<T>&,  \
                                           const T*, const CpuThreads&, T*);                   \
   template void DeformConv2DBackwardCpu<T>(const DeformConvParams&, const SampledTensors<T>&, \
-                                           const T*, const T*, const CpuThreads&,             \
+                                           const T*, const T*, const CpuThreads&, bool,       \
                                            const DeformConvGradients<T>&);
 DEFORM_CONV_INSTANTIATE(float)
 DEFORM_CONV_INSTANTIATE(double)

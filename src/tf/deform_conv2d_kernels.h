@@ -3,16 +3,27 @@
 //
 //   class Backend {
 //     explicit Backend(OpKernelContext* context);
-//     template <typename Stored> using Native = ...;   // what input, filters, output are computed
-//     in template <typename Stored, typename T> absl::Status ToNative(DataFormat, const
-//     TensorExtent&, const Stored* from, T* to); template <typename Stored, typename T>
+//
+//     // What input, filters and output are computed in.
+//     template <typename Stored> using Native = ...;
+//
+//     // Bytes that copies in native form may take, unless those of one image take more.
+//     int64_t copy_bytes() const;
+//
+//     template <typename Stored, typename T>
+//     absl::Status ToNative(DataFormat, const TensorExtent&, const Stored* from, T* to);
+//
+//     template <typename Stored, typename T>
 //     absl::Status FromNative(DataFormat, const TensorExtent&, const T* from, Stored* to);
+//
 //     template <typename T, typename Position>
 //     absl::Status Forward(const DeformConvParams&, const SampledTensors<T, Position>&,
 //                          const T* filters, T* output);
+//
+//     // With `add_filters`, adds to the filters' gradient instead of writing it.
 //     template <typename T, typename Position>
 //     absl::Status Backward(const DeformConvParams&, const SampledTensors<T, Position>&,
-//                           const T* filters, const T* grad_output,
+//                           const T* filters, const T* grad_output, bool add_filters,
 //                           const DeformConvGradients<T, Position>&);
 //   };
 //
@@ -21,6 +32,7 @@
 #ifndef DEFORM_CONV_TF_DEFORM_CONV2D_KERNELS_H_
 #define DEFORM_CONV_TF_DEFORM_CONV2D_KERNELS_H_
 
+#include <algorithm>
 #include <exception>
 #include <new>
 #include <type_traits>
@@ -53,57 +65,102 @@ struct StoredTypeOf<Eigen::bfloat16> {
 template <typename TfType>
 using StoredType = typename StoredTypeOf<TfType>::type;
 
-// A tensor in the form that the core computes on, NHWC in type T: the tensor's own elements where
-// they have that form, or else a converted copy.
+// A tensor in the form that the core computes on, NHWC in type T, some images at a time: the
+// tensor's own elements where they have that form, or else a converted copy. Without a tensor,
+// data() is null and the rest does nothing.
 template <typename Backend, typename Stored, typename T>
 class NativeTensor {
  public:
   NativeTensor(OpKernelContext* context, Backend& backend, DataFormat format)
       : context_(context), backend_(backend), format_(format) {}
 
-  // Converts `tensor`, which must outlive this object.
-  absl::Status Read(const Tensor& tensor) {
-    TF_RETURN_IF_ERROR(Prepare(tensor));
-    if (IsNative()) return absl::OkStatus();
-    return backend_.ToNative(format_, extent_, stored_, native_);
-  }
-
-  // Makes room for what Write() will convert back into `tensor`, which must outlive this object.
-  absl::Status Prepare(const Tensor& tensor) {
+  // `tensor` must outlive this object.
+  void Attach(const Tensor& tensor) {
     stored_ = reinterpret_cast<Stored*>(const_cast<char*>(tensor.tensor_data().data()));
     const std::array<int, 4> axes = AxesOf(format_);
     extent_ = {tensor.dim_size(axes[0]), tensor.dim_size(axes[1]) * tensor.dim_size(axes[2]),
                tensor.dim_size(axes[3])};
-    if constexpr (std::is_same_v<Stored, T>) {
-      if (format_ == DataFormat::kNhwc) native_ = stored_;
-    }
-    if (IsNative()) return absl::OkStatus();
-    const int64_t bytes = extent_.elements() * sizeof(T);
-    TF_RETURN_IF_ERROR(context_->allocate_temp(tensorflow::DT_INT8, TensorShape({bytes}), &copy_));
-    native_ = reinterpret_cast<T*>(const_cast<char*>(copy_.tensor_data().data()));
-    return absl::OkStatus();
+    native_ = std::is_same_v<Stored, T> && format_ == DataFormat::kNhwc;
   }
 
-  // Does nothing before Prepare().
+  int64_t images() const { return extent_.batch; }
+  // What the copy of an image takes.
+  int64_t copy_bytes() const {
+    return stored_ == nullptr || native_ ? 0 : ImageSize() * static_cast<int64_t>(sizeof(T));
+  }
+
+  // Makes room for so many images at a time.
+  absl::Status Allocate(int64_t images) {
+    if (copy_bytes() == 0) return absl::OkStatus();
+    return context_->allocate_temp(tensorflow::DT_INT8, TensorShape({images * copy_bytes()}),
+                                   &copy_);
+  }
+
+  // Chooses images [begin, begin + count), at most as many as there is room for.
+  void MoveTo(int64_t begin, int64_t count) {
+    begin_ = begin;
+    extent_.batch = count;
+  }
+
+  // Converts the chosen images into native form.
+  absl::Status Read() {
+    if (copy_bytes() == 0) return absl::OkStatus();
+    return backend_.ToNative(format_, extent_, Chosen(), data());
+  }
+
+  // Converts them back.
   absl::Status Write() {
-    if (stored_ == nullptr || IsNative()) return absl::OkStatus();
-    return backend_.FromNative(format_, extent_, native_, stored_);
+    if (copy_bytes() == 0) return absl::OkStatus();
+    return backend_.FromNative(format_, extent_, data(), Chosen());
   }
 
-  // The elements in native form; null before Read() or Prepare().
-  T* data() const { return native_; }
+  // The chosen images in native form.
+  T* data() const {
+    if (stored_ == nullptr) return nullptr;
+    if constexpr (std::is_same_v<Stored, T>) {
+      if (native_) return Chosen();
+    }
+    return reinterpret_cast<T*>(const_cast<char*>(copy_.tensor_data().data()));
+  }
 
  private:
-  bool IsNative() const { return static_cast<const void*>(native_) == stored_; }
+  int64_t ImageSize() const { return extent_.pixels * extent_.channels; }
+  Stored* Chosen() const { return stored_ + begin_ * ImageSize(); }
 
   OpKernelContext* context_;
   Backend& backend_;
   DataFormat format_;
-  TensorExtent extent_{0, 0, 0};
   Stored* stored_ = nullptr;
-  T* native_ = nullptr;
+  TensorExtent extent_{0, 0, 0};  // of the chosen images
+  int64_t begin_ = 0;
+  bool native_ = false;
   Tensor copy_;
 };
+
+// Calls work(begin, count) for ranges of images that cover the batch, after making room for one in
+// `tensors`. A range is as long as the backend grants memory to the tensors' copies, but at least
+// one image.
+template <typename Backend, typename Work, typename... Tensors>
+absl::Status ForEachRange(const Backend& backend, int64_t images, const Work& work,
+                          Tensors&... tensors) {
+  const int64_t bytes = (tensors.copy_bytes() + ...);
+  const int64_t granted = bytes == 0 ? images : std::min(backend.copy_bytes() / bytes, images);
+  const int64_t range = std::max<int64_t>(granted, 1);
+  absl::Status status;
+  const auto allocate = [&](auto& tensor) {
+    if (status.ok()) status = tensor.Allocate(range);
+  };
+  (allocate(tensors), ...);
+  int64_t begin = 0;
+  do {  // once for an empty batch too: it has a gradient by the filters
+    if (!status.ok()) break;
+    const int64_t count = std::min(range, images - begin);
+    (tensors.MoveTo(begin, count), ...);
+    status = work(begin, count);
+    begin += range;
+  } while (begin < images);
+  return status;
+}
 
 // What the kernels of both ops do alike, whatever the types.
 class DeformConv2DKernel : public OpKernel {
@@ -170,12 +227,26 @@ class NativeArguments {
         offset_(context, backend, format),
         mask_(context, backend, format) {}
 
-  absl::Status Read(OpKernelContext* context, bool has_mask) {
-    TF_RETURN_IF_ERROR(input_.Read(context->input(0)));
-    TF_RETURN_IF_ERROR(filters_.Read(context->input(1)));
-    TF_RETURN_IF_ERROR(offset_.Read(context->input(2)));
-    return has_mask ? mask_.Read(context->input(3)) : absl::OkStatus();
+  // Attaches the op's inputs, and reads the filters.
+  absl::Status Attach(OpKernelContext* context, bool has_mask) {
+    input_.Attach(context->input(0));
+    filters_.Attach(context->input(1));
+    offset_.Attach(context->input(2));
+    if (has_mask) mask_.Attach(context->input(3));
+    TF_RETURN_IF_ERROR(filters_.Allocate(filters_.images()));
+    return filters_.Read();
   }
+
+  // Reads the images that input(), offset() and mask() were moved to.
+  absl::Status Read() {
+    TF_RETURN_IF_ERROR(input_.Read());
+    TF_RETURN_IF_ERROR(offset_.Read());
+    return mask_.Read();
+  }
+
+  DataTensor& input() { return input_; }
+  PositionTensor& offset() { return offset_; }
+  PositionTensor& mask() { return mask_; }
 
   SampledTensors<T, Position> sampled() const {
     return {input_.data(), offset_.data(), mask_.data()};
@@ -205,12 +276,18 @@ class DeformConv2DOp : public DeformConv2DKernel {
     if (output->NumElements() == 0) return absl::OkStatus();
     Backend backend(context);
     Arguments arguments(context, backend, format());
-    TF_RETURN_IF_ERROR(arguments.Read(context, has_mask()));
+    TF_RETURN_IF_ERROR(arguments.Attach(context, has_mask()));
     typename Arguments::DataTensor native_output(context, backend, format());
-    TF_RETURN_IF_ERROR(native_output.Prepare(*output));
-    TF_RETURN_IF_ERROR(
-        backend.Forward(params, arguments.sampled(), arguments.filters(), native_output.data()));
-    return native_output.Write();
+    native_output.Attach(*output);
+    const auto forward = [&](int64_t /*begin*/, int64_t count) {
+      TF_RETURN_IF_ERROR(arguments.Read());
+      params.batch = count;
+      TF_RETURN_IF_ERROR(
+          backend.Forward(params, arguments.sampled(), arguments.filters(), native_output.data()));
+      return native_output.Write();
+    };
+    return ForEachRange(backend, params.batch, forward, arguments.input(), arguments.offset(),
+                        arguments.mask(), native_output);
   }
 };
 
@@ -245,33 +322,44 @@ class DeformConv2DGradOp : public DeformConv2DKernel {
     DataTensor grad_filters(context, backend, DataFormat::kNhwc);
     PositionTensor grad_offset(context, backend, format());
     PositionTensor grad_mask(context, backend, format());
-    TF_RETURN_IF_ERROR(PrepareGradient(context, 0, &grad_input));
-    TF_RETURN_IF_ERROR(PrepareGradient(context, 1, &grad_filters));
-    TF_RETURN_IF_ERROR(PrepareGradient(context, 2, &grad_offset));
-    if (has_mask()) TF_RETURN_IF_ERROR(PrepareGradient(context, 3, &grad_mask));
+    TF_RETURN_IF_ERROR(AllocateGradient(context, 0, &grad_input));
+    TF_RETURN_IF_ERROR(AllocateGradient(context, 1, &grad_filters));
+    TF_RETURN_IF_ERROR(AllocateGradient(context, 2, &grad_offset));
+    if (has_mask()) TF_RETURN_IF_ERROR(AllocateGradient(context, 3, &grad_mask));
 
     Arguments arguments(context, backend, format());
-    TF_RETURN_IF_ERROR(arguments.Read(context, has_mask()));
+    TF_RETURN_IF_ERROR(arguments.Attach(context, has_mask()));
     DataTensor native_grad_output(context, backend, format());
-    TF_RETURN_IF_ERROR(native_grad_output.Read(grad_output));
-    const DeformConvGradients<typename Arguments::T, typename Arguments::Position> gradients = {
-        {grad_input.data(), grad_offset.data(), grad_mask.data()}, grad_filters.data()};
-    TF_RETURN_IF_ERROR(backend.Backward(params, arguments.sampled(), arguments.filters(),
-                                        native_grad_output.data(), gradients));
-    TF_RETURN_IF_ERROR(grad_input.Write());
-    TF_RETURN_IF_ERROR(grad_filters.Write());
-    TF_RETURN_IF_ERROR(grad_offset.Write());
-    return grad_mask.Write();
+    native_grad_output.Attach(grad_output);
+    TF_RETURN_IF_ERROR(grad_filters.Allocate(grad_filters.images()));
+    const auto backward = [&](int64_t begin, int64_t count) {
+      TF_RETURN_IF_ERROR(arguments.Read());
+      TF_RETURN_IF_ERROR(native_grad_output.Read());
+      const DeformConvGradients<typename Arguments::T, typename Arguments::Position> gradients = {
+          {grad_input.data(), grad_offset.data(), grad_mask.data()}, grad_filters.data()};
+      params.batch = count;
+      TF_RETURN_IF_ERROR(backend.Backward(params, arguments.sampled(), arguments.filters(),
+                                          native_grad_output.data(), /*add_filters=*/begin > 0,
+                                          gradients));
+      TF_RETURN_IF_ERROR(grad_input.Write());
+      TF_RETURN_IF_ERROR(grad_offset.Write());
+      return grad_mask.Write();
+    };
+    TF_RETURN_IF_ERROR(ForEachRange(backend, params.batch, backward, arguments.input(),
+                                    arguments.offset(), arguments.mask(), native_grad_output,
+                                    grad_input, grad_offset, grad_mask));
+    return grad_filters.Write();
   }
 
  private:
   // Allocates the gradient of input `index`: in its shape if it is wanted, else empty.
   template <typename Gradient>
-  absl::Status PrepareGradient(OpKernelContext* context, int index, Gradient* gradient) const {
+  absl::Status AllocateGradient(OpKernelContext* context, int index, Gradient* gradient) const {
     Tensor* output;
     const TensorShape shape = wanted_[index] ? context->input(index).shape() : TensorShape({0});
     TF_RETURN_IF_ERROR(context->allocate_output(index, shape, &output));
-    return wanted_[index] ? gradient->Prepare(*output) : absl::OkStatus();
+    if (wanted_[index]) gradient->Attach(*output);
+    return absl::OkStatus();
   }
 
   bool wanted_[4];

@@ -18,6 +18,9 @@ class CpuBackend {
   explicit CpuBackend(OpKernelContext* context)
       : workers_(context->device()->tensorflow_cpu_worker_threads()->workers) {}
 
+  // What copies in native form may take: more than the tensors in cache, little beside the batch.
+  int64_t copy_bytes() const { return (int64_t{8} << 20) * workers_->NumThreads(); }
+
   template <typename Stored, typename T>
   absl::Status ToNative(DataFormat format, const TensorExtent& extent, const Stored* from, T* to) {
     const auto& kernels = SelectCpuLayoutKernels<Stored>();
@@ -46,9 +49,10 @@ class CpuBackend {
 
   template <typename T>
   absl::Status Backward(const DeformConvParams& params, const SampledTensors<T>& tensors,
-                        const T* filters, const T* grad_output,
+                        const T* filters, const T* grad_output, bool add_filters,
                         const DeformConvGradients<T>& gradients) {
-    DeformConv2DBackwardCpu(params, tensors, filters, grad_output, Threads(), gradients);
+    DeformConv2DBackwardCpu(params, tensors, filters, grad_output, Threads(), add_filters,
+                            gradients);
     return absl::OkStatus();
   }
 

@@ -1,6 +1,8 @@
 // The ops' kernels on a GPU: on the stream, the memory and the BLAS that TensorFlow uses itself.
 // Compiled without CUDA's headers, which would be another version than TensorFlow's.
 
+#include <limits>
+
 #include "core/deform_im2col_cuda.h"
 #include "tensorflow/core/kernels/numeric_options_utils.h"
 #include "tf/deform_conv2d_kernels.h"
@@ -93,6 +95,9 @@ class CudaBackend {
 
   explicit CudaBackend(OpKernelContext* context) : device_(context) {}
 
+  // A GPU is kept busy by whole batches only.
+  int64_t copy_bytes() const { return std::numeric_limits<int64_t>::max(); }
+
   template <typename Stored, typename T>
   absl::Status ToNative(DataFormat format, const TensorExtent& extent, const Stored* from, T* to) {
     return device_.StatusOf(ToNhwcCuda(format, extent, from, to, device_.stream()));
@@ -114,7 +119,7 @@ class CudaBackend {
   template <typename T>
   absl::Status Backward(const DeformConvParams& params,
                         const SampledTensors<T, ComputeType<T>>& tensors, const T* filters,
-                        const T* grad_output,
+                        const T* grad_output, bool /*add_filters*/,  // batches come whole
                         const DeformConvGradients<T, ComputeType<T>>& gradients) {
     return device_.StatusOf(
         DeformConv2DBackwardCuda<T>(params, tensors, filters, grad_output, device_, gradients));
