@@ -185,18 +185,12 @@ class DeformConv2DKernel : public OpKernel {
   DataFormat format() const { return attributes_.format; }
   bool has_mask() const { return attributes_.has_mask; }
 
-  absl::Status MakeParamsOf(OpKernelContext* context, DeformConvParams* params) const {
+  absl::Status ReadShapes(OpKernelContext* context, DeformConvParams* params) const {
     const auto dimensions = [context](int index) {
       const auto sizes = context->input(index).shape().dim_sizes();
       return std::vector<int64_t>(sizes.begin(), sizes.end());
     };
-    std::vector<int64_t> mask;
-    if (has_mask()) mask = dimensions(3);
-    DeformConvShapes shapes;
-    TF_RETURN_IF_ERROR(ToNativeShapes(format(), dimensions(0), dimensions(1), dimensions(2),
-                                      has_mask() ? &mask : nullptr, &shapes));
-    const std::string error = MakeParams(attributes_.conv, shapes, params);
-    return error.empty() ? absl::OkStatus() : absl::InvalidArgumentError(error);
+    return MakeParamsOf(attributes_, dimensions, params);
   }
 
   absl::Status OutputShape(const DeformConvParams& params, TensorShape* shape) const {
@@ -268,7 +262,7 @@ class DeformConv2DOp : public DeformConv2DKernel {
  protected:
   absl::Status ComputeStatus(OpKernelContext* context) override {
     DeformConvParams params;
-    TF_RETURN_IF_ERROR(MakeParamsOf(context, &params));
+    TF_RETURN_IF_ERROR(ReadShapes(context, &params));
     TensorShape shape;
     TF_RETURN_IF_ERROR(OutputShape(params, &shape));
     Tensor* output;
@@ -307,7 +301,7 @@ class DeformConv2DGradOp : public DeformConv2DKernel {
  protected:
   absl::Status ComputeStatus(OpKernelContext* context) override {
     DeformConvParams params;
-    TF_RETURN_IF_ERROR(MakeParamsOf(context, &params));
+    TF_RETURN_IF_ERROR(ReadShapes(context, &params));
     const Tensor& grad_output = context->input(context->num_inputs() - 1);
     TensorShape expected;
     TF_RETURN_IF_ERROR(OutputShape(params, &expected));

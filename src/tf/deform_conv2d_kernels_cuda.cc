@@ -4,16 +4,11 @@
 #include <limits>
 
 #include "core/deform_im2col_cuda.h"
-#include "tensorflow/core/kernels/numeric_options_utils.h"
 #include "tf/deform_conv2d_kernels.h"
-#include "xla/stream_executor/blas.h"
-#include "xla/stream_executor/stream.h"
-#include "xla/stream_executor/stream_executor.h"
+#include "tf/stream_gemm.h"
 
 namespace deform_conv {
 namespace {
-
-namespace blas = stream_executor::blas;
 
 class TensorFlowDevice : public CudaDevice {
  public:
@@ -34,17 +29,8 @@ class TensorFlowDevice : public CudaDevice {
 
   std::string Gemm(ElementType type, GemmForm form, const Matrix<const void>& a,
                    const Matrix<const void>& b, const Matrix<void>& c, bool accumulate) override {
-    switch (type) {
-      case ElementType::kFloat:
-        return GemmOf<float, float>(form, a, b, c, accumulate);
-      case ElementType::kDouble:
-        return GemmOf<double, double>(form, a, b, c, accumulate);
-      case ElementType::kHalf:
-        return GemmOf<Eigen::half, float>(form, a, b, c, accumulate);
-      case ElementType::kBFloat16:
-        return GemmOf<Eigen::bfloat16, Eigen::bfloat16>(form, a, b, c, accumulate);
-    }
-    return "unknown element type";
+    const absl::Status status = StreamGemm(stream_, type, form, a, b, c, accumulate);
+    return status.ok() ? "" : Remember(status);
   }
 
   // The status that an error of the core means: TensorFlow's own where it was TensorFlow's.
@@ -54,29 +40,6 @@ class TensorFlowDevice : public CudaDevice {
   }
 
  private:
-  // BLAS is column-major: there, a row-major matrix is its transpose, and c^T = b^T a^T.
-  template <typename T, typename Factor>
-  std::string GemmOf(GemmForm form, const Matrix<const void>& a, const Matrix<const void>& b,
-                     const Matrix<void>& c, bool accumulate) {
-    blas::BlasSupport* library = stream_->parent()->AsBlas();
-    if (library == nullptr) return Remember(absl::InternalError("TensorFlow has no BLAS here"));
-    const auto transpose = [form](GemmForm transposing) {
-      return form == transposing ? blas::Transpose::kTranspose : blas::Transpose::kNoTranspose;
-    };
-    const auto address = [](const Matrix<const void>& matrix) {
-      return stream_executor::DeviceAddress<T>::MakeFromByteSize(
-          const_cast<void*>(matrix.data), matrix.rows * matrix.stride * sizeof(T));
-    };
-    auto out = address({c.data, c.rows, c.cols, c.stride});
-    const int64_t depth = form == GemmForm::kTransposeA ? a.rows : a.cols;
-    const absl::Status status = library->BlasGemm(
-        stream_, transpose(GemmForm::kTransposeB), transpose(GemmForm::kTransposeA), c.cols, c.rows,
-        depth, static_cast<Factor>(1.0f), address(b), static_cast<int>(b.stride), address(a),
-        static_cast<int>(a.stride), static_cast<Factor>(accumulate ? 1.0f : 0.0f), &out,
-        static_cast<int>(c.stride), tensorflow::GetNumericOptions(), blas::CallContext::kNone);
-    return status.ok() ? "" : Remember(status);
-  }
-
   std::string Remember(const absl::Status& status) {
     status_ = status;
     return std::string(status.message());

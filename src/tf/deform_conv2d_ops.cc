@@ -25,14 +25,8 @@ std::vector<int64_t> Dimensions(InferenceContext* context, int index) {
 absl::Status InferParams(InferenceContext* context, OpAttributes* attributes,
                          DeformConvParams* params) {
   TF_RETURN_IF_ERROR(ReadAttributes(context, attributes));
-  std::vector<int64_t> mask;
-  if (attributes->has_mask) mask = Dimensions(context, 3);
-  DeformConvShapes shapes;
-  TF_RETURN_IF_ERROR(ToNativeShapes(attributes->format, Dimensions(context, 0),
-                                    Dimensions(context, 1), Dimensions(context, 2),
-                                    attributes->has_mask ? &mask : nullptr, &shapes));
-  const std::string error = MakeParams(attributes->conv, shapes, params);
-  return error.empty() ? absl::OkStatus() : absl::InvalidArgumentError(error);
+  const auto dimensions = [context](int index) { return Dimensions(context, index); };
+  return MakeParamsOf(*attributes, dimensions, params);
 }
 
 absl::Status ForwardShape(InferenceContext* context) {

@@ -146,6 +146,22 @@ inline absl::Status ToNativeShapes(DataFormat format, const std::vector<int64_t>
   return mask == nullptr ? absl::OkStatus() : ToNativeShape("mask", format, *mask, &shapes->mask);
 }
 
+// The sizes that follow from the attributes and the shapes of the ops' arguments. `dimensions(i)` is
+// the shape of input i as a vector.
+template <typename Dimensions>
+absl::Status MakeParamsOf(const OpAttributes& attributes, const Dimensions& dimensions,
+                          DeformConvParams* params) {
+  std::vector<int64_t> mask;
+  if (attributes.has_mask) mask = dimensions(3);
+  DeformConvShapes shapes;
+  const absl::Status status =
+      ToNativeShapes(attributes.format, dimensions(0), dimensions(1), dimensions(2),
+                     attributes.has_mask ? &mask : nullptr, &shapes);
+  if (!status.ok()) return status;
+  const std::string error = MakeParams(attributes.conv, shapes, params);
+  return error.empty() ? absl::OkStatus() : absl::InvalidArgumentError(error);
+}
+
 }  // namespace deform_conv
 
 #endif  // DEFORM_CONV_TF_OP_ATTRIBUTES_H_

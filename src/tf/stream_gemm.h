@@ -1,0 +1,58 @@
+// The GEMM of a GPU's half, by the BLAS that TensorFlow itself loaded: for its kernels and for XLA.
+
+#ifndef DEFORM_CONV_TF_STREAM_GEMM_H_
+#define DEFORM_CONV_TF_STREAM_GEMM_H_
+
+#include "absl/status/status.h"
+#include "core/cuda_device.h"
+#include "tensorflow/core/kernels/numeric_options_utils.h"
+#include "xla/stream_executor/blas.h"
+#include "xla/stream_executor/stream.h"
+#include "xla/stream_executor/stream_executor.h"
+
+namespace deform_conv {
+
+template <typename T, typename Factor>
+absl::Status StreamGemmOf(stream_executor::Stream* stream, GemmForm form,
+                          const Matrix<const void>& a, const Matrix<const void>& b,
+                          const Matrix<void>& c, bool accumulate) {
+  namespace blas = stream_executor::blas;
+  blas::BlasSupport* library = stream->parent()->AsBlas();
+  if (library == nullptr) return absl::InternalError("TensorFlow has no BLAS here");
+  const auto transpose = [form](GemmForm transposing) {
+    return form == transposing ? blas::Transpose::kTranspose : blas::Transpose::kNoTranspose;
+  };
+  const auto address = [](const Matrix<const void>& matrix) {
+    return stream_executor::DeviceAddress<T>::MakeFromByteSize(
+        const_cast<void*>(matrix.data), matrix.rows * matrix.stride * sizeof(T));
+  };
+  auto out = address({c.data, c.rows, c.cols, c.stride});
+  const int64_t depth = form == GemmForm::kTransposeA ? a.rows : a.cols;
+  // BLAS is column-major: there, a row-major matrix is its transpose, and c^T = b^T a^T.
+  return library->BlasGemm(
+      stream, transpose(GemmForm::kTransposeB), transpose(GemmForm::kTransposeA), c.cols, c.rows,
+      depth, static_cast<Factor>(1.0f), address(b), static_cast<int>(b.stride), address(a),
+      static_cast<int>(a.stride), static_cast<Factor>(accumulate ? 1.0f : 0.0f), &out,
+      static_cast<int>(c.stride), tensorflow::GetNumericOptions(), blas::CallContext::kNone);
+}
+
+// CudaDevice::Gemm() on `stream`. Obeys TensorFlow's settings of TF32 and determinism.
+inline absl::Status StreamGemm(stream_executor::Stream* stream, ElementType type, GemmForm form,
+                               const Matrix<const void>& a, const Matrix<const void>& b,
+                               const Matrix<void>& c, bool accumulate) {
+  switch (type) {
+    case ElementType::kFloat:
+      return StreamGemmOf<float, float>(stream, form, a, b, c, accumulate);
+    case ElementType::kDouble:
+      return StreamGemmOf<double, double>(stream, form, a, b, c, accumulate);
+    case ElementType::kHalf:
+      return StreamGemmOf<Eigen::half, float>(stream, form, a, b, c, accumulate);
+    case ElementType::kBFloat16:
+      return StreamGemmOf<Eigen::bfloat16, Eigen::bfloat16>(stream, form, a, b, c, accumulate);
+  }
+  return absl::InternalError("unknown element type");
+}
+
+}  // namespace deform_conv
+
+#endif  // DEFORM_CONV_TF_STREAM_GEMM_H_

@@ -1,0 +1,109 @@
+// The custom calls on a GPU: on XLA's stream and memory, and TensorFlow's BLAS.
+
+#include "tf/stream_gemm.h"
+#include "tf/xla/custom_call_handlers.h"
+#include "xla/ffi/api/c_api_internal.h"
+
+// Asks for the stream as XLA itself has it: its BLAS needs that. The interface is for code that is
+// built with XLA's own headers and loaded into the very XLA that they are of, as this library is.
+struct StreamOfXla {};
+
+template <>
+struct xla::ffi::CtxDecoding<StreamOfXla> {
+  using Type = stream_executor::Stream*;
+
+  static std::optional<Type> Decode(const XLA_FFI_Api* api, XLA_FFI_ExecutionContext* context,
+                                    DiagnosticEngine& diagnostic) {
+    void* stream = nullptr;
+    XLA_FFI_Error* error = api->internal_api->XLA_FFI_INTERNAL_Stream_Get(context, &stream);
+    if (error != nullptr) {
+      diagnostic.Emit("no stream: ") << internal::GetErrorMessage(api, error);
+      internal::DestroyError(api, error);
+      return std::nullopt;
+    }
+    return static_cast<Type>(stream);
+  }
+};
+
+namespace deform_conv {
+namespace {
+
+class XlaCudaDevice : public CudaDevice {
+ public:
+  XlaCudaDevice(stream_executor::Stream* stream, ffi::ScratchAllocator& memory)
+      : stream_(stream), memory_(memory) {}
+
+  void* stream() override { return stream_->platform_specific_handle().stream; }
+
+  std::string Allocate(int64_t bytes, void** memory) override {
+    const std::optional<void*> allocated = memory_.Allocate(bytes, kAlignment);
+    if (!allocated.has_value()) throw std::bad_alloc();
+    *memory = *allocated;
+    return "";
+  }
+
+  std::string Gemm(ElementType type, GemmForm form, const Matrix<const void>& a,
+                   const Matrix<const void>& b, const Matrix<void>& c, bool accumulate) override {
+    const absl::Status status = StreamGemm(stream_, type, form, a, b, c, accumulate);
+    return status.ok() ? "" : std::string(status.message());
+  }
+
+ private:
+  static constexpr size_t kAlignment = 256;
+
+  stream_executor::Stream* stream_;
+  ffi::ScratchAllocator& memory_;
+};
+
+class CudaBackend {
+ public:
+  static constexpr bool kHas16Bit = true;
+
+  CudaBackend(stream_executor::Stream* stream, ffi::ScratchAllocator& memory)
+      : device_(stream, memory) {}
+
+  template <typename T>
+  std::string Forward(const DeformConvParams& params,
+                      const SampledTensors<T, ComputeType<T>>& tensors, const T* filters,
+                      T* output) {
+    return DeformConv2DForwardCuda<T>(params, tensors, filters, device_, output);
+  }
+
+  template <typename T>
+  std::string Backward(const DeformConvParams& params,
+                       const SampledTensors<T, ComputeType<T>>& tensors, const T* filters,
+                       const T* grad_output,
+                       const DeformConvGradients<T, ComputeType<T>>& gradients) {
+    return DeformConv2DBackwardCuda<T>(params, tensors, filters, grad_output, device_, gradients);
+  }
+
+ private:
+  XlaCudaDevice device_;
+};
+
+ffi::Error Forward(stream_executor::Stream* stream, ffi::ScratchAllocator memory,
+                   ffi::Span<const int64_t> words, ffi::AnyBuffer input, ffi::AnyBuffer filters,
+                   ffi::AnyBuffer offset, ffi::RemainingArgs masks,
+                   ffi::Result<ffi::AnyBuffer> output) {
+  CudaBackend backend(stream, memory);
+  return HandleForward(backend, words, input, filters, offset, masks, *output);
+}
+
+ffi::Error Backward(stream_executor::Stream* stream, ffi::ScratchAllocator memory,
+                    ffi::Span<const int64_t> words, int64_t wanted, ffi::AnyBuffer input,
+                    ffi::AnyBuffer filters, ffi::AnyBuffer offset, ffi::AnyBuffer grad_output,
+                    ffi::RemainingArgs masks, ffi::RemainingRets results) {
+  CudaBackend backend(stream, memory);
+  return HandleBackward(backend, words, wanted, input, filters, offset, grad_output, masks,
+                        results);
+}
+
+auto BindDevice() { return ffi::Ffi::Bind().Ctx<StreamOfXla>().Ctx<ffi::ScratchAllocator>(); }
+
+XLA_FFI_DEFINE_HANDLER(kForward, Forward, BindForward(BindDevice()));
+XLA_FFI_DEFINE_HANDLER(kBackward, Backward, BindBackward(BindDevice()));
+XLA_FFI_REGISTER_HANDLER(XLA_FFI_GetApi(), kForwardCall, "CUDA", kForward);
+XLA_FFI_REGISTER_HANDLER(XLA_FFI_GetApi(), kBackwardCall, "CUDA", kBackward);
+
+}  // namespace
+}  // namespace deform_conv

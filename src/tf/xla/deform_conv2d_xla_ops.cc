@@ -1,0 +1,184 @@
+// The ops as XLA compiles them: custom calls between conversions from and to native form, which XLA
+// fuses with their neighbours.
+
+#include <string>
+#include <vector>
+
+#include "absl/strings/str_join.h"
+#include "tensorflow/compiler/tf2xla/xla_op_kernel.h"
+#include "tensorflow/compiler/tf2xla/xla_op_registry.h"
+#include "tf/op_attributes.h"
+#include "tf/xla/custom_calls.h"
+#include "xla/hlo/builder/lib/constants.h"
+#include "xla/hlo/builder/xla_builder.h"
+#include "xla/shape_util.h"
+
+namespace deform_conv {
+namespace {
+
+using tensorflow::OpKernelConstruction;
+using tensorflow::XlaOpKernel;
+using tensorflow::XlaOpKernelContext;
+
+enum class XlaDevice { kCpu, kGpu };
+
+// What the two ops do alike. Only a GPU computes on 16-bit tensors as they are.
+template <XlaDevice kDevice>
+class DeformConv2DXlaOp : public XlaOpKernel {
+ public:
+  explicit DeformConv2DXlaOp(OpKernelConstruction* context) : XlaOpKernel(context) {
+    OP_REQUIRES_OK(context, ReadAttributes(context, &attributes_));
+  }
+
+ protected:
+  bool has_mask() const { return attributes_.has_mask; }
+
+  absl::Status ReadShapes(XlaOpKernelContext* context, DeformConvParams* params) const {
+    const auto dimensions = [context](int index) {
+      const auto shape = context->InputXlaShape(index);
+      if (!shape.ok()) return std::vector<int64_t>();
+      return std::vector<int64_t>(shape->dimensions().begin(), shape->dimensions().end());
+    };
+    return MakeParamsOf(attributes_, dimensions, params);
+  }
+
+  // The type that positions are computed in beside tensors of type `stored`.
+  static xla::PrimitiveType PositionType(xla::PrimitiveType stored) {
+    return stored == xla::F64 ? xla::F64 : xla::F32;
+  }
+
+  // The type that input, filters and output are computed in.
+  static xla::PrimitiveType NativeType(xla::PrimitiveType stored) {
+    return kDevice == XlaDevice::kGpu ? stored : PositionType(stored);
+  }
+
+  // Input `index`, in native form.
+  xla::XlaOp Native(XlaOpKernelContext* context, int index) const {
+    const bool is_position = index == 2 || (index == 3 && has_mask());
+    const xla::PrimitiveType stored = context->input_xla_type(index);
+    const xla::XlaOp value = xla::ConvertElementType(
+        context->Input(index), is_position ? PositionType(stored) : NativeType(stored));
+    return IsTransposed(index) ? xla::Transpose(value, {0, 2, 3, 1}) : value;
+  }
+
+  // The native `value` as an output whose shape is laid out like input `index`.
+  xla::XlaOp Stored(xla::XlaOp value, int index, xla::PrimitiveType type) const {
+    value = xla::ConvertElementType(value, type);
+    return IsTransposed(index) ? xla::Transpose(value, {0, 3, 1, 2}) : value;
+  }
+
+  static std::string Attributes(const DeformConvParams& params, int64_t wanted) {
+    return absl::StrCat("{", kParamsAttribute, " = array<i64: ",
+                        absl::StrJoin(ToWords(params), ", "), ">, ", kWantedAttribute, " = ",
+                        wanted, " : i64}");
+  }
+
+  // Calls `target` with row-major operands and results.
+  static xla::XlaOp Call(XlaOpKernelContext* context, const char* target,
+                         const std::vector<xla::XlaOp>& operands, const xla::Shape& result,
+                         const std::string& attributes) {
+    std::vector<xla::Shape> shapes;
+    for (const xla::XlaOp operand : operands) {
+      const auto shape = context->builder()->GetShape(operand);
+      if (!shape.ok()) return context->builder()->ReportError(shape.status());
+      shapes.push_back(RowMajor(shape->element_type(), shape->dimensions()));
+    }
+    return xla::CustomCallWithLayout(
+        context->builder(), target, operands, result, shapes, attributes,
+        /*has_side_effect=*/false, /*output_operand_aliasing=*/{}, /*literal=*/nullptr,
+        xla::CustomCallSchedule::SCHEDULE_NONE, xla::CustomCallApiVersion::API_VERSION_TYPED_FFI);
+  }
+
+  static xla::Shape RowMajor(xla::PrimitiveType type, absl::Span<const int64_t> dimensions) {
+    return xla::ShapeUtil::MakeShapeWithDescendingLayout(type, dimensions);
+  }
+
+ private:
+  bool IsTransposed(int index) const {
+    return index != 1 && attributes_.format == DataFormat::kNchw;  // filters never are
+  }
+
+  OpAttributes attributes_;
+};
+
+template <XlaDevice kDevice>
+class ForwardXlaOp : public DeformConv2DXlaOp<kDevice> {
+ public:
+  using DeformConv2DXlaOp<kDevice>::DeformConv2DXlaOp;
+
+  void Compile(XlaOpKernelContext* context) override {
+    DeformConvParams params;
+    OP_REQUIRES_OK(context, this->ReadShapes(context, &params));
+    std::vector<xla::XlaOp> operands;
+    for (int i = 0; i < (this->has_mask() ? 4 : 3); ++i) {
+      operands.push_back(this->Native(context, i));
+    }
+    const xla::PrimitiveType type = context->input_xla_type(0);
+    const xla::Shape result =
+        this->RowMajor(this->NativeType(type),
+                       {params.batch, params.out_h, params.out_w, params.out_channels});
+    const xla::XlaOp output = this->Call(context, kForwardCall, operands, result,
+                                         this->Attributes(params, /*wanted=*/0));
+    context->SetOutput(0, this->Stored(output, 0, type));
+  }
+};
+
+template <XlaDevice kDevice>
+class BackwardXlaOp : public DeformConv2DXlaOp<kDevice> {
+ public:
+  explicit BackwardXlaOp(OpKernelConstruction* context) : DeformConv2DXlaOp<kDevice>(context) {
+    for (int i = 0; i < 4; ++i) {
+      OP_REQUIRES_OK(context, context->GetAttr(kWantAttributes[i], &wanted_[i]));
+    }
+  }
+
+  void Compile(XlaOpKernelContext* context) override {
+    DeformConvParams params;
+    OP_REQUIRES_OK(context, this->ReadShapes(context, &params));
+    std::vector<xla::XlaOp> arguments;
+    for (int i = 0; i < context->num_inputs(); ++i) arguments.push_back(this->Native(context, i));
+    // The mask, of which there may be none, comes last.
+    std::vector<xla::XlaOp> operands = {arguments[0], arguments[1], arguments[2],
+                                        arguments.back()};
+    if (this->has_mask()) operands.push_back(arguments[3]);
+
+    std::vector<xla::Shape> results;
+    int64_t wanted_bits = 0;
+    for (int i = 0; i < context->num_outputs(); ++i) {
+      if (!wanted_[i]) continue;
+      const auto shape = context->builder()->GetShape(arguments[i]);
+      OP_REQUIRES_OK(context, shape.status());
+      results.push_back(this->RowMajor(shape->element_type(), shape->dimensions()));
+      wanted_bits |= int64_t{1} << i;
+    }
+    xla::XlaOp gradients;
+    if (!results.empty()) {
+      gradients = this->Call(context, kBackwardCall, operands,
+                             xla::ShapeUtil::MakeTupleShape(results),
+                             this->Attributes(params, wanted_bits));
+    }
+    int64_t next = 0;
+    for (int i = 0; i < context->num_outputs(); ++i) {
+      const xla::PrimitiveType type = context->input_xla_type(i);
+      context->SetOutput(
+          i, wanted_[i]
+                 ? this->Stored(xla::GetTupleElement(gradients, next++), i, type)
+                 : xla::Broadcast(xla::Zero(context->builder(), type), {0}));
+    }
+  }
+
+ private:
+  bool wanted_[4];
+};
+
+REGISTER_XLA_OP(Name("DeformConv2D").Device(tensorflow::DEVICE_CPU_XLA_JIT),
+                ForwardXlaOp<XlaDevice::kCpu>);
+REGISTER_XLA_OP(Name("DeformConv2DGrad").Device(tensorflow::DEVICE_CPU_XLA_JIT),
+                BackwardXlaOp<XlaDevice::kCpu>);
+REGISTER_XLA_OP(Name("DeformConv2D").Device(tensorflow::DEVICE_GPU_XLA_JIT),
+                ForwardXlaOp<XlaDevice::kGpu>);
+REGISTER_XLA_OP(Name("DeformConv2DGrad").Device(tensorflow::DEVICE_GPU_XLA_JIT),
+                BackwardXlaOp<XlaDevice::kGpu>);
+
+}  // namespace
+}  // namespace deform_conv
