@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 from conftest import relative_error
 
-from utils.deform_conv_layer import DeformConv2D
+from utils.deform_conv_layer import DeformableConv2D
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -30,7 +30,7 @@ def randomize(layer, rng):
 @pytest.mark.parametrize("arguments", ARGUMENTS)
 def test_new_layer_computes_what_conv2d_does(arguments, images):
     arguments = {"filters": 6, "kernel_size": 3} | arguments
-    layer = DeformConv2D(**arguments)
+    layer = DeformableConv2D(**arguments)
     outputs = layer(images)
     regular = keras.layers.Conv2D(
         **{k: v for k, v in arguments.items() if k not in ("deform_groups", "modulated")}
@@ -44,7 +44,7 @@ def test_new_layer_computes_what_conv2d_does(arguments, images):
 @pytest.mark.parametrize("arguments", ARGUMENTS)
 def test_layer_survives_saving_and_loading(arguments, images, tmp_path, rng):
     inputs = keras.Input((9, 8, 4))
-    layer = DeformConv2D(**({"filters": 6, "kernel_size": 3} | arguments))
+    layer = DeformableConv2D(**({"filters": 6, "kernel_size": 3} | arguments))
     model = keras.Model(inputs, layer(inputs))
     randomize(layer, rng)
     model.save(tmp_path / "model.keras")
@@ -55,7 +55,7 @@ def test_layer_survives_saving_and_loading(arguments, images, tmp_path, rng):
 @pytest.mark.parametrize("modulated", [False, True])
 def test_offsets_and_masks_learn(modulated, images, rng):
     model = keras.Sequential(
-        [keras.Input((9, 8, 4)), DeformConv2D(3, 3, modulated=modulated, deform_groups=2)]
+        [keras.Input((9, 8, 4)), DeformableConv2D(3, 3, modulated=modulated, deform_groups=2)]
     )
     layer = model.layers[0]
     model.compile("adam", "mse")
@@ -69,8 +69,8 @@ def test_offsets_and_masks_learn(modulated, images, rng):
 
 def test_channels_first_equals_channels_last(images, rng):
     # 6 filters on an output 6 wide: the bias must not be taken for one along the width.
-    last = DeformConv2D(6, 3, modulated=True, deform_groups=2)
-    first = DeformConv2D(6, 3, modulated=True, deform_groups=2, data_format="channels_first")
+    last = DeformableConv2D(6, 3, modulated=True, deform_groups=2)
+    first = DeformableConv2D(6, 3, modulated=True, deform_groups=2, data_format="channels_first")
     last.build(images.shape)
     first.build((2, 4, 9, 8))
     randomize(last, rng)
@@ -80,7 +80,7 @@ def test_channels_first_equals_channels_last(images, rng):
 
 
 def test_mixed_precision_keeps_offsets_in_float32(images):
-    layer = DeformConv2D(6, 3, modulated=True, dtype="mixed_float16")
+    layer = DeformableConv2D(6, 3, modulated=True, dtype="mixed_float16")
     outputs = layer(images)
     assert outputs.dtype == tf.float16
     assert layer.kernel.dtype == "float32"
@@ -90,9 +90,9 @@ def test_mixed_precision_keeps_offsets_in_float32(images):
 @pytest.mark.parametrize("deform_groups", [0, -1, 1.5])
 def test_deform_groups_must_be_a_positive_integer(deform_groups):
     with pytest.raises(ValueError, match=r"deform_groups must be an integer above 0. Received"):
-        DeformConv2D(6, 3, deform_groups=deform_groups)
+        DeformableConv2D(6, 3, deform_groups=deform_groups)
 
 
 def test_deform_groups_must_divide_the_channels():
     with pytest.raises(ValueError, match=r"must divide the number of input channels, 4. Received"):
-        DeformConv2D(6, 3, deform_groups=3).build((2, 9, 8, 4))
+        DeformableConv2D(6, 3, deform_groups=3).build((2, 9, 8, 4))

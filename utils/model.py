@@ -49,9 +49,10 @@ def _convolution(model_name: str, filters: int, strides: int, name: str) -> kera
     if model_name == REGULAR:
         return keras.layers.Conv2D(filters, KERNEL_SIZE, **arguments)
     # Needs the compiled library, which the regular network does without.
-    from utils.deform_conv_layer import DeformConv2D
+    from utils.deform_conv_layer import DeformableConv2D
 
-    return DeformConv2D(filters, KERNEL_SIZE, modulated=model_name == DEFORM_MODULATED, **arguments)
+    modulated = model_name == DEFORM_MODULATED
+    return DeformableConv2D(filters, KERNEL_SIZE, modulated=modulated, **arguments)
 
 
 def load_model(name: str, path: Path | None = None, folder: Path = CHECKPOINTS) -> keras.Sequential:
