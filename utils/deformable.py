@@ -150,8 +150,9 @@ def _copy_state(
                 _copy_state(layer, target.get_layer(layer.name), offset_trainable)
         return
     # The variables of a deformable layer are those of the Conv2D and, after them, the offsets'.
-    for variable, its_copy in zip(source.variables, target.variables, strict=False):
+    same = type(source) is type(target)
+    for variable, its_copy in zip(source.variables, target.variables, strict=same):
         its_copy.assign(variable)
         its_copy.trainable = variable.trainable
-    if type(source) is not type(target) and offset_trainable is not None:
+    if not same and offset_trainable is not None:
         target.offset_trainable = offset_trainable
