@@ -197,7 +197,7 @@ class DeformableConv2D(keras.layers.Conv2D):
         for convolution in filter(None, (self.offset_conv, self.mask_conv)):
             convolution.trainable = value
 
-    # Keras calls nothing trainable in a layer whose `trainable` is False.
+    # In Keras a layer whose `trainable` is False has no trainable variables; here, offsets may be.
 
     @property
     def trainable_variables(self):
