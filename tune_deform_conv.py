@@ -92,11 +92,9 @@ def copy_weights(regular: keras.Model, model: keras.Model) -> None:
 
 def freeze_all_but_offsets(model: keras.Model) -> None:
     for layer in model.layers:
+        layer.trainable = False  # batch normalisation then uses its moving statistics
         if layer.name in CONVOLUTION_NAMES:
-            # A frozen layer freezes the convolutions within it, so freeze its own variables.
-            layer.kernel.trainable = layer.bias.trainable = False
-        else:
-            layer.trainable = False  # batch normalisation then uses its moving statistics
+            layer.offset_trainable = True
 
 
 def check_frozen(regular: keras.Model, model: keras.Model) -> None:

@@ -1,13 +1,18 @@
-"""`DeformConv2D`: deformable convolution as a Keras layer that learns its own offsets."""
+"""`DeformableConv2D`: deformable convolution as a Keras layer."""
+
+import math
+import numbers
+import operator
 
 import keras
+import numpy as np
 import tensorflow as tf
 
-from utils.deform_conv_wrapper import deform_conv2d
+from utils.deform_conv_wrapper import deform_conv2d, xla_kernels_loaded
 
 if keras.backend.backend() != "tensorflow":
     raise ImportError(
-        f"DeformConv2D needs Keras on TensorFlow; its backend is {keras.backend.backend()}. "
+        f"DeformableConv2D needs Keras on TensorFlow; its backend is {keras.backend.backend()}. "
         "Set KERAS_BACKEND=tensorflow before Keras is imported"
     )
 
@@ -15,38 +20,65 @@ _DATA_FORMATS = {"channels_last": "NHWC", "channels_first": "NCHW"}
 
 
 @keras.saving.register_keras_serializable(package="deform_conv")
-class DeformConv2D(keras.layers.Conv2D):
+class DeformableConv2D(keras.layers.Conv2D):
     """2D deformable convolution layer.
 
-    A `keras.layers.Conv2D` that samples its input where a second convolution, `offset_conv`, tells
-    it to: one offset (dy, dx) in pixels per output position, kernel tap and deformable group.
-    With `modulated`, a third, `mask_conv`, yields a factor `2 * sigmoid(.)` for each sample.
-    Both have the kernel size, strides, padding and dilation of the layer and start at zero, so
-    that a new layer computes what a `Conv2D` with its kernel and bias would.
+    A `keras.layers.Conv2D` that samples its input where an offset (dy, dx), in pixels, moves each
+    sample: one per output position, kernel tap and deformable group. With `modulated`, a mask
+    scales each sample too.
+
+    A second convolution, `offset_conv`, computes the offsets from the layer's input, and a third,
+    `mask_conv`, the masks: `mask_scale * sigmoid(mask_conv(inputs))`. Both have the kernel size,
+    strides, padding and dilation of the layer, and a bias. By default they start at zero, so that
+    a new layer computes what a `Conv2D` with its kernel and bias would.
+
+    With `own_offsets=False` the layer has neither, and is called with a list: `[inputs, offset]`
+    or, modulated, `[inputs, offset, mask]`.
+
+    Offsets and masks are float32 in 16-bit layers too, own and given ones, since 16 bits are too
+    coarse for positions.
+
+    Setting `trainable` sets it for the whole layer, as in Keras. `offset_trainable` is the flag of
+    `offset_conv` and `mask_conv` alone:
+
+      >>> layer.trainable = False
+      >>> layer.offset_trainable = True  # trains nothing but offsets and masks
 
     Sources: Dai et al., Deformable Convolutional Networks, arXiv:1703.06211; with `modulated`,
     Zhu et al., Deformable ConvNets v2, arXiv:1811.11168.
 
-    Offsets and masks are computed in the layer's variable dtype, so in float32 under a mixed
-    precision policy, since float16 is too coarse for positions.
-
     Args:
-      filters, kernel_size, strides, padding, data_format, dilation_rate, groups: as in `Conv2D`.
-      deform_groups: number of groups of input channels with offsets of their own.
-      modulated: whether samples are scaled by a learned mask (version 2).
-      **kwargs: every other argument of `Conv2D`.
+      filters, kernel_size, strides, padding, data_format, dilation_rate, groups, activation,
+        use_bias, kernel_initializer, bias_initializer, kernel_regularizer, bias_regularizer,
+        activity_regularizer, kernel_constraint, bias_constraint: as in `Conv2D`; activation,
+        regularizers and constraints are not those of `offset_conv` and `mask_conv`.
+      deform_groups: number of groups of consecutive input channels with offsets and masks of their
+        own; divides the number of input channels.
+      modulated: whether a mask scales the samples (version 2).
+      mask_scale: what masks are below, a number above 0. They start at half of it: at 1 by
+        default; with `mask_scale=1` at 0.5, as in Zhu et al.
+      offset_kernel_initializer: initializer of the kernel of `offset_conv`. Its bias, and all of
+        `mask_conv`, start at zero.
+      offset_trainable: whether `offset_conv` and `mask_conv` are trained; None for the value of
+        `trainable`.
+      own_offsets: whether the layer computes its offsets and masks itself.
+      **kwargs: what every layer takes: `name`, `dtype`, `trainable`.
 
     Input shape:
-      `[N, H, W, C]` for "channels_last", `[N, C, H, W]` for "channels_first".
+      inputs: `[N, H, W, C]` for "channels_last", `[N, C, H, W]` for "channels_first"; H, W and N
+        may be unknown.
+      offset: `[N, OH, OW, 2 * deform_groups * KH * KW]` or `[N, 2 * deform_groups * KH * KW, OH,
+        OW]`, in the order of `deform_conv2d`.
+      mask: `[N, OH, OW, deform_groups * KH * KW]` or `[N, deform_groups * KH * KW, OH, OW]`.
 
     Output shape:
       `[N, OH, OW, filters]` or `[N, filters, OH, OW]`, as `Conv2D` gives.
 
     Raises:
-      ValueError: `deform_groups` does not divide the number of input channels.
+      ValueError: an argument or the shape of an input does not fit.
 
     Example:
-      >>> layer = DeformConv2D(16, 3, padding="same", modulated=True)
+      >>> layer = DeformableConv2D(16, 3, padding="same", modulated=True)
       >>> layer(keras.random.normal([8, 28, 28, 3])).shape
       TensorShape([8, 28, 28, 16])
     """
@@ -60,37 +92,67 @@ class DeformConv2D(keras.layers.Conv2D):
         data_format=None,
         dilation_rate=(1, 1),
         groups=1,
+        activation=None,
+        use_bias=True,
+        kernel_initializer="glorot_uniform",
+        bias_initializer="zeros",
+        kernel_regularizer=None,
+        bias_regularizer=None,
+        activity_regularizer=None,
+        kernel_constraint=None,
+        bias_constraint=None,
+        *,
         deform_groups=1,
         modulated=False,
+        mask_scale=2.0,
+        offset_kernel_initializer="zeros",
+        offset_trainable=None,
+        own_offsets=True,
         **kwargs,
     ):
         super().__init__(
-            filters,
-            kernel_size,
+            filters=filters,
+            kernel_size=kernel_size,
             strides=strides,
             padding=padding,
             data_format=data_format,
             dilation_rate=dilation_rate,
             groups=groups,
+            activation=activation,
+            use_bias=use_bias,
+            kernel_initializer=kernel_initializer,
+            bias_initializer=bias_initializer,
+            kernel_regularizer=kernel_regularizer,
+            bias_regularizer=bias_regularizer,
+            activity_regularizer=activity_regularizer,
+            kernel_constraint=kernel_constraint,
+            bias_constraint=bias_constraint,
             **kwargs,
         )
-        if (
-            isinstance(deform_groups, bool)
-            or not hasattr(deform_groups, "__index__")
-            or deform_groups < 1
-        ):
-            raise ValueError(f"deform_groups must be an integer above 0. Received: {deform_groups}")
-        self.deform_groups = int(deform_groups)
-        self.modulated = modulated
-        # XLA knows no kernel for the op; without this, fit() on a GPU would try to compile it.
-        self.supports_jit = False
-        taps = self.kernel_size[0] * self.kernel_size[1]
-        self.offset_conv = self._zero_convolution(2 * deform_groups * taps, "offset_conv")
-        self.mask_conv = None
-        if modulated:
-            self.mask_conv = self._zero_convolution(deform_groups * taps, "mask_conv")
+        self.deform_groups = _positive_integer(deform_groups, "deform_groups")
+        self.modulated = _boolean(modulated, "modulated")
+        self.mask_scale = _positive_number(mask_scale, "mask_scale")
+        self.offset_kernel_initializer = keras.initializers.get(offset_kernel_initializer)
+        self.own_offsets = _boolean(own_offsets, "own_offsets")
+        if offset_trainable is None:
+            offset_trainable = self.own_offsets and self.trainable
+        self.supports_jit = xla_kernels_loaded()
+        # Keras would round a given float32 offset to 16 bits; call() casts instead.
+        self.autocast = False
 
-    def _zero_convolution(self, channels: int, name: str) -> keras.layers.Conv2D:
+        self._samples = self.deform_groups * math.prod(self.kernel_size)  # per output position
+        self.offset_conv = self.mask_conv = None
+        if self.own_offsets:
+            self.offset_conv = self._convolution(
+                2 * self._samples, self.offset_kernel_initializer, "offset_conv"
+            )
+            if self.modulated:
+                self.mask_conv = self._convolution(self._samples, "zeros", "mask_conv")
+        else:
+            self._specify_inputs(channels=None)
+        self.offset_trainable = offset_trainable
+
+    def _convolution(self, channels: int, kernel_initializer, name: str) -> keras.layers.Conv2D:
         return keras.layers.Conv2D(
             channels,
             self.kernel_size,
@@ -99,64 +161,166 @@ class DeformConv2D(keras.layers.Conv2D):
             # TensorFlow has no channels-first convolution on the CPU; _predict() transposes.
             data_format="channels_last",
             dilation_rate=self.dilation_rate,
-            kernel_initializer="zeros",
-            dtype=self.variable_dtype,
+            kernel_initializer=kernel_initializer,
+            dtype=self._offset_dtype,
             name=name,
         )
 
+    @property
+    def _offset_dtype(self) -> str:
+        return "float64" if self.compute_dtype == "float64" else "float32"
+
+    @property
+    def _channel_axis(self) -> int:
+        return -1 if self.data_format == "channels_last" else 1
+
+    def _specify_inputs(self, channels: int | None) -> None:
+        """Has Keras check the number of inputs and their channels in every call."""
+        per_input = [channels, 2 * self._samples] + [self._samples] * self.modulated
+        self.input_spec = [
+            keras.InputSpec(ndim=4, axes={self._channel_axis: count}) for count in per_input
+        ]
+
+    @property
+    def offset_trainable(self) -> bool:
+        """Whether `offset_conv` and `mask_conv` are trained; setting `trainable` sets it too."""
+        return self.own_offsets and self.offset_conv.trainable
+
+    @offset_trainable.setter
+    def offset_trainable(self, value: bool) -> None:
+        value = _boolean(value, "offset_trainable")
+        if value and not self.own_offsets:
+            raise ValueError(
+                "offset_trainable must be False where own_offsets is: the layer has no offset "
+                f"convolution. Received: {value}"
+            )
+        for convolution in filter(None, (self.offset_conv, self.mask_conv)):
+            convolution.trainable = value
+
+    # In Keras a layer whose `trainable` is False has no trainable variables; here, offsets may be.
+
+    @property
+    def trainable_variables(self):
+        return [variable for variable in self.variables if variable.trainable]
+
+    @property
+    def non_trainable_variables(self):
+        return [variable for variable in self.variables if not variable.trainable]
+
+    trainable_weights = trainable_variables
+    non_trainable_weights = non_trainable_variables
+
     def build(self, input_shape):
-        channels = input_shape[-1 if self.data_format == "channels_last" else 1]
-        if channels is not None and channels % self.deform_groups != 0:
+        image_shape = _shapes(input_shape)[0]
+        channels = image_shape[self._channel_axis]
+        if channels is None:
+            raise ValueError(
+                f"inputs must have a known number of channels. Received: shape {image_shape}"
+            )
+        if channels % self.deform_groups != 0:
             raise ValueError(
                 f"deform_groups must divide the number of input channels, {channels}. "
                 f"Received: {self.deform_groups}"
             )
-        super().build(input_shape)
-        self.offset_conv.build((None, None, None, channels))
-        if self.modulated:
-            self.mask_conv.build((None, None, None, channels))
+        super().build(image_shape)
+        if not self.own_offsets:
+            self._specify_inputs(channels)
+        for convolution in filter(None, (self.offset_conv, self.mask_conv)):
+            convolution.build((None, None, None, channels))
 
     def offset(self, inputs):
-        """The offsets for `inputs`, in pixels: the `offset` argument of `deform_conv2d`."""
+        """The offsets that the layer computes from `inputs`, as `deform_conv2d` takes them."""
         return self._predict(self.offset_conv, inputs)
 
     def mask(self, inputs):
-        """The mask for `inputs`, from 0 to 2, or None where the layer is not modulated."""
+        """The mask, from 0 to `mask_scale`, or None where the layer is not modulated."""
         if not self.modulated:
             return None
-        return 2 * keras.ops.sigmoid(self._predict(self.mask_conv, inputs))
+        return self.mask_scale * keras.ops.sigmoid(self._predict(self.mask_conv, inputs))
 
     def _predict(self, convolution, inputs):
+        if convolution is None:
+            raise ValueError(
+                f"own_offsets must be True for {self.name} to compute offsets and masks. "
+                f"Received: {self.own_offsets}"
+            )
+        inputs = keras.ops.cast(inputs, self._offset_dtype)
         if self.data_format == "channels_last":
             return convolution(inputs)
         outputs = convolution(keras.ops.transpose(inputs, (0, 2, 3, 1)))
         return keras.ops.transpose(outputs, (0, 3, 1, 2))
 
-    def convolution_op(self, inputs, kernel):
-        return deform_conv2d(
-            inputs,
-            kernel,
-            self.offset(inputs),
-            self.mask(inputs),
+    def call(self, inputs):
+        if self.own_offsets:
+            offset, mask = self.offset(inputs), self.mask(inputs)
+        else:
+            inputs, offset, *masks = inputs
+            mask = keras.ops.cast(masks[0], self._offset_dtype) if masks else None
+        data_format = _DATA_FORMATS[self.data_format]
+        outputs = deform_conv2d(
+            keras.ops.cast(inputs, self.compute_dtype),
+            keras.ops.cast(self.kernel, self.compute_dtype),
+            keras.ops.cast(offset, self._offset_dtype),
+            mask,
             strides=self.strides,
             padding=self.padding.upper(),
             dilations=self.dilation_rate,
             deform_groups=self.deform_groups,
-            data_format=_DATA_FORMATS[self.data_format],
+            data_format=data_format,
         )
-
-    def call(self, inputs):
-        outputs = self.convolution_op(inputs, self.kernel)
         if self.use_bias:
             # Conv2D's own addition (Keras 3.15) takes a channels-first bias for one along the
             # width wherever the output is as wide as it has channels.
-            data_format = _DATA_FORMATS[self.data_format]
-            outputs = tf.nn.bias_add(outputs, self.bias, data_format=data_format)
+            bias = keras.ops.cast(self.bias, self.compute_dtype)
+            outputs = tf.nn.bias_add(outputs, bias, data_format=data_format)
         return outputs if self.activation is None else self.activation(outputs)
+
+    def compute_output_shape(self, input_shape):
+        image_shape, *given = _shapes(input_shape)
+        output_shape = super().compute_output_shape(image_shape)
+        axes = (0, 1, 2) if self.data_format == "channels_last" else (0, 2, 3)
+        for name, shape in zip(("offset", "mask"), given, strict=False):
+            pairs = [(shape[axis], output_shape[axis]) for axis in axes]
+            if any(None not in pair and pair[0] != pair[1] for pair in pairs):
+                raise ValueError(
+                    f"{name} must have the batch size, height and width of the output, "
+                    f"{tuple(pair[1] for pair in pairs)}. Received: shape {tuple(shape)}"
+                )
+        return output_shape
 
     def get_config(self):
         return {
             **super().get_config(),
             "deform_groups": self.deform_groups,
             "modulated": self.modulated,
+            "mask_scale": self.mask_scale,
+            "offset_kernel_initializer": keras.initializers.serialize(
+                self.offset_kernel_initializer
+            ),
+            "offset_trainable": self.offset_trainable,
+            "own_offsets": self.own_offsets,
         }
+
+
+def _shapes(input_shape) -> list:
+    """The shapes of all inputs, of which Keras passes one as it is and several as a list."""
+    return list(input_shape) if isinstance(input_shape[0], list | tuple) else [input_shape]
+
+
+def _positive_integer(value, argument: str) -> int:
+    # bool is an int to Python, but not one anybody means here.
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
+        raise ValueError(f"{argument} must be an integer above 0. Received: {value!r}")
+    return operator.index(value)
+
+
+def _positive_number(value, argument: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value < math.inf:
+        raise ValueError(f"{argument} must be a finite number above 0. Received: {value!r}")
+    return float(value)
+
+
+def _boolean(value, argument: str) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{argument} must be True or False. Received: {value!r}")
+    return bool(value)

@@ -40,6 +40,12 @@ def _load_library():
 
 _ops = _load_library()
 
+
+def xla_kernels_loaded() -> bool:
+    """Whether XLA (`jit_compile=True`) can compile `deform_conv2d` in this process."""
+    return False
+
+
 # Positions and sums are in float32 for 16-bit types, so these may have float32 offsets and masks.
 _OFFSET_DTYPES = {
     tf.float32: (tf.float32,),

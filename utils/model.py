@@ -1,9 +1,12 @@
 """The network of the experiment: four convolutions, regular or deformable, on 28x28 digits."""
 
+import shutil
+import tempfile
 from pathlib import Path
 
 from utils.cli import PROJECT, UserError
 
+import h5py
 import keras
 import numpy as np
 
@@ -49,9 +52,10 @@ def _convolution(model_name: str, filters: int, strides: int, name: str) -> kera
     if model_name == REGULAR:
         return keras.layers.Conv2D(filters, KERNEL_SIZE, **arguments)
     # Needs the compiled library, which the regular network does without.
-    from utils.deform_conv_layer import DeformConv2D
+    from utils.deform_conv_layer import DeformableConv2D
 
-    return DeformConv2D(filters, KERNEL_SIZE, modulated=model_name == DEFORM_MODULATED, **arguments)
+    modulated = model_name == DEFORM_MODULATED
+    return DeformableConv2D(filters, KERNEL_SIZE, modulated=modulated, **arguments)
 
 
 def load_model(name: str, path: Path | None = None, folder: Path = CHECKPOINTS) -> keras.Sequential:
@@ -66,11 +70,27 @@ def load_model(name: str, path: Path | None = None, folder: Path = CHECKPOINTS) 
         raise UserError(f"weights {path} not found: {script} writes them")
     model = build_model(name)
     try:
-        model.load_weights(path)
+        _load_weights(model, path)
     except (ValueError, KeyError, OSError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{path} does not hold the weights of {name}: {reason}") from error
     return model
+
+
+def _load_weights(model: keras.Model, path: Path) -> None:
+    # Keras names the groups of a weights file after the layers' classes, and DeformableConv2D was
+    # DeformConv2D when the files in checkpoint/ were written.
+    with h5py.File(path) as file:
+        former = [name for name in file["layers"] if name.startswith("deform_conv2d")]
+    if not former:
+        model.load_weights(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        renamed = shutil.copyfile(path, Path(folder) / path.name)
+        with h5py.File(renamed, "r+") as file:
+            for name in former:
+                file["layers"].move(name, name.replace("deform_conv2d", "deformable_conv2d"))
+        model.load_weights(renamed)
 
 
 def offsets_of(model: keras.Model, layer_name: str, images: np.ndarray) -> np.ndarray:
