@@ -176,6 +176,7 @@ def script(*arguments, check=True, **environment):
         env=os.environ | environment,
         capture_output=True,
         text=True,
+        timeout=600,
         check=False,
     )
     # A warning names the file that it is about.

@@ -1,6 +1,7 @@
 """Training on several devices and in several processes gives the result of one."""
 
 import json
+import os
 import shutil
 import socket
 from argparse import Namespace
@@ -51,10 +52,10 @@ def workers(*programs, check=True):
         return list(threads.map(worker, range(len(programs))))
 
 
-def train(strategy, folder, *options, program=("train_regular_conv.py",)):
+def train(strategy, folder, *options, program="train_regular_conv.py"):
     """Runs a training script with its checkpoints and `history` in `folder`."""
-    arguments = [*program, *FEW, *STRATEGIES[strategy], *options, "--checkpoint-dir", folder]
-    arguments += ["--history", folder / "history"]
+    arguments = (program, *FEW, *STRATEGIES[strategy], *options, "--checkpoint-dir", folder)
+    arguments += ("--history", folder / "history")
     if strategy == "multiworker":
         return workers(arguments, arguments)
     return [script(*arguments, **ON_CPU)]
@@ -89,7 +90,7 @@ def test_tuning_on_two_devices_gives_the_loss_curve_of_one(tmp_path):
     for strategy in ("none", "mirrored"):
         (tmp_path / strategy).mkdir()
         weights = ("--regular-weights", weights_file(REGULAR))
-        train(strategy, tmp_path / strategy, *weights, program=("tune_deform_conv.py",))
+        train(strategy, tmp_path / strategy, *weights, program="tune_deform_conv.py")
     expected, shared = (losses(tmp_path / strategy) for strategy in ("none", "mirrored"))
     np.testing.assert_allclose(shared, expected, rtol=RTOL)
 
@@ -216,12 +217,17 @@ def test_logical_cpus_without_mirroring_are_refused():
 @pytest.mark.gpu
 @pytest.mark.skipif(len(tf.config.list_physical_devices("GPU")) < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("program", ["train_regular_conv.py", "tune_deform_conv.py"])
-def test_the_loss_curve_of_all_gpus_is_that_of_one(program, tmp_path):
+def test_the_loss_curve_of_two_gpus_is_that_of_one(program, tmp_path):
     options = [*FEW, "--checkpoint-dir", tmp_path]
     if program == "tune_deform_conv.py":
         options += ["--regular-weights", weights_file(REGULAR)]
-    # TensorFloat-32 would round far more than a sum in another order does.
-    environment = {"NVIDIA_TF32_OVERRIDE": "0", "TF_FORCE_GPU_ALLOW_GROWTH": "true"}
+    two = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")[:2]
+    environment = {
+        "CUDA_VISIBLE_DEVICES": ",".join(two),
+        # TensorFloat-32 would round far more than a sum in another order does.
+        "NVIDIA_TF32_OVERRIDE": "0",
+        "TF_FORCE_GPU_ALLOW_GROWTH": "true",
+    }
     curves = []
     for strategy in ("none", "mirrored"):
         history = ("--history", tmp_path / "history")
