@@ -11,9 +11,11 @@ from utils.cli import run
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from utils.mnist import Digits, load_mnist
-from utils.model import REGULAR, build_model
+from utils.model import REGULAR, build_model, load_model
+from utils.strategy import is_chief, open_strategy
 from utils.training import add_training_arguments, print_accuracies, train
 
 
@@ -21,7 +23,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_training_arguments(parser)
     arguments = parser.parse_args()
+    with open_strategy(arguments) as strategy:
+        train_and_test(arguments, strategy)
 
+
+def train_and_test(arguments: argparse.Namespace, strategy: tf.distribute.Strategy) -> None:
     train_digits, test_digits = load_mnist(arguments.data)
     train_digits = train_digits.take(arguments.train_digits)
 
@@ -30,10 +36,13 @@ def main() -> None:
         return Digits(train_digits.images[order], train_digits.labels[order])
 
     keras.utils.set_random_seed(arguments.seed)
-    model = build_model(REGULAR)
-    train(model, epoch_digits, arguments)
+    with strategy.scope():
+        model = build_model(REGULAR, arguments.dtype_policy)
+    train(model, epoch_digits, arguments, strategy)
 
-    print_accuracies({"regular CNN": model}, test_digits, arguments)
+    if is_chief(strategy):
+        trained = load_model(REGULAR, folder=arguments.checkpoint_dir)
+        print_accuracies({"regular CNN": trained}, test_digits, arguments)
 
 
 if __name__ == "__main__":

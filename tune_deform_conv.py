@@ -15,6 +15,7 @@ from utils.cli import number, run
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from utils.mnist import Digits, load_mnist, scale_images, scaled_test_digits
 from utils.model import (
@@ -26,6 +27,7 @@ from utils.model import (
     load_model,
     offsets_of,
 )
+from utils.strategy import is_chief, open_strategy
 from utils.training import add_training_arguments, print_accuracies, train
 
 
@@ -47,7 +49,11 @@ def main() -> None:
         "directory",
     )
     arguments = parser.parse_args()
+    with open_strategy(arguments) as strategy:
+        tune_and_test(arguments, strategy)
 
+
+def tune_and_test(arguments: argparse.Namespace, strategy: tf.distribute.Strategy) -> None:
     train_digits, test_digits = load_mnist(arguments.data)
     train_digits = train_digits.take(arguments.train_digits)
 
@@ -62,16 +68,21 @@ def main() -> None:
 
     keras.utils.set_random_seed(arguments.seed)
     regular = load_model(REGULAR, arguments.regular_weights, arguments.checkpoint_dir)
-    model = build_model(DEFORM_MODULATED if arguments.modulated else DEFORM)
-    copy_weights(regular, model)
-    freeze_all_but_offsets(model)
-    print("training", *(variable.path for variable in model.trainable_variables), sep="\n  ")
-    train(model, epoch_digits, arguments)
+    name = DEFORM_MODULATED if arguments.modulated else DEFORM
+    with strategy.scope():
+        model = build_model(name, arguments.dtype_policy)
+        copy_weights(regular, model)
+        freeze_all_but_offsets(model)
+    if is_chief(strategy):
+        print("training", *(variable.path for variable in model.trainable_variables), sep="\n  ")
+    train(model, epoch_digits, arguments, strategy)
 
-    check_frozen(regular, model)
-    report_offsets(model, scaled_test_digits(test_digits, arguments.shift))
-    models = {"regular CNN": regular, "deformable CNN": model}
-    print_accuracies(models, test_digits, arguments)
+    if is_chief(strategy):
+        tuned = load_model(name, folder=arguments.checkpoint_dir)
+        check_frozen(regular, tuned)
+        report_offsets(tuned, scaled_test_digits(test_digits, arguments.shift))
+        models = {"regular CNN": regular, "deformable CNN": tuned}
+        print_accuracies(models, test_digits, arguments)
 
 
 def frozen_variables(regular: keras.Model, model: keras.Model):

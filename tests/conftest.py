@@ -1,6 +1,9 @@
-"""What the tests share: the golden cases, random configurations, and error measures."""
+"""What the tests share: golden cases, random configurations, error measures, running scripts."""
 
 import os
+import re
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -164,3 +167,48 @@ def random_case(
 @pytest.fixture
 def rng():
     return np.random.default_rng(20261122)
+
+
+def script(*arguments, check=True, **environment):
+    completed = subprocess.run(
+        [sys.executable, "-W", "always", *map(str, arguments)],
+        cwd=PROJECT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    # A warning names the file that it is about.
+    own = [
+        line for line in completed.stderr.splitlines() if re.match(rf"{PROJECT}/[^.].*Warn", line)
+    ]
+    assert own == []
+    if check:
+        assert completed.returncode == 0, completed.stderr
+    return completed
+
+
+def error_of(*arguments, **environment):
+    """The one line that a script ends with where something is missing or does not fit."""
+    completed = script(*arguments, check=False, **environment)
+    assert completed.returncode == 1
+    assert "Traceback" not in completed.stderr
+    return completed.stderr.splitlines()[-1]
+
+
+# Runs train_regular_conv.py; with `stop`, until its first epoch is saved.
+STOP_AFTER_ONE_EPOCH = """
+import sys
+from utils import training
+save = training._TrainingState.save
+def save_and_stop(self, epoch):
+    save(self, epoch)
+    raise KeyboardInterrupt
+if sys.argv[1] == "stop":
+    training._TrainingState.save = save_and_stop
+sys.argv = ["train_regular_conv.py", *sys.argv[2:]]
+import train_regular_conv
+from utils.cli import run
+run(train_regular_conv.main)
+"""

@@ -1,15 +1,12 @@
 """The experiment: scaled MNIST, the models, and each script run for real on a few digits."""
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 
 import cv2
 import numpy as np
 import pytest
-from conftest import PROJECT
+from conftest import STOP_AFTER_ONE_EPOCH, error_of, script
 from PIL import Image
 
 from tune_deform_conv import copy_weights, frozen_variables
@@ -26,34 +23,6 @@ from utils.model import (
 )
 from utils.training import accuracy
 from utils.visualization import sampling_locations
-
-
-def script(*arguments, check=True, **environment):
-    completed = subprocess.run(
-        [sys.executable, "-W", "always", *map(str, arguments)],
-        cwd=PROJECT,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    # A warning names the file that it is about.
-    own = [
-        line for line in completed.stderr.splitlines() if re.match(rf"{PROJECT}/[^.].*Warn", line)
-    ]
-    assert own == []
-    if check:
-        assert completed.returncode == 0, completed.stderr
-    return completed
-
-
-def error_of(*arguments, **environment):
-    """The one line that a script ends with where something is missing or does not fit."""
-    completed = script(*arguments, check=False, **environment)
-    assert completed.returncode == 1
-    assert "Traceback" not in completed.stderr
-    return completed.stderr.splitlines()[-1]
-
 
 # --- Scaled MNIST ---
 
@@ -194,22 +163,6 @@ def test_tuning_trains_offsets_and_nothing_else(trained, options, name, convolut
         assert float(mean) > 0
     assert re.search(r"scaled MNIST +\d+\.\d\d +\d+\.\d\d$", printed, re.M)
     assert load_model(name, folder=folder)
-
-
-STOP_AFTER_ONE_EPOCH = """
-import sys
-from utils import training
-save = training._TrainingState.save
-def save_and_stop(self, epoch):
-    save(self, epoch)
-    raise KeyboardInterrupt
-if sys.argv[1] == "stop":
-    training._TrainingState.save = save_and_stop
-sys.argv = ["train_regular_conv.py", *sys.argv[2:]]
-import train_regular_conv
-from utils.cli import run
-run(train_regular_conv.main)
-"""
 
 
 def test_interrupted_training_resumes_to_the_same_result(trained, tmp_path):

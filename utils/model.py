@@ -9,6 +9,7 @@ from utils.cli import PROJECT, UserError
 import h5py
 import keras
 import numpy as np
+import tensorflow as tf
 
 from utils.files import replacing
 from utils.mnist import CLASSES, IMAGE_SIZE
@@ -28,27 +29,37 @@ def weights_file(name: str, folder: Path = CHECKPOINTS) -> Path:
     return Path(folder) / f"{name}.weights.h5"
 
 
-def build_model(name: str) -> keras.Sequential:
+def build_model(name: str, dtype_policy: str = "float32") -> keras.Sequential:
     """Builds the CNN `name`: REGULAR, DEFORM (version 1) or DEFORM_MODULATED (version 2).
 
     Each of the four 3x3 convolutions has a bias and is followed by batch normalisation and ReLU;
     global average pooling and a dense layer yield the 10 logits. Layers of one role have one name
     in all three models. Takes images `[N, 28, 28, 1]` with values from 0 to 255.
+
+    Where a batch is shared among replicas, batch normalisation is over the whole of it. The logits
+    are float32 under every dtype policy, since the loss is.
     """
+    replicas = tf.distribute.get_strategy().num_replicas_in_sync
     model = keras.Sequential(name=name)
     model.add(keras.Input((IMAGE_SIZE, IMAGE_SIZE, 1), dtype="uint8"))
-    model.add(keras.layers.Rescaling(1 / 255, name="rescaling"))
+    model.add(keras.layers.Rescaling(1 / 255, name="rescaling", dtype=dtype_policy))
     for index, (filters, strides) in enumerate(CONVOLUTIONS, start=1):
-        model.add(_convolution(name, filters, strides, f"conv{index}"))
-        model.add(keras.layers.BatchNormalization(name=f"norm{index}"))
-        model.add(keras.layers.ReLU(name=f"relu{index}"))
-    model.add(keras.layers.GlobalAveragePooling2D(name="pool"))
-    model.add(keras.layers.Dense(CLASSES, name="logits"))
+        model.add(_convolution(name, filters, strides, f"conv{index}", dtype_policy))
+        model.add(
+            keras.layers.BatchNormalization(
+                synchronized=replicas > 1, name=f"norm{index}", dtype=dtype_policy
+            )
+        )
+        model.add(keras.layers.ReLU(name=f"relu{index}", dtype=dtype_policy))
+    model.add(keras.layers.GlobalAveragePooling2D(name="pool", dtype=dtype_policy))
+    model.add(keras.layers.Dense(CLASSES, name="logits", dtype="float32"))
     return model
 
 
-def _convolution(model_name: str, filters: int, strides: int, name: str) -> keras.layers.Layer:
-    arguments = {"strides": strides, "padding": "same", "name": name}
+def _convolution(
+    model_name: str, filters: int, strides: int, name: str, dtype_policy: str
+) -> keras.layers.Layer:
+    arguments = {"strides": strides, "padding": "same", "name": name, "dtype": dtype_policy}
     if model_name == REGULAR:
         return keras.layers.Conv2D(filters, KERNEL_SIZE, **arguments)
     # Needs the compiled library, which the regular network does without.

@@ -13,10 +13,23 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from utils.loss_scale import LossScaleOptimizer
 from utils.mnist import EASY_SHIFT, HARD_SHIFT, MNIST_FILE, Digits, scaled_test_digits
 from utils.model import CHECKPOINTS, save_weights, weights_file
+from utils.strategy import add_strategy_arguments, all_workers_have, is_chief
 
 EVALUATION_BATCH = 500
+
+# Options that a training may be resumed with others of: they make no difference to its result, or
+# in the case of the last two, to more than its rounding.
+_NO_SETTINGS = (
+    "restart",
+    "test_digits",
+    "checkpoint_dir",
+    "history",
+    "strategy",
+    "logical_cpus",
+)
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +51,15 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--train-digits", type=number(int, at_least=1), help="train on the first N digits only")
     add("--restart", action="store_true", help="do not resume an interrupted training")
+    add("--history", type=Path, help="write each epoch's loss and accuracy to FILE as JSON lines")
+    add(
+        "--dtype-policy",
+        choices=("float32", "mixed_float16", "mixed_bfloat16"),
+        default="float32",
+        help="a mixed one computes in 16 bits; weights, offsets and logits stay float32 "
+        "(default: %(default)s)",
+    )
+    add_strategy_arguments(parser)
     add_evaluation_arguments(parser)
 
 
@@ -60,49 +82,119 @@ def train(
     model: keras.Model,
     epoch_digits: Callable[[np.random.Generator], Digits],
     arguments: argparse.Namespace,
+    strategy: tf.distribute.Strategy,
 ) -> None:
     """Trains `model` with Adam and a cosine decay, then writes its weights file.
 
     After every epoch the whole state is saved in `<checkpoint-dir>/<model name>.training/`; a later
-    call with the same settings goes on from there. The folder is removed at the end.
+    call with the same settings goes on from there, on any number of replicas. The folder is removed
+    at the end. Of several workers, the chief alone writes files and prints.
 
     Args:
-      model: an unfitted model, named as its weights file shall be.
+      model: an unfitted model, named as its weights file shall be, built in the strategy's scope.
       epoch_digits: yields the digits of one epoch, in the order in which they are to be used. The
-        generator depends on the seed and the epoch alone, so a resumed epoch sees the same digits.
+        generator depends on the seed and the epoch alone, so a resumed epoch sees the same digits,
+        and so does every worker.
       arguments: the options of `add_training_arguments`.
+      strategy: what `open_strategy` yields for them.
     """
     digits_per_epoch = len(epoch_digits(np.random.default_rng(0)).labels)
     steps_per_epoch = -(-digits_per_epoch // arguments.batch_size)
-    optimizer = keras.optimizers.Adam(
-        keras.optimizers.schedules.CosineDecay(
-            arguments.learning_rate, decay_steps=arguments.epochs * steps_per_epoch
+    last_batch = digits_per_epoch - (steps_per_epoch - 1) * arguments.batch_size
+    # TensorFlow 2.21 gives an empty part of a batch wrong shapes on the CPU, in a convolution
+    # fused with its bias.
+    if (smallest := min(arguments.batch_size, last_batch)) < strategy.num_replicas_in_sync:
+        raise UserError(
+            f"--batch-size {arguments.batch_size} makes batches of {smallest} that "
+            f"{strategy.num_replicas_in_sync} replicas cannot share"
         )
-    )
-    compile_model(model, optimizer)
-    optimizer.build(model.trainable_variables)
-    state = _TrainingState(model, arguments)
-    for epoch in range(state.first_epoch(), arguments.epochs):
+    with strategy.scope():
+        optimizer = make_optimizer(
+            keras.optimizers.schedules.CosineDecay(
+                arguments.learning_rate, decay_steps=arguments.epochs * steps_per_epoch
+            ),
+            arguments.dtype_policy,
+        )
+        optimizer.build(model.trainable_variables)
+    step = _training_step(model, optimizer, strategy)
+    state = _TrainingState(model, optimizer, arguments, strategy)
+    first_epoch = state.first_epoch()
+    history = _History(arguments.history if is_chief(strategy) else None, first_epoch)
+    for epoch in range(first_epoch, arguments.epochs):
+        if is_chief(strategy):
+            print(f"Epoch {epoch + 1}/{arguments.epochs}")
         digits = epoch_digits(np.random.default_rng([arguments.seed, epoch]))
-        model.fit(
-            digits.images,
-            digits.labels,
-            batch_size=arguments.batch_size,
-            initial_epoch=epoch,
-            epochs=epoch + 1,
-            shuffle=False,
-        )
+        loss, right = _train_epoch(step, digits, arguments.batch_size, strategy)
+        history.add(epoch + 1, loss, right)
         state.save(epoch + 1)
-    path = weights_file(model.name, arguments.checkpoint_dir)
-    save_weights(model, path)
-    state.remove()
-    print(f"saved {path}")
+    if is_chief(strategy):
+        path = weights_file(model.name, arguments.checkpoint_dir)
+        save_weights(model, path)
+        state.remove()
+        print(f"saved {path}")
 
 
-def compile_model(model: keras.Model, optimizer: keras.Optimizer | str = "adam") -> None:
-    """Gives `model` the loss and the metric of the experiment."""
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(optimizer=optimizer, loss=loss, metrics=["accuracy"], jit_compile=False)
+def make_optimizer(learning_rate, dtype_policy: str) -> keras.Optimizer:
+    """Adam; for float16 with a loss scale, without which small gradients would become zeros."""
+    adam = keras.optimizers.Adam(learning_rate)
+    return LossScaleOptimizer(adam) if dtype_policy == "mixed_float16" else adam
+
+
+def _training_step(
+    model: keras.Model, optimizer: keras.Optimizer, strategy: tf.distribute.Strategy
+) -> Callable:
+    """A function that trains on one batch; returns its [summed loss, number of right answers].
+
+    Instead of Keras's `fit`, which in 3.15 does not run on several workers, and averages replicas'
+    losses as if each had as many digits as the others.
+    """
+
+    def replica_step(images, labels, batch_size):
+        with tf.GradientTape() as tape:
+            logits = model(images, training=True)
+            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+            # The optimizer adds up the replicas' gradients: the whole batch is what to divide by.
+            loss = optimizer.scale_loss(tf.reduce_sum(losses) / batch_size)
+        variables = model.trainable_variables
+        optimizer.apply(tape.gradient(loss, variables), variables)
+        right = tf.argmax(logits, axis=-1, output_type=labels.dtype) == labels
+        return tf.stack([tf.reduce_sum(losses), tf.reduce_sum(tf.cast(right, losses.dtype))])
+
+    @tf.function(reduce_retracing=True)
+    def step(images, labels, batch_size):
+        sums = strategy.run(replica_step, (images, labels, batch_size))
+        return strategy.reduce(tf.distribute.ReduceOp.SUM, sums, axis=None)
+
+    return step
+
+
+def _train_epoch(
+    step: Callable, digits: Digits, batch_size: int, strategy: tf.distribute.Strategy
+) -> tuple[float, float]:
+    """Trains on `digits` batch by batch; returns their mean loss and the share of right answers."""
+    count = len(digits.labels)
+    replicas = strategy.num_replicas_in_sync
+    progress = keras.utils.Progbar(
+        -(-count // batch_size),
+        verbose=int(is_chief(strategy)),
+        stateful_metrics=["loss", "accuracy"],
+    )
+    sums = tf.zeros(2, tf.float64)
+    for start in range(0, count, batch_size):
+        stop = min(start + batch_size, count)
+
+        def share(context, start=start, stop=stop):
+            part = slice(start + context.replica_id_in_sync_group, stop, replicas)
+            return (
+                tf.constant(digits.images[part]),
+                tf.constant(digits.labels[part].astype(np.int32)),
+            )
+
+        images, labels = strategy.experimental_distribute_values_from_function(share)
+        sums += tf.cast(step(images, labels, tf.constant(stop - start, tf.float32)), tf.float64)
+        loss, accuracy = tf.unstack(sums / stop)
+        progress.update(start // batch_size + 1, [("loss", loss), ("accuracy", accuracy)])
+    return float(loss), float(accuracy)
 
 
 def accuracy(model: keras.Model, digits: Digits) -> float:
@@ -156,53 +248,95 @@ class _TrainingState:
     a crash while saving leaves the one before.
     """
 
-    def __init__(self, model: keras.Model, arguments: argparse.Namespace):
+    def __init__(
+        self,
+        model: keras.Model,
+        optimizer: keras.Optimizer,
+        arguments: argparse.Namespace,
+        strategy: tf.distribute.Strategy,
+    ):
         self._folder = Path(arguments.checkpoint_dir) / f"{model.name}.training"
+        self._strategy = strategy
+        self._restart = arguments.restart
         self._epoch = tf.Variable(0, dtype=tf.int64)
         # A schedule, data set or initial model other than the one begun would give a model of
         # neither.
         settings = {
-            key: value
-            for key, value in sorted(vars(arguments).items())
-            if key not in ("restart", "test_digits", "checkpoint_dir")
+            key: value for key, value in sorted(vars(arguments).items()) if key not in _NO_SETTINGS
         }
         settings["initial weights"] = _digest(model)
         self._settings_text = json.dumps(settings, default=str)
         self._settings = tf.Variable(self._settings_text, dtype=tf.string)
         self._checkpoint = tf.train.Checkpoint(
-            model=model, optimizer=model.optimizer, epoch=self._epoch, settings=self._settings
+            model=model, optimizer=optimizer, epoch=self._epoch, settings=self._settings
         )
-        if arguments.restart:
-            self.remove()
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write to {self._folder}: {error}") from error
+        if is_chief(strategy):
+            if arguments.restart:
+                self.remove()
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"cannot write to {self._folder}: {error}") from error
         self._manager = tf.train.CheckpointManager(self._checkpoint, self._folder, max_to_keep=1)
 
     def first_epoch(self) -> int:
         """Restores the interrupted training, if any, and returns the epoch to begin with."""
-        latest = self._manager.latest_checkpoint
-        if latest is None:
-            return 0
+        # With --restart, the chief may not have removed the folder yet.
+        latest = None if self._restart else self._manager.latest_checkpoint
+        if latest is not None:
+            self._restore(latest)
+        epoch = int(self._epoch.numpy())
+        if not all_workers_have(f"{epoch} {self._settings_text}", self._strategy):
+            raise UserError(
+                "the workers differ in their settings or the weights they start from, or do not "
+                f"share {self._folder}"
+            )
+        if epoch and is_chief(self._strategy):
+            print(f"resuming after epoch {epoch}")
+        return epoch
+
+    def _restore(self, checkpoint: str) -> None:
         try:
-            reader = tf.train.load_checkpoint(latest)
+            reader = tf.train.load_checkpoint(checkpoint)
             begun = reader.get_tensor("settings/.ATTRIBUTES/VARIABLE_VALUE").decode()
         except (tf.errors.OpError, ValueError) as error:
-            raise UserError(f"{latest} cannot be read ({error}); --restart starts over") from error
+            raise UserError(
+                f"{checkpoint} cannot be read ({error}); --restart starts over"
+            ) from error
         if begun != self._settings_text:
             raise UserError(
                 f"{self._folder} holds a training begun with other settings, {begun}; "
                 f"this one has {self._settings_text}. Use those, or --restart to start over"
             )
-        self._checkpoint.restore(latest).assert_consumed()
-        epoch = int(self._epoch.numpy())
-        print(f"resuming after epoch {epoch}")
-        return epoch
+        self._checkpoint.restore(checkpoint).assert_consumed()
 
     def save(self, epoch: int) -> None:
         self._epoch.assign(epoch)
-        self._manager.save(checkpoint_number=epoch)
+        # Every variable is the same on all replicas, so no other worker has to take part.
+        if is_chief(self._strategy):
+            self._manager.save(checkpoint_number=epoch)
 
     def remove(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class _History:
+    """Each epoch's loss and accuracy as JSON lines in a file, or nowhere if `path` is None."""
+
+    def __init__(self, path: Path | None, epochs_done: int):
+        self._path = path
+        if path is None:
+            return
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+            lines = path.read_text().splitlines(keepends=True)
+            # A line may be of an epoch that was cut short before its state was saved.
+            path.write_text("".join(lines[:epochs_done]))
+        except OSError as error:
+            raise UserError(f"cannot write to {path}: {error}") from error
+
+    def add(self, epoch: int, loss: float, accuracy: float) -> None:
+        if self._path is not None:
+            with self._path.open("a") as file:
+                print(json.dumps({"epoch": epoch, "loss": loss, "accuracy": accuracy}), file=file)
