@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.ops import control_flow_util
 
 _BUILD = Path(__file__).resolve().parent.parent / "build"
 _LIBRARY = "libdeform_conv"
 
 
-def _load_library():
-    """Loads build/libdeform_conv.so, or the file that DEFORM_CONV_LIBRARY names."""
-    path = Path(os.environ.get("DEFORM_CONV_LIBRARY", _BUILD / f"{_LIBRARY}.so"))
+def _load_library(path: Path):
+    """Loads the library of the ops."""
     if not path.is_file():
         raise ImportError(f"{path} not found: build it with ./compile.sh", name=_LIBRARY)
     version_file = path.with_name("tensorflow_version.txt")
@@ -38,12 +38,36 @@ def _load_library():
         raise misfit from error
 
 
-_ops = _load_library()
+def _load_xla_library(path: Path) -> str | None:
+    """Loads the library of the ops' XLA kernels; returns why that cannot be done, or None."""
+    if not path.is_file():
+        return f"{path} not found"
+    try:
+        tf.load_library(str(path))
+    except (tf.errors.OpError, OSError, RuntimeError) as error:
+        return f"{path} does not load: {error}"
+    return None
+
+
+_library = Path(os.environ.get("DEFORM_CONV_LIBRARY", _BUILD / f"{_LIBRARY}.so"))
+_ops = _load_library(_library)
+# Everything but jit_compile works without it.
+_xla_problem = _load_xla_library(_library.with_name(f"{_library.stem}_xla.so"))
 
 
 def xla_kernels_loaded() -> bool:
     """Whether XLA (`jit_compile=True`) can compile `deform_conv2d` in this process."""
-    return False
+    return _xla_problem is None
+
+
+def _check_xla() -> None:
+    """Raises where XLA is to compile the op and cannot. TensorFlow would not say what to do."""
+    graph = tf.compat.v1.get_default_graph()
+    if _xla_problem and control_flow_util.GraphOrParentsInXlaContext(graph):
+        raise RuntimeError(
+            f"jit_compile=True needs the XLA kernels of deform_conv2d, but {_xla_problem}. "
+            "Build them with ./compile.sh, or leave jit_compile out"
+        )
 
 
 # Positions and sums are in float32 for 16-bit types, so these may have float32 offsets and masks.
@@ -111,6 +135,7 @@ def deform_conv2d(
       ValueError: an argument has the wrong form or dtype, or a static shape does not fit.
       tf.errors.InvalidArgumentError: a shape that is known at run time only does not fit. Either
         names the argument, what is expected and what was received.
+      RuntimeError: called under `jit_compile=True`, and the library of XLA kernels is missing.
 
     Example:
       >>> images = tf.random.normal([8, 28, 28, 3])
@@ -121,6 +146,7 @@ def deform_conv2d(
     """
     if data_format not in ("NHWC", "NCHW"):
         raise ValueError(f"data_format must be 'NHWC' or 'NCHW'; received {data_format!r}")
+    _check_xla()
     with tf.name_scope(name or "DeformConv2D"):
         input = tf.convert_to_tensor(input, name="input")
         if input.dtype not in _OFFSET_DTYPES:

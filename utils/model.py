@@ -1,12 +1,9 @@
 """The network of the experiment: four convolutions, regular or deformable, on 28x28 digits."""
 
-import shutil
-import tempfile
 from pathlib import Path
 
 from utils.cli import PROJECT, UserError
 
-import h5py
 import keras
 import numpy as np
 import tensorflow as tf
@@ -81,27 +78,11 @@ def load_model(name: str, path: Path | None = None, folder: Path = CHECKPOINTS) 
         raise UserError(f"weights {path} not found: {script} writes them")
     model = build_model(name)
     try:
-        _load_weights(model, path)
+        model.load_weights(path)
     except (ValueError, KeyError, OSError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{path} does not hold the weights of {name}: {reason}") from error
     return model
-
-
-def _load_weights(model: keras.Model, path: Path) -> None:
-    # Keras names the groups of a weights file after the layers' classes, and DeformableConv2D was
-    # DeformConv2D when the files in checkpoint/ were written.
-    with h5py.File(path) as file:
-        former = [name for name in file["layers"] if name.startswith("deform_conv2d")]
-    if not former:
-        model.load_weights(path)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        renamed = shutil.copyfile(path, Path(folder) / path.name)
-        with h5py.File(renamed, "r+") as file:
-            for name in former:
-                file["layers"].move(name, name.replace("deform_conv2d", "deformable_conv2d"))
-        model.load_weights(renamed)
 
 
 def offsets_of(model: keras.Model, layer_name: str, images: np.ndarray) -> np.ndarray:

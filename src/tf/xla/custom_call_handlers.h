@@ -104,8 +104,8 @@ ffi::Error HandleBackward(Backend& backend, ffi::Span<const int64_t> words, int6
         {static_cast<T*>(gradients[0]), static_cast<Position*>(gradients[2]),
          static_cast<Position*>(gradients[3])},
         static_cast<T*>(gradients[1])};
-    return backend.template Backward<T>(params, tensors, DataOf<T>(filters),
-                                        DataOf<T>(grad_output), typed);
+    return backend.template Backward<T>(params, tensors, DataOf<T>(filters), DataOf<T>(grad_output),
+                                        typed);
   });
 }
 

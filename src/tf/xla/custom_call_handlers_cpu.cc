@@ -11,9 +11,9 @@
 namespace deform_conv {
 namespace {
 
-// Work that is handed out by number. Whoever has time takes the next number, the caller too, so that
-// it never waits for a thread that may itself be waiting for one: XLA runs calls on the threads
-// that this work is scheduled on.
+// Work that is handed out by number. Whoever has time takes the next number, the caller too, so
+// that it never waits for a thread that may itself be waiting for one: XLA runs calls on the
+// threads that this work is scheduled on.
 class SharedWork {
  public:
   SharedWork(int count, const std::function<void(int)>& work) : count_(count), work_(work) {}

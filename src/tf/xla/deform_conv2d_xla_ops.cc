@@ -67,10 +67,10 @@ class DeformConv2DXlaOp : public XlaOpKernel {
     return IsTransposed(index) ? xla::Transpose(value, {0, 3, 1, 2}) : value;
   }
 
-  static std::string Attributes(const DeformConvParams& params, int64_t wanted) {
-    return absl::StrCat("{", kParamsAttribute, " = array<i64: ",
-                        absl::StrJoin(ToWords(params), ", "), ">, ", kWantedAttribute, " = ",
-                        wanted, " : i64}");
+  // The attributes of a custom call; `more` are those besides the sizes, each after a comma.
+  static std::string Attributes(const DeformConvParams& params, const std::string& more = "") {
+    return absl::StrCat("{", kParamsAttribute,
+                        " = array<i64: ", absl::StrJoin(ToWords(params), ", "), ">", more, "}");
   }
 
   // Calls `target` with row-major operands and results.
@@ -114,11 +114,10 @@ class ForwardXlaOp : public DeformConv2DXlaOp<kDevice> {
       operands.push_back(this->Native(context, i));
     }
     const xla::PrimitiveType type = context->input_xla_type(0);
-    const xla::Shape result =
-        this->RowMajor(this->NativeType(type),
-                       {params.batch, params.out_h, params.out_w, params.out_channels});
-    const xla::XlaOp output = this->Call(context, kForwardCall, operands, result,
-                                         this->Attributes(params, /*wanted=*/0));
+    const xla::Shape result = this->RowMajor(
+        this->NativeType(type), {params.batch, params.out_h, params.out_w, params.out_channels});
+    const xla::XlaOp output =
+        this->Call(context, kForwardCall, operands, result, this->Attributes(params));
     context->SetOutput(0, this->Stored(output, 0, type));
   }
 };
@@ -138,8 +137,7 @@ class BackwardXlaOp : public DeformConv2DXlaOp<kDevice> {
     std::vector<xla::XlaOp> arguments;
     for (int i = 0; i < context->num_inputs(); ++i) arguments.push_back(this->Native(context, i));
     // The mask, of which there may be none, comes last.
-    std::vector<xla::XlaOp> operands = {arguments[0], arguments[1], arguments[2],
-                                        arguments.back()};
+    std::vector<xla::XlaOp> operands = {arguments[0], arguments[1], arguments[2], arguments.back()};
     if (this->has_mask()) operands.push_back(arguments[3]);
 
     std::vector<xla::Shape> results;
@@ -153,17 +151,17 @@ class BackwardXlaOp : public DeformConv2DXlaOp<kDevice> {
     }
     xla::XlaOp gradients;
     if (!results.empty()) {
-      gradients = this->Call(context, kBackwardCall, operands,
-                             xla::ShapeUtil::MakeTupleShape(results),
-                             this->Attributes(params, wanted_bits));
+      const std::string wanted = absl::StrCat(", ", kWantedAttribute, " = ", wanted_bits, " : i64");
+      gradients =
+          this->Call(context, kBackwardCall, operands, xla::ShapeUtil::MakeTupleShape(results),
+                     this->Attributes(params, wanted));
     }
     int64_t next = 0;
     for (int i = 0; i < context->num_outputs(); ++i) {
       const xla::PrimitiveType type = context->input_xla_type(i);
-      context->SetOutput(
-          i, wanted_[i]
-                 ? this->Stored(xla::GetTupleElement(gradients, next++), i, type)
-                 : xla::Broadcast(xla::Zero(context->builder(), type), {0}));
+      context->SetOutput(i, wanted_[i]
+                                ? this->Stored(xla::GetTupleElement(gradients, next++), i, type)
+                                : xla::Broadcast(xla::Zero(context->builder(), type), {0}));
     }
   }
 

@@ -1,0 +1,174 @@
+"""The op compiled by XLA, with jit_compile=True."""
+
+import shutil
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import PROJECT, random_case, relative_error, run
+
+from utils.deform_conv_layer import DeformableConv2D
+from utils.deform_conv_reference import deform_conv2d_reference
+from utils.deform_conv_wrapper import deform_conv2d
+
+pytestmark = pytest.mark.usefixtures("device")
+
+# Of the op's own type: XLA may sum up in another order.
+TOLERANCES = {tf.float64: 1e-13, tf.float32: 1e-6, tf.float16: 2e-3, tf.bfloat16: 1e-2}
+
+
+def jitted(function):
+    return tf.function(function, jit_compile=True)
+
+
+@pytest.mark.parametrize("data_format", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("mask", [True, False], ids=["mask", "no_mask"])
+@pytest.mark.parametrize("dtype", list(TOLERANCES), ids=lambda dtype: dtype.name)
+def test_jitted_output_and_gradients_equal_the_ops(dtype, mask, data_format, rng):
+    case = random_case(rng, size=(12, 11), mask=mask, groups=2, deform_groups=2, strides=(2, 1))
+    tensors = case.tensors(dtype, data_format=data_format)
+    attributes = case.attributes_in(data_format)
+    expected = run(tensors, attributes)
+    for key, value in jitted(lambda t: run(t, attributes))(tensors).items():
+        assert value.dtype == dtype
+        assert relative_error(value, expected[key]) <= TOLERANCES[dtype], key
+
+
+def test_float32_offsets_beside_a_16_bit_input(rng):
+    case = random_case(rng)
+    tensors = case.tensors(tf.bfloat16, offset_dtype=tf.float32)
+    expected = run(tensors, case.attributes)
+    for key, value in jitted(lambda t: run(t, case.attributes))(tensors).items():
+        assert value.dtype == expected[key].dtype
+        assert relative_error(value, expected[key]) <= TOLERANCES[tf.bfloat16], key
+
+
+@pytest.mark.parametrize("wanted", [["offset"], ["filters"], ["input", "mask"]])
+def test_only_wanted_gradients(wanted, rng):
+    case = random_case(rng)
+    tensors = case.tensors()
+    expected = run(tensors, case.attributes)
+
+    @jitted
+    def gradients(tensors):
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch([tensors[name] for name in wanted])
+            output = deform_conv2d(**tensors, **case.attributes)
+        return tape.gradient(output, [tensors[name] for name in wanted])
+
+    for name, value in zip(wanted, gradients(tensors), strict=True):
+        assert relative_error(value, expected[f"grad_{name}"]) <= 1e-13
+
+
+def test_batch_of_no_images(rng):
+    case = random_case(rng, batch=0)
+    results = jitted(lambda t: run(t, case.attributes))(case.tensors())
+    assert results["output"].shape == (0, 6, 7, 6)
+    assert np.all(results["grad_filters"].numpy() == 0)
+
+
+def test_large_images_are_shared_among_threads(rng):
+    case = random_case(rng, batch=4, size=(40, 50), channels=32, out_channels=32)
+    tensors = case.tensors(tf.float32)
+    compiled = jitted(lambda t: run(t, case.attributes))
+    expected = run(tensors, case.attributes)
+    for _ in range(10):
+        for key, value in compiled(tensors).items():
+            assert relative_error(value, expected[key]) <= TOLERANCES[tf.float32], key
+
+
+def test_two_ops_that_could_run_side_by_side(rng):
+    """None of them may wait for a thread that waits for the other."""
+    cases = [random_case(rng, size=(30, 30), channels=16) for _ in range(4)]
+    tensors = [case.tensors(tf.float32) for case in cases]
+
+    @jitted
+    def sums(tensors):
+        return [tf.reduce_sum(deform_conv2d(**t, **cases[0].attributes)) for t in tensors]
+
+    expected = [tf.reduce_sum(deform_conv2d(**t, **cases[0].attributes)) for t in tensors]
+    for _ in range(20):
+        np.testing.assert_allclose(sums(tensors), expected, rtol=1e-4)
+
+
+def test_second_derivatives(rng):
+    case = random_case(rng, batch=1, size=(4, 4), channels=2, out_channels=2)
+
+    def second(tensors, function):
+        with tf.GradientTape() as outer:
+            outer.watch(tensors)
+            with tf.GradientTape() as inner:
+                inner.watch(tensors)
+                output = tf.reduce_sum(function(**tensors, **case.attributes) ** 2)
+            gradients = inner.gradient(output, tensors)
+            norm = tf.add_n([tf.reduce_sum(value**3) for value in gradients.values()])
+        return outer.gradient(norm, tensors)
+
+    ours = jitted(lambda t: second(t, deform_conv2d))(case.tensors())
+    theirs = second(case.tensors(), deform_conv2d_reference)
+    for name, value in ours.items():
+        assert relative_error(value, theirs[name]) <= 1e-10, name
+
+
+def test_wrong_shapes_are_refused():
+    function = jitted(lambda offset: deform_conv2d(tf.zeros((1, 5, 5, 2)), filters, offset))
+    filters = tf.zeros((3, 3, 2, 3))
+    with pytest.raises((ValueError, tf.errors.InvalidArgumentError), match="18 expected"):
+        function(tf.zeros((1, 5, 5, 36)))
+
+
+def test_jitted_fit_learns_what_fit_does(device, rng):
+    images = rng.standard_normal((16, 9, 8, 4)).astype("float32")
+    targets = rng.standard_normal((16, 9, 8, 3)).astype("float32")
+    losses = []
+    for jit_compile in (False, True):
+        keras.utils.set_random_seed(1)
+        model = keras.Sequential(
+            [keras.Input((9, 8, 4)), DeformableConv2D(3, 3, padding="same", modulated=True)]
+        )
+        model.compile("adam", "mse", jit_compile=jit_compile)
+        history = model.fit(images, targets, batch_size=4, epochs=2, shuffle=False, verbose=0)
+        losses.append(history.history["loss"])
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+# --- Without the library of XLA kernels ---
+
+WITHOUT = """
+import keras, tensorflow as tf
+from utils.deform_conv_layer import DeformableConv2D
+from utils.deform_conv_wrapper import deform_conv2d, xla_kernels_loaded
+assert not xla_kernels_loaded()
+model = keras.Sequential([keras.Input((5, 5, 2)), DeformableConv2D(3, 3)])
+model.compile("adam", "mse", jit_compile="auto")
+model.fit(tf.ones((4, 5, 5, 2)), tf.ones((4, 3, 3, 3)), verbose=0)
+print("fit works")
+convolve = tf.function(deform_conv2d, jit_compile=True)
+try:
+    convolve(tf.zeros((1, 5, 5, 2)), tf.zeros((3, 3, 2, 3)), tf.zeros((1, 5, 5, 18)))
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["missing", "broken"])
+def test_without_its_library_the_error_says_what_to_do_and_fit_works(broken, tmp_path):
+    for name in ("libdeform_conv.so", "tensorflow_version.txt"):
+        shutil.copy(PROJECT / "build" / name, tmp_path)
+    if broken:
+        (tmp_path / "libdeform_conv_xla.so").write_bytes(b"no library")
+    printed = subprocess.run(
+        [sys.executable, "-c", WITHOUT],
+        env={"DEFORM_CONV_LIBRARY": str(tmp_path / "libdeform_conv.so"), "PATH": ""},
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "fit works" in printed
+    problem = "does not load" if broken else "not found"
+    assert f"{tmp_path}/libdeform_conv_xla.so {problem}" in printed
+    assert "Build them with ./compile.sh, or leave jit_compile out" in printed
