@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Builds build/libdeform_conv.so for the TensorFlow of a Python environment.
 #
-#   ./compile.sh [--cpu-only]
+#   ./compile.sh [--cpu-only] [--no-xla]
 #
+# Beside it, build/libdeform_conv_xla.so has the kernels that jit_compile=True needs, unless --no-xla
+# is given.
 # With nvcc on the PATH it has kernels for NVIDIA GPUs too, unless --cpu-only is given. CUDA_ARCHS
 # lists the compute capabilities to build them for ("80 90"); the last is included as PTX too, which
 # later GPUs can run.
@@ -22,11 +24,13 @@ if [[ ${PYTHON:-} == */* ]]; then PYTHON=$(cd "$(dirname "$PYTHON")" && pwd)/$(b
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 cuda=ON
+xla=ON
 for argument in "$@"; do
   case $argument in
     --cpu-only) cuda=OFF ;;
+    --no-xla) xla=OFF ;;
     -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' compile.sh; exit 0 ;;
-    *) fail "unknown option $argument (there is --cpu-only)" ;;
+    *) fail "unknown option $argument (there are --cpu-only and --no-xla)" ;;
   esac
 done
 
@@ -98,7 +102,9 @@ if [[ $(cat build/configuration.txt 2> /dev/null) != "$stamp" ]]; then
     || { echo "$output" >&2; fail "CMake could not configure the build"; }
   echo "$stamp" > build/configuration.txt
 fi
-cmake -DDEFORM_CONV_WERROR="${WERROR:-OFF}" build > /dev/null
+cmake -DDEFORM_CONV_WERROR="${WERROR:-OFF}" -DDEFORM_CONV_XLA=$xla build > /dev/null
+# One of an earlier build would be loaded.
+if [[ $xla == OFF ]]; then rm -f build/libdeform_conv_xla.so; fi
 cmake --build build --parallel "$(nproc)"
 # What the loader quotes when the library does not fit the TensorFlow it is loaded into.
 echo "$version" > build/tensorflow_version.txt

@@ -14,6 +14,7 @@ offset.
 
 import argparse
 import ctypes
+import itertools
 import math
 import statistics
 import subprocess
@@ -30,6 +31,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 LIBRARY = PROJECT / "build" / "libdeform_conv_core_cuda.so"
 SOURCES = (
     "params.cc",
+    "deform_col2im_sorted_cuda.cu",
     "deform_conv2d_cuda.cc",
     "deform_im2col_cuda.cu",
     "c_interface_cuda.cc",
@@ -44,6 +46,7 @@ TYPES = {
     "float16": (torch.float16, 2, False, 5e-3),
     "bfloat16": (torch.bfloat16, 3, False, 2e-2),
 }
+PEERS = ("torchvision", "cudnn_conv2d", "deterministic")
 MEASUREMENTS = ("forward", "forward+backward")
 TIMED_TYPES = ("float32", "tf32", "float16", "bfloat16")
 # N, C -> O, H x W; 3x3, stride 1
@@ -79,7 +82,13 @@ class Problem(ctypes.Structure):
         ("padding", ctypes.c_int64 * 4),
         *(
             (name, ctypes.c_int64)
-            for name in ("deform_groups", "element_type", "allow_tf32", "columns_bytes")
+            for name in (
+                "deform_groups",
+                "element_type",
+                "allow_tf32",
+                "columns_bytes",
+                "deterministic",
+            )
         ),
     )
 
@@ -88,7 +97,7 @@ class Core:
     """The C interface, for contiguous NHWC tensors; offset and mask in float32 or float64."""
 
     def __init__(self, library, type_name, *, deform_groups=1, stride=(1, 1), pad=(1, 1),
-                 dilation=(1, 1), columns_bytes=0):  # fmt: skip
+                 dilation=(1, 1), columns_bytes=0, deterministic=False):  # fmt: skip
         self._library = library
         _, element_type, allow_tf32, _ = TYPES[type_name]
         self._problem = Problem(
@@ -99,6 +108,7 @@ class Core:
             element_type=element_type,
             allow_tf32=allow_tf32,
             columns_bytes=columns_bytes,
+            deterministic=deterministic,
         )
 
     def _call(self, name, tensors, pointers):
@@ -265,7 +275,7 @@ def check_types(library, small: bool) -> bool:
             tensors, grad_output = random_tensors(generator, dtype, shape)
             exact = {key: value.double() for key, value in tensors.items()}
             expected = run_torchvision(exact, grad_output.double(), **geometry)
-            for columns_bytes in (0, 1 << 14):
+            for columns_bytes, deterministic in itertools.product((0, 1 << 14), (False, True)):
                 results = run_core(
                     library,
                     name,
@@ -273,6 +283,7 @@ def check_types(library, small: bool) -> bool:
                     grad_output,
                     deform_groups=deform_groups,
                     columns_bytes=columns_bytes,
+                    deterministic=deterministic,
                     **geometry,
                 )
                 errors = {
@@ -280,7 +291,7 @@ def check_types(library, small: bool) -> bool:
                 }
                 fine = all(error <= bound for error in errors.values())
                 good &= fine
-                if columns_bytes == 0 or not fine:
+                if (columns_bytes == 0 and not deterministic) or not fine:
                     text = " ".join(f"{key} {error:.1e}" for key, error in errors.items())
                     print(f"{'ok ' if fine else 'BAD'} {name:9} {shape} {text}", flush=True)
             if name == "float16" and shape == CHECKED[1]:
@@ -318,6 +329,7 @@ def time_shape(library, type_name, shape, columns_bytes):
     generator = torch.Generator("cuda").manual_seed(2)
     tensors, grad_output = random_tensors(generator, dtype, (*shape, 1, 1, False, 1, 1), scale=1.0)
     core = Core(library, type_name, columns_bytes=columns_bytes)
+    sorted_core = Core(library, type_name, columns_bytes=columns_bytes, deterministic=True)
     output = torch.empty_like(grad_output)
     gradients = {key: torch.empty_like(value) for key, value in tensors.items()}
 
@@ -327,6 +339,10 @@ def time_shape(library, type_name, shape, columns_bytes):
     def ours_backward():
         core.forward(tensors, output)
         core.backward(tensors, grad_output, gradients)
+
+    def sorted_backward():
+        core.forward(tensors, output)
+        sorted_core.backward(tensors, grad_output, gradients)
 
     image = nchw(tensors["input"]).contiguous().requires_grad_()
     offset = nchw(tensors["offset"]).to(dtype).contiguous().requires_grad_()
@@ -353,6 +369,7 @@ def time_shape(library, type_name, shape, columns_bytes):
 
     functions = {
         "deform_conv2d": (ours, ours_backward),
+        "deterministic": (ours, sorted_backward),
         "torchvision": (theirs, theirs_backward),
         "cudnn_conv2d": (conv, conv_backward),
     }
@@ -378,7 +395,7 @@ def time_all(library, columns_bytes) -> dict:
             print(" | ".join(cells_of(rows[-1])), flush=True)
     means = {}
     for measurement in MEASUREMENTS:
-        for peer in ("torchvision", "cudnn_conv2d"):
+        for peer in PEERS:
             means[f"{measurement}, {peer}"] = report.geometric_mean(
                 row["ms"][measurement][peer] / row["ms"][measurement]["deform_conv2d"]
                 for row in rows
@@ -390,7 +407,7 @@ def time_all(library, columns_bytes) -> dict:
 
 HEADER = (
     "type", "N, C→O, H×W", "forward", "torchvision", "conv2d",
-    "forward+backward", "torchvision", "conv2d",
+    "forward+backward", "torchvision", "conv2d", "deterministic",
 )  # fmt: skip
 
 
@@ -400,8 +417,9 @@ def cells_of(row) -> list[str]:
         times = row["ms"][measurement]
         ours = times["deform_conv2d"]
         cells.append(f"{ours:.3f}")
-        for peer in ("torchvision", "cudnn_conv2d"):
+        for peer in PEERS[:2]:
             cells.append(f"{times[peer]:.3f} ({times[peer] / ours:.2f}×)" if peer in times else "–")
+    cells.append(f"{times['deterministic']:.3f} ({times['deterministic'] / ours:.2f}×)")
     return cells
 
 
@@ -411,7 +429,9 @@ def sentence_of(means) -> str:
         f"Geometric means: forward {means['forward, torchvision']:.2f} and forward+backward "
         f"{means['forward+backward, torchvision']:.2f} times as fast as torchvision; "
         f"{1 / means['forward, cudnn_conv2d']:.2f} and "
-        f"{1 / means['forward+backward, cudnn_conv2d']:.2f} times the time of cuDNN's convolution."
+        f"{1 / means['forward+backward, cudnn_conv2d']:.2f} times the time of cuDNN's convolution. "
+        f"Deterministic, forward+backward takes {means['forward+backward, deterministic']:.2f} "
+        "times as long."
     )
 
 

@@ -160,6 +160,31 @@ def test_second_derivatives_equal_the_references(graph, padding, rng):
         assert relative_error(ours[name], theirs[name]) <= 1e-10, name
 
 
+@pytest.mark.parametrize("of", NAMES)
+def test_second_derivatives_equal_finite_differences(of, rng):
+    case = random_case(rng, batch=1, size=(4, 5), channels=2, out_channels=3, strides=(1, 2))
+    tensors = case.tensors()
+    weights = {name: tf.constant(rng.standard_normal(case.arrays[name].shape)) for name in NAMES}
+
+    def slope(value):
+        """A number made of all first gradients, as a function of the argument `of`."""
+        with tf.GradientTape() as tape:
+            arguments = tensors | {of: value}
+            tape.watch(arguments)
+            loss = tf.reduce_sum(deform_conv2d(**arguments, **case.attributes) ** 2)
+        gradients = tape.gradient(loss, arguments)
+        return tf.add_n([tf.reduce_sum(weights[name] * gradients[name]) for name in NAMES])
+
+    with tf.GradientTape() as tape:
+        tape.watch(tensors[of])
+        number = slope(tensors[of])
+    direction = tf.constant(rng.standard_normal(tensors[of].shape))
+    actual = tf.reduce_sum(tape.gradient(number, tensors[of]) * direction)
+    step = 1e-5 * direction  # offsets are 1e-3 away from the pixel grid
+    difference = (slope(tensors[of] + step) - slope(tensors[of] - step)) / 2e-5
+    np.testing.assert_allclose(actual, difference, rtol=1e-6)
+
+
 def test_second_derivatives_of_tensors_of_unknown_rank(rng):
     case = random_case(rng, batch=1, size=(3, 4), channels=2, out_channels=2)
 
@@ -210,6 +235,58 @@ def test_jacobian_and_forward_mode_agree(rng):
     assert relative_error(accumulator.jvp(output), expected) <= 1e-12
 
 
+# --- Functions that call functions ---
+
+
+@pytest.fixture
+def stacked(rng):
+    """Three cases, stacked along a new first axis, that share their filters."""
+    cases = [random_case(rng).tensors() for _ in range(3)]
+    filters = cases[0].pop("filters")
+    return filters, {
+        name: tf.stack([case[name] for case in cases]) for name in ("input", "offset", "mask")
+    }
+
+
+@pytest.mark.parametrize("mapping", [tf.map_fn, tf.vectorized_map], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "function"])
+def test_mapping_over_cases_gives_each_ones_output_and_gradient(mapping, graph, stacked):
+    filters, arguments = stacked
+
+    def one(arguments):
+        with tf.GradientTape() as tape:
+            tape.watch(arguments["offset"])
+            output = deform_conv2d(filters=filters, **arguments)
+        return output, tape.gradient(output, arguments["offset"])
+
+    def mapped(arguments):
+        if mapping is tf.vectorized_map:
+            return mapping(one, arguments)
+        return mapping(one, arguments, fn_output_signature=(tf.float64, tf.float64))
+
+    results = (tf.function(mapped) if graph else mapped)(arguments)
+    for index in range(3):
+        expected = one({name: value[index] for name, value in arguments.items()})
+        for value, other in zip(results, expected, strict=True):
+            assert relative_error(value[index], other) <= 1e-12
+
+
+def test_recomputed_gradients_equal_stored_ones(rng):
+    case = random_case(rng)
+
+    def positional(input, filters, offset, mask):
+        return deform_conv2d(input, filters, offset, mask, **case.attributes)
+
+    recomputed = tf.recompute_grad(positional)
+    tensors = list(case.tensors().values())
+    with tf.GradientTape() as tape:
+        tape.watch(tensors)
+        output = recomputed(*tensors)
+    expected = run(case.tensors(), case.attributes, tf.ones_like(output))
+    for name, value in zip(NAMES, tape.gradient(output, tensors), strict=True):
+        assert relative_error(value, expected[f"grad_{name}"]) <= 1e-12
+
+
 # --- SavedModel ---
 
 LOAD_AND_RUN = """
@@ -250,3 +327,24 @@ def test_saved_model_runs_and_trains_in_another_process(tmp_path, rng):
         check=True,
     ).stdout
     np.testing.assert_allclose([float(text) for text in printed.split()], expected, rtol=1e-5)
+
+
+def test_saved_model_without_the_library_names_the_op(tmp_path, rng):
+    module = tf.Module()
+    filters, offset = tf.ones((3, 3, 2, 3)), tf.zeros((1, 5, 5, 18))
+    module.convolve = tf.function(
+        lambda image: deform_conv2d(image, filters, offset),
+        input_signature=[tf.TensorSpec((1, 5, 5, 2))],
+    )
+    options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
+    tf.saved_model.save(module, tmp_path / "model", options=options)
+    load = "import sys, tensorflow as tf; tf.saved_model.load(sys.argv[1])"
+    completed = subprocess.run(
+        [sys.executable, "-c", load, str(tmp_path / "model")],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert completed.returncode != 0
+    assert "Op type not registered 'DeformConv2D'" in completed.stderr

@@ -15,8 +15,11 @@ namespace {
 // Stream-ordered memory and cuBLAS.
 class ToolkitDevice : public CudaDevice {
  public:
-  ToolkitDevice(cudaStream_t stream, bool allow_tf32, int64_t columns_bytes)
-      : stream_(stream), allow_tf32_(allow_tf32), columns_bytes_(columns_bytes) {}
+  ToolkitDevice(cudaStream_t stream, const DeformConvProblem& problem)
+      : stream_(stream),
+        allow_tf32_(problem.allow_tf32 != 0),
+        columns_bytes_(problem.columns_bytes),
+        deterministic_(problem.deterministic != 0) {}
 
   ~ToolkitDevice() override {
     for (void* memory : allocated_) cudaFreeAsync(memory, stream_);
@@ -27,6 +30,8 @@ class ToolkitDevice : public CudaDevice {
   int64_t columns_bytes() const override {
     return columns_bytes_ > 0 ? columns_bytes_ : CudaDevice::columns_bytes();
   }
+
+  bool deterministic() const override { return deterministic_; }
 
   std::string Allocate(int64_t bytes, void** memory) override {
     KeepFreedMemory();
@@ -86,6 +91,7 @@ class ToolkitDevice : public CudaDevice {
   cudaStream_t stream_;
   bool allow_tf32_;
   int64_t columns_bytes_;
+  bool deterministic_;
   std::vector<void*> allocated_;
 };
 
@@ -133,8 +139,7 @@ const char* Call(const DeformConvProblem& problem, void* stream, const Run& run)
   DeformConvParams params;
   error = ParamsOf(problem, &params);
   if (error.empty()) {
-    ToolkitDevice device(static_cast<cudaStream_t>(stream), problem.allow_tf32 != 0,
-                         problem.columns_bytes);
+    ToolkitDevice device(static_cast<cudaStream_t>(stream), problem);
     error = ForElementType(problem.element_type,
                            [&](auto element) { return run(params, device, element); });
   }

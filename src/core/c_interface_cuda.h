@@ -20,6 +20,7 @@ typedef struct {
   int64_t element_type;   // 0 float, 1 double, 2 half, 3 bfloat16
   int64_t allow_tf32;     // for element_type 0
   int64_t columns_bytes;  // bound on a chunk's columns; 0 for the default
+  int64_t deterministic;  // whether sums must be the same in every run
 } DeformConvProblem;
 
 // Puts the work on `stream`, a cudaStream_t. Pointers are the device's; offset and mask and their

@@ -47,6 +47,9 @@ class CudaDevice {
   // The most bytes that the columns of one chunk of positions may take.
   virtual int64_t columns_bytes() const { return kDefaultColumnsBytes; }
 
+  // Whether sums must be the same, bit by bit, in every run.
+  virtual bool deterministic() const { return false; }
+
   // Memory that lasts until the work now put on the stream has used it. Aligned to 16 bytes.
   virtual std::string Allocate(int64_t bytes, void** memory) = 0;
 

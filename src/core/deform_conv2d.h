@@ -59,8 +59,8 @@ std::string DeformConv2DForwardCuda(const DeformConvParams& params,
                                     const SampledTensors<T, ComputeType<T>>& tensors,
                                     const T* filters, CudaDevice& device, T* output);
 
-// As DeformConv2DBackwardCpu, but the input's gradient is summed in an order that is not fixed, and
-// differs by rounding from run to run.
+// As DeformConv2DBackwardCpu, but unless device.deterministic(), the input's gradient is summed in
+// an order that is not fixed, and differs by rounding from run to run.
 template <typename T>
 std::string DeformConv2DBackwardCuda(const DeformConvParams& params,
                                      const SampledTensors<T, ComputeType<T>>& tensors,

@@ -106,6 +106,15 @@ class CudaCall {
     return DeformIm2ColCuda<T>(params_, tensors_, begin, end, columns_, device_.stream());
   }
 
+  // Whether the input's gradient is gathered from sorted corners instead of added with atomics. That
+  // is faster too where a pixel's channels are many and the columns small, see
+  // benchmarks/README.md.
+  bool SortsCorners() const {
+    constexpr int64_t kManyChannels = 64;
+    return device_.deterministic() ||
+           (sizeof(T) == 2 && params_.deform_group_channels() >= kManyChannels);
+  }
+
   // Leaves the columns themselves in place of their gradient if they are wanted.
   std::string BackpropSamples(const T* grad_output, int64_t begin, int64_t end, bool want_columns,
                               const SampledGradients<A>& sampled) {
@@ -114,7 +123,14 @@ class CudaCall {
                                        Filters(j), Columns(j, begin, end),
                                        /*accumulate=*/false));
     }
-    return DeformCol2ImCuda<T>(params_, tensors_, begin, end, want_columns, columns_, sampled,
+    SampledGradients<A> unsorted = sampled;
+    if (sampled.input != nullptr && SortsCorners()) {
+      DEFORM_CONV_RETURN_IF_ERROR(DeformCol2ImSortedCuda<T>(params_, tensors_, begin, end, columns_,
+                                                            sampled.input, device_));
+      unsorted.input = nullptr;
+      if (!unsorted.any() && !want_columns) return "";
+    }
+    return DeformCol2ImCuda<T>(params_, tensors_, begin, end, want_columns, columns_, unsorted,
                                device_.stream());
   }
 

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <string>
 
+#include "core/cuda_device.h"
 #include "core/deform_im2col.h"
 #include "core/layout.h"
 #include "core/params.h"
@@ -31,6 +32,15 @@ std::string DeformCol2ImCuda(const DeformConvParams& params,
                              const SampledTensors<T, ComputeType<T>>& tensors, int64_t begin,
                              int64_t end, bool replace, T* columns,
                              const SampledGradients<ComputeType<T>>& gradients, void* stream);
+
+// Adds to grad_input what DeformCol2ImCuda adds, but in an order that is always the same: the
+// corners of all samples are sorted by pixel, and each pixel gathers its own. `columns` is left as
+// it is.
+template <typename T>
+std::string DeformCol2ImSortedCuda(const DeformConvParams& params,
+                                   const SampledTensors<T, ComputeType<T>>& tensors, int64_t begin,
+                                   int64_t end, const T* columns, ComputeType<T>* grad_input,
+                                   CudaDevice& device);
 
 // Converts a tensor in `format` to NHWC, and back.
 template <typename From, typename To>

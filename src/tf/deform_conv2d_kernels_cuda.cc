@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "core/deform_im2col_cuda.h"
+#include "tensorflow/core/util/determinism.h"
 #include "tf/deform_conv2d_kernels.h"
 #include "tf/stream_gemm.h"
 
@@ -16,6 +17,8 @@ class TensorFlowDevice : public CudaDevice {
       : context_(context), stream_(context->op_device_context()->stream()) {}
 
   void* stream() override { return stream_->platform_specific_handle().stream; }
+
+  bool deterministic() const override { return tensorflow::OpDeterminismRequired(); }
 
   std::string Allocate(int64_t bytes, void** memory) override {
     Tensor buffer;

@@ -1,5 +1,6 @@
 // The custom calls on a GPU: on XLA's stream and memory, and TensorFlow's BLAS.
 
+#include "tensorflow/core/util/determinism.h"
 #include "tf/stream_gemm.h"
 #include "tf/xla/custom_call_handlers.h"
 #include "xla/ffi/api/c_api_internal.h"
@@ -34,6 +35,8 @@ class XlaCudaDevice : public CudaDevice {
       : stream_(stream), memory_(memory) {}
 
   void* stream() override { return stream_->platform_specific_handle().stream; }
+
+  bool deterministic() const override { return tensorflow::OpDeterminismRequired(); }
 
   std::string Allocate(int64_t bytes, void** memory) override {
     const std::optional<void*> allocated = memory_.Allocate(bytes, kAlignment);
