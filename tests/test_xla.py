@@ -1,5 +1,6 @@
 """The op compiled by XLA, with jit_compile=True."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -162,7 +163,7 @@ def test_without_its_library_the_error_says_what_to_do_and_fit_works(broken, tmp
         (tmp_path / "libdeform_conv_xla.so").write_bytes(b"no library")
     printed = subprocess.run(
         [sys.executable, "-c", WITHOUT],
-        env={"DEFORM_CONV_LIBRARY": str(tmp_path / "libdeform_conv.so"), "PATH": ""},
+        env=os.environ | {"DEFORM_CONV_LIBRARY": str(tmp_path / "libdeform_conv.so")},
         cwd=PROJECT,
         capture_output=True,
         text=True,

@@ -106,8 +106,8 @@ class CudaCall {
     return DeformIm2ColCuda<T>(params_, tensors_, begin, end, columns_, device_.stream());
   }
 
-  // Whether the input's gradient is gathered from sorted corners instead of added with atomics. That
-  // is faster too where a pixel's channels are many and the columns small, see
+  // Whether the input's gradient is gathered from sorted corners instead of added with atomics.
+  // That is faster too where a pixel's channels are many and the columns small, see
   // benchmarks/README.md.
   bool SortsCorners() const {
     constexpr int64_t kManyChannels = 64;

@@ -146,8 +146,8 @@ inline absl::Status ToNativeShapes(DataFormat format, const std::vector<int64_t>
   return mask == nullptr ? absl::OkStatus() : ToNativeShape("mask", format, *mask, &shapes->mask);
 }
 
-// The sizes that follow from the attributes and the shapes of the ops' arguments. `dimensions(i)` is
-// the shape of input i as a vector.
+// The sizes that follow from the attributes and the shapes of the ops' arguments. `dimensions(i)`
+// is the shape of input i as a vector.
 template <typename Dimensions>
 absl::Status MakeParamsOf(const OpAttributes& attributes, const Dimensions& dimensions,
                           DeformConvParams* params) {

@@ -52,7 +52,7 @@ class XlaCudaDevice : public CudaDevice {
   }
 
  private:
-  static constexpr size_t kAlignment = 256;
+  static constexpr size_t kAlignment = 16;  // the most that XLA grants
 
   stream_executor::Stream* stream_;
   ffi::ScratchAllocator& memory_;
