@@ -118,6 +118,18 @@ def run(tensors, attributes, grad_output=None, function=deform_conv2d):
     return {"output": output} | {f"grad_{name}": value for name, value in gradients.items()}
 
 
+def second_derivatives(tensors, attributes, function=deform_conv2d):
+    """Gradients of a number made of the first gradients by all arguments, by all arguments."""
+    with tf.GradientTape() as outer:
+        outer.watch(tensors)
+        with tf.GradientTape() as inner:
+            inner.watch(tensors)
+            output = tf.reduce_sum(function(**tensors, **attributes) ** 2)
+        gradients = inner.gradient(output, tensors)
+        norm = tf.add_n([tf.reduce_sum(value**3) for value in gradients.values()])
+    return outer.gradient(norm, tensors)
+
+
 def random_case(
     rng,
     *,

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import PROJECT, random_case, relative_error, run
+from conftest import PROJECT, random_case, relative_error, run, second_derivatives
 
 from utils.deform_conv_reference import deform_conv2d_reference
 from utils.deform_conv_wrapper import deform_conv2d
@@ -144,18 +144,11 @@ def test_second_derivatives_equal_the_references(graph, padding, rng):
     case = random_case(rng, batch=1, size=(4, 4), channels=2, out_channels=2, padding=padding)
     tensors = case.tensors()
 
-    def second(tensors, function):
-        with tf.GradientTape() as outer:
-            outer.watch(tensors)
-            with tf.GradientTape() as inner:
-                inner.watch(tensors)
-                output = tf.reduce_sum(function(**tensors, **case.attributes) ** 2)
-            gradients = inner.gradient(output, tensors)
-            norm = tf.add_n([tf.reduce_sum(value**3) for value in gradients.values()])
-        return outer.gradient(norm, tensors)
+    def second(tensors):
+        return second_derivatives(tensors, case.attributes)
 
-    ours = (tf.function(second) if graph else second)(tensors, deform_conv2d)
-    theirs = second(tensors, deform_conv2d_reference)
+    ours = (tf.function(second) if graph else second)(tensors)
+    theirs = second_derivatives(tensors, case.attributes, deform_conv2d_reference)
     for name in NAMES:
         assert relative_error(ours[name], theirs[name]) <= 1e-10, name
 

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import PROJECT, random_case, relative_error, run
+from conftest import PROJECT, random_case, relative_error, run, second_derivatives
 
 from utils.deform_conv_layer import DeformableConv2D
 from utils.deform_conv_reference import deform_conv2d_reference
@@ -98,18 +98,8 @@ def test_two_ops_that_could_run_side_by_side(rng):
 def test_second_derivatives(rng):
     case = random_case(rng, batch=1, size=(4, 4), channels=2, out_channels=2)
 
-    def second(tensors, function):
-        with tf.GradientTape() as outer:
-            outer.watch(tensors)
-            with tf.GradientTape() as inner:
-                inner.watch(tensors)
-                output = tf.reduce_sum(function(**tensors, **case.attributes) ** 2)
-            gradients = inner.gradient(output, tensors)
-            norm = tf.add_n([tf.reduce_sum(value**3) for value in gradients.values()])
-        return outer.gradient(norm, tensors)
-
-    ours = jitted(lambda t: second(t, deform_conv2d))(case.tensors())
-    theirs = second(case.tensors(), deform_conv2d_reference)
+    ours = jitted(lambda t: second_derivatives(t, case.attributes))(case.tensors())
+    theirs = second_derivatives(case.tensors(), case.attributes, deform_conv2d_reference)
     for name, value in ours.items():
         assert relative_error(value, theirs[name]) <= 1e-10, name
 
