@@ -62,8 +62,9 @@ def xla_kernels_loaded() -> bool:
 
 def _check_xla() -> None:
     """Raises where XLA is to compile the op and cannot. TensorFlow would not say what to do."""
-    graph = tf.compat.v1.get_default_graph()
-    if _xla_problem and control_flow_util.GraphOrParentsInXlaContext(graph):
+    if _xla_problem is None:
+        return
+    if control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
         raise RuntimeError(
             f"jit_compile=True needs the XLA kernels of deform_conv2d, but {_xla_problem}. "
             "Build them with ./compile.sh, or leave jit_compile out"
