@@ -126,6 +126,24 @@ def test_jitted_fit_learns_what_fit_does(device, rng):
     np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
+LATE = """
+import keras, numpy as np, tensorflow as tf
+np.testing.assert_allclose(tf.function(lambda x: 2 * x, jit_compile=True)(tf.ones(3)), 2)
+from utils.deform_conv_layer import DeformableConv2D
+model = keras.Sequential([keras.Input((5, 5, 2)), DeformableConv2D(3, 3)])
+model.compile("adam", "mse", jit_compile=True)
+model.fit(tf.ones((4, 5, 5, 2)), tf.ones((4, 3, 3, 3)), verbose=0)
+print("fit works")
+"""
+
+
+def test_library_may_be_loaded_after_xla_was_used():
+    printed = subprocess.run(
+        [sys.executable, "-c", LATE], cwd=PROJECT, capture_output=True, text=True, check=True
+    ).stdout
+    assert "fit works" in printed
+
+
 # --- Without the library of XLA kernels ---
 
 WITHOUT = """

@@ -169,14 +169,15 @@ class BackwardXlaOp : public DeformConv2DXlaOp<kDevice> {
   bool wanted_[4];
 };
 
-REGISTER_XLA_OP(Name("DeformConv2D").Device(tensorflow::DEVICE_CPU_XLA_JIT),
-                ForwardXlaOp<XlaDevice::kCpu>);
-REGISTER_XLA_OP(Name("DeformConv2DGrad").Device(tensorflow::DEVICE_CPU_XLA_JIT),
-                BackwardXlaOp<XlaDevice::kCpu>);
-REGISTER_XLA_OP(Name("DeformConv2D").Device(tensorflow::DEVICE_GPU_XLA_JIT),
-                ForwardXlaOp<XlaDevice::kGpu>);
-REGISTER_XLA_OP(Name("DeformConv2DGrad").Device(tensorflow::DEVICE_GPU_XLA_JIT),
-                BackwardXlaOp<XlaDevice::kGpu>);
+// As kernels, not as XLA ops (REGISTER_XLA_OP): XLA makes kernels of those once, when it is first
+// used, and would not see what is loaded later. There is nothing else that it must know of these
+// ops.
+#define DEFORM_CONV_REGISTER_XLA(device, kDevice)                                                  \
+  REGISTER_KERNEL_BUILDER(Name("DeformConv2D").Device(tensorflow::device), ForwardXlaOp<kDevice>); \
+  REGISTER_KERNEL_BUILDER(Name("DeformConv2DGrad").Device(tensorflow::device),                     \
+                          BackwardXlaOp<kDevice>)
+DEFORM_CONV_REGISTER_XLA(DEVICE_CPU_XLA_JIT, XlaDevice::kCpu);
+DEFORM_CONV_REGISTER_XLA(DEVICE_GPU_XLA_JIT, XlaDevice::kGpu);
 
 }  // namespace
 }  // namespace deform_conv
