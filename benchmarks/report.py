@@ -36,6 +36,18 @@ def write(path: Path, results: dict, markdown: str) -> None:
     print(f"wrote {path} and {path.with_suffix('.md')}")
 
 
+def _draw_bars(axes, times: dict[str, dict[str, float]], names: list[str], label: str) -> None:
+    """Each layer's times as bars side by side, in the order of `names`; a layer may lack some."""
+    width = 0.8 / len(names)
+    for i, name in enumerate(names):
+        values = [of.get(name, math.nan) for of in times.values()]
+        positions = [j + (i - (len(names) - 1) / 2) * width for j in range(len(values))]
+        axes.bar(positions, values, width, label=name)
+    axes.set(yscale="log", ylabel=label)
+    labels = [layer.replace(", ", "\n") for layer in times]
+    axes.set_xticks(range(len(labels)), labels, fontsize="small")
+
+
 def plot_cpu(path: Path, results: dict) -> None:
     """Draws benchmark_cpu.py's times of layers as bars, and the ratios of its scaling as curves."""
     import matplotlib
@@ -54,15 +66,11 @@ def plot_cpu(path: Path, results: dict) -> None:
         subfigure.suptitle(title)
         measurements = list(next(iter(by_layer.values())))
         for axes, measurement in zip(subfigure.subplots(1, 2), measurements, strict=True):
-            names = list(next(iter(by_layer.values()))[measurement])
-            width = 0.8 / len(names)
-            for i, name in enumerate(names):
-                medians = [times[measurement][name][1] for times in by_layer.values()]
-                positions = [j + (i - (len(names) - 1) / 2) * width for j in range(len(medians))]
-                axes.bar(positions, medians, width, label=name)
-            axes.set(yscale="log", ylabel=f"{measurement}, ms")
-            labels = [layer.replace(", ", "\n") for layer in by_layer]
-            axes.set_xticks(range(len(labels)), labels, fontsize="small")
+            times = {
+                layer: {name: quartiles[1] for name, quartiles in of[measurement].items()}
+                for layer, of in by_layer.items()
+            }
+            _draw_bars(axes, times, list(next(iter(times.values()))), f"{measurement}, ms")
             axes.legend(fontsize="small")
     if scaling:
         subfigures[-1].suptitle("Time of deform_conv2d / time of tf.nn.conv2d")
@@ -85,5 +93,36 @@ def plot_cpu(path: Path, results: dict) -> None:
             axes.grid(alpha=0.3)
         axes.set_ylim(bottom=0)  # of all, since they share it
         axes.legend(fontsize="small")
+    figure.savefig(path, dpi=80)
+    print(f"wrote {path}")
+
+
+def plot_gpu(path: Path, panels: dict[str, dict[str, dict]]) -> None:
+    """Draws times as bars, two panels a row, and as a line what the device would need at least.
+
+    `panels`: by title and layer, {"ms": the times by name, "floor": the least}.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    # The same in every panel, for the same colours.
+    names = list(
+        dict.fromkeys(
+            name for of in panels.values() for layer in of.values() for name in layer["ms"]
+        )
+    )
+    rows = -(-len(panels) // 2)
+    figure = pyplot.figure(figsize=(14, 3.6 * rows + 0.6), layout="constrained")
+    grid = figure.subplots(rows, 2, squeeze=False).flat
+    for axes, (title, layers) in zip(grid, panels.items(), strict=False):
+        times = {layer: of["ms"] for layer, of in layers.items()}
+        _draw_bars(axes, times, names, f"{title}, ms")
+        for j, of in enumerate(layers.values()):
+            label = "the device's least" if j == 0 else None
+            axes.hlines(of["floor"], j - 0.45, j + 0.45, colors="black", label=label)
+    handles, labels = grid[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize="small")
     figure.savefig(path, dpi=80)
     print(f"wrote {path}")

@@ -1,10 +1,14 @@
 """What holds on a GPU only, or between a GPU and the CPU."""
 
+import os
+import subprocess
+import sys
 import threading
 
+import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import random_case, relative_error, run
+from conftest import PROJECT, random_case, relative_error, run
 
 from utils.deform_conv_reference import deform_conv2d_reference
 from utils.deform_conv_wrapper import deform_conv2d
@@ -151,3 +155,60 @@ def test_threads_do_not_disturb_each_other(rng):
     for thread in threads:
         thread.join()
     assert max(worst) <= 1e-6
+
+
+# --- General and fused kernels ---
+
+ALONG_A_PATH = """
+import sys
+import numpy as np, tensorflow as tf
+from utils.deform_conv_wrapper import deform_conv2d
+rng = np.random.default_rng(1)
+shapes = (2, 20, 30, 64), (3, 3, 64, 48), (2, 20, 30, 18), (2, 20, 30, 9)
+tensors = [tf.constant(rng.standard_normal(shape), sys.argv[1]) for shape in shapes]
+with tf.GradientTape() as tape:
+    tape.watch(tensors)
+    output = deform_conv2d(*tensors)
+results = [output, *tape.gradient(output, tensors)]
+np.savez(sys.argv[2], *[tf.cast(result, tf.float64) for result in results])
+"""
+
+
+def run_along(path, dtype, file):
+    return subprocess.run(
+        [sys.executable, "-c", ALONG_A_PATH, dtype, file],
+        env=os.environ | {"DEFORM_CONV_PATH": path, "TF_FORCE_GPU_ALLOW_GROWTH": "true"},
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def needs_fused_kernels():
+    details = tf.config.experimental.get_device_details(tf.config.list_physical_devices("GPU")[0])
+    if details["compute_capability"] != (9, 0):
+        pytest.skip("fused kernels are for compute capability 9.0")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_general_and_fused_kernels_agree(dtype, tmp_path):
+    needs_fused_kernels()
+    results = []
+    for path in ("general", "fused"):
+        file = tmp_path / f"{path}.npz"
+        completed = run_along(path, dtype, file)
+        assert completed.returncode == 0, completed.stderr
+        with np.load(file) as arrays:
+            results.append([arrays[key] for key in arrays.files])
+    tolerance = {"float16": 5e-3, "bfloat16": 2e-2}[dtype]
+    for general, fused in zip(*results, strict=True):
+        assert relative_error(fused, general) <= tolerance
+        assert np.any(fused != general)  # they are different kernels, and round differently
+
+
+def test_fused_kernels_that_do_not_exist_are_refused(tmp_path):
+    needs_fused_kernels()
+    completed = run_along("fused", "float64", tmp_path / "file.npz")
+    assert completed.returncode != 0
+    assert "no fused kernel for the output of these sizes and types" in completed.stderr

@@ -19,7 +19,8 @@ class ToolkitDevice : public CudaDevice {
       : stream_(stream),
         allow_tf32_(problem.allow_tf32 != 0),
         columns_bytes_(problem.columns_bytes),
-        deterministic_(problem.deterministic != 0) {}
+        deterministic_(problem.deterministic != 0),
+        path_(static_cast<KernelPath>(problem.path)) {}
 
   ~ToolkitDevice() override {
     for (void* memory : allocated_) cudaFreeAsync(memory, stream_);
@@ -32,6 +33,10 @@ class ToolkitDevice : public CudaDevice {
   }
 
   bool deterministic() const override { return deterministic_; }
+
+  bool allow_tf32() const override { return allow_tf32_; }
+
+  KernelPath path() const override { return path_; }
 
   std::string Allocate(int64_t bytes, void** memory) override {
     KeepFreedMemory();
@@ -92,6 +97,7 @@ class ToolkitDevice : public CudaDevice {
   bool allow_tf32_;
   int64_t columns_bytes_;
   bool deterministic_;
+  KernelPath path_;
   std::vector<void*> allocated_;
 };
 

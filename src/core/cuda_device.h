@@ -36,6 +36,13 @@ struct ElementTypeOf<BFloat16> {
 // See benchmarks/README.md for how this was chosen.
 constexpr int64_t kDefaultColumnsBytes = int64_t{512} << 20;
 
+// Which kernels a pass is done by.
+enum class KernelPath {
+  kFastest,  // of those that can do it
+  kGeneral,  // columns in memory and GEMM: can do everything
+  kFused,    // the fused kernels, or an error where they cannot do it
+};
+
 // Functions return an empty string, or what went wrong. All work is put on stream().
 class CudaDevice {
  public:
@@ -50,11 +57,16 @@ class CudaDevice {
   // Whether sums must be the same, bit by bit, in every run.
   virtual bool deterministic() const { return false; }
 
+  // Whether products of floats may be rounded to TF32.
+  virtual bool allow_tf32() const = 0;
+
+  virtual KernelPath path() const { return KernelPath::kFastest; }
+
   // Memory that lasts until the work now put on the stream has used it. Aligned to 16 bytes.
   virtual std::string Allocate(int64_t bytes, void** memory) = 0;
 
   // c = a * b, with one factor transposed as `form` says, or c += a * b. Sums are in float for the
-  // 16-bit types; products of floats may be rounded to TF32 if the caller's settings allow it.
+  // 16-bit types; products of floats are rounded to TF32 if allow_tf32().
   virtual std::string Gemm(ElementType type, GemmForm form, const Matrix<const void>& a,
                            const Matrix<const void>& b, const Matrix<void>& c, bool accumulate) = 0;
 };

@@ -1,10 +1,12 @@
-// Forward and backward on a GPU: chunks of output positions, and for each im2col and GEMM. A chunk
-// is as large as the bound on its columns allows, whatever the batch is.
+// Forward and backward on a GPU, and which kernels do what. The general way: chunks of output
+// positions, and for each im2col and GEMM; a chunk is as large as the bound on its columns allows,
+// whatever the batch is. The fused kernels take passes that they can do as a whole.
 
 #include <algorithm>
 #include <type_traits>
 
 #include "core/deform_conv2d.h"
+#include "core/deform_conv2d_fused_cuda.h"
 #include "core/deform_im2col_cuda.h"
 
 #define DEFORM_CONV_RETURN_IF_ERROR(expression)                         \
@@ -26,6 +28,13 @@ class CudaCall {
       : params_(params), tensors_(tensors), filters_(filters), device_(device) {}
 
   std::string Forward(T* output) {
+    bool fuse = false;
+    DEFORM_CONV_RETURN_IF_ERROR(Choose(
+        "output", /*fast=*/true,
+        [&] { return FusedForwardFits<T>(params_, tensors_, filters_, output); }, &fuse));
+    if constexpr (kMayFuse) {
+      if (fuse) return FusedForwardCuda<T>(params_, tensors_, filters_, device_, output);
+    }
     DEFORM_CONV_RETURN_IF_ERROR(AllocateColumns());
     for (int64_t begin = 0; begin < positions_; begin += chunk_) {
       const int64_t end = std::min(begin + chunk_, positions_);
@@ -39,41 +48,116 @@ class CudaCall {
   }
 
   std::string Backward(const T* grad_output, const DeformConvGradients<T, A>& gradients) {
-    DEFORM_CONV_RETURN_IF_ERROR(AllocateColumns());
     const int64_t input_size = params_.batch * params_.in_h * params_.in_w * params_.in_channels;
     const int64_t filters_size =
         params_.taps() * params_.group_in_channels() * params_.out_channels;
     SampledGradients<A> sampled{nullptr, gradients.sampled.offset, gradients.sampled.mask};
-    DEFORM_CONV_RETURN_IF_ERROR(PrepareSum(gradients.sampled.input, input_size, &sampled.input));
-    // With one chunk, the GEMM writes the filters' gradient; with more, they are summed up.
-    const bool sum_filters = chunk_ < positions_ || positions_ == 0;
     A* filters_sum = nullptr;
-    if (sum_filters) {
-      DEFORM_CONV_RETURN_IF_ERROR(PrepareSum(gradients.filters, filters_size, &filters_sum));
+    DEFORM_CONV_RETURN_IF_ERROR(PrepareSum(gradients.sampled.input, input_size, &sampled.input));
+
+    SampledGradients<A> general = sampled;
+    T* general_filters = gradients.filters;
+    bool fuse = false;
+    if (sampled.any()) {
+      DEFORM_CONV_RETURN_IF_ERROR(Choose(
+          "gradients of input, offset and mask", FusedBackwardIsFast(),
+          [&] {
+            return !device_.deterministic() &&
+                   FusedBackpropSamplesFits<T>(params_, tensors_, filters_, grad_output, sampled);
+          },
+          &fuse));
+      if constexpr (kMayFuse) {
+        if (fuse) {
+          DEFORM_CONV_RETURN_IF_ERROR(FusedBackpropSamplesCuda<T>(params_, tensors_, filters_,
+                                                                  grad_output, device_, sampled));
+          general = {};
+        }
+      }
     }
-    for (int64_t begin = 0; begin < positions_; begin += chunk_) {
-      const int64_t end = std::min(begin + chunk_, positions_);
-      if (sampled.any()) {
-        DEFORM_CONV_RETURN_IF_ERROR(
-            BackpropSamples(grad_output, begin, end, gradients.filters != nullptr, sampled));
-      } else if (gradients.filters != nullptr) {
-        DEFORM_CONV_RETURN_IF_ERROR(Im2Col(begin, end));
+    if (gradients.filters != nullptr) {
+      DEFORM_CONV_RETURN_IF_ERROR(Choose(
+          "gradient of the filters", FusedBackwardIsFast(),
+          [&] {
+            return !device_.deterministic() &&
+                   FusedBackpropFiltersFits<T>(params_, tensors_, grad_output);
+          },
+          &fuse));
+      // The general kernel for the samples leaves columns, with which the rest is soon done.
+      if (general.any() && device_.path() == KernelPath::kFastest) fuse = false;
+      if constexpr (kMayFuse) {
+        if (fuse) {
+          DEFORM_CONV_RETURN_IF_ERROR(PrepareSum(gradients.filters, filters_size, &filters_sum));
+          DEFORM_CONV_RETURN_IF_ERROR(
+              FusedBackpropFiltersCuda<T>(params_, tensors_, grad_output, device_, filters_sum));
+          general_filters = nullptr;
+        }
       }
-      if (gradients.filters == nullptr) continue;
-      const bool accumulate = sum_filters && std::is_same_v<T, A>;
+    }
+    if (general.any() || general_filters != nullptr) {
       DEFORM_CONV_RETURN_IF_ERROR(
-          BackpropFilters(grad_output, begin, end, accumulate, gradients.filters));
-      if constexpr (!std::is_same_v<T, A>) {
-        if (!sum_filters) continue;
-        DEFORM_CONV_RETURN_IF_ERROR(
-            AddCuda(filters_size, gradients.filters, filters_sum, device_.stream()));
-      }
+          BackpropChunks(grad_output, general, filters_size, general_filters, &filters_sum));
     }
     DEFORM_CONV_RETURN_IF_ERROR(StoreSum(sampled.input, input_size, gradients.sampled.input));
     return StoreSum(filters_sum, filters_size, gradients.filters);
   }
 
  private:
+  // Whether there may be fused kernels for T: as TF32 for floats.
+  static constexpr bool kMayFuse = kFusedKernelsCompiled && !std::is_same_v<T, double>;
+
+  // Whether fused kernels backward are faster than the general ones where both can do it. They read
+  // grad_output and the filters again and again, the more the more output channels there are; and
+  // in TF32, all tiles are twice as large. See benchmarks/README.md.
+  bool FusedBackwardIsFast() const {
+    constexpr int64_t kManyChannels = 256;
+    return sizeof(T) == 2 && params_.group_out_channels() <= kManyChannels;
+  }
+
+  // The one place that decides whether the fused kernels do a pass: where they can, `fits`, and are
+  // `fast`, unless the caller of the core says otherwise.
+  template <typename Fits>
+  std::string Choose(const char* what, bool fast, const Fits& fits, bool* fuse) const {
+    const KernelPath path = device_.path();
+    *fuse = false;
+    if constexpr (kMayFuse) {
+      const bool wanted = path == KernelPath::kFused || (path == KernelPath::kFastest && fast);
+      *fuse = wanted && (!std::is_same_v<T, float> || device_.allow_tf32()) &&
+              FusedKernelsRunHere() && fits();
+    }
+    if (path != KernelPath::kFused || *fuse) return "";
+    return std::string("no fused kernel for the ") + what + " of these sizes and types on this GPU";
+  }
+
+  // The general way backward. Without a filters_sum, GEMM writes the filters' gradient.
+  std::string BackpropChunks(const T* grad_output, const SampledGradients<A>& sampled,
+                             int64_t filters_size, T* grad_filters, A** filters_sum) {
+    DEFORM_CONV_RETURN_IF_ERROR(AllocateColumns());
+    // With one chunk, the GEMM writes the filters' gradient; with more, they are summed up.
+    const bool sum_filters = grad_filters != nullptr && (chunk_ < positions_ || positions_ == 0);
+    if (sum_filters) {
+      DEFORM_CONV_RETURN_IF_ERROR(PrepareSum(grad_filters, filters_size, filters_sum));
+    }
+    for (int64_t begin = 0; begin < positions_; begin += chunk_) {
+      const int64_t end = std::min(begin + chunk_, positions_);
+      if (sampled.any()) {
+        DEFORM_CONV_RETURN_IF_ERROR(
+            BackpropSamples(grad_output, begin, end, grad_filters != nullptr, sampled));
+      } else if (grad_filters != nullptr) {
+        DEFORM_CONV_RETURN_IF_ERROR(Im2Col(begin, end));
+      }
+      if (grad_filters == nullptr) continue;
+      const bool accumulate = sum_filters && std::is_same_v<T, A>;
+      DEFORM_CONV_RETURN_IF_ERROR(
+          BackpropFilters(grad_output, begin, end, accumulate, grad_filters));
+      if constexpr (!std::is_same_v<T, A>) {
+        if (!sum_filters) continue;
+        DEFORM_CONV_RETURN_IF_ERROR(
+            AddCuda(filters_size, grad_filters, *filters_sum, device_.stream()));
+      }
+    }
+    return "";
+  }
+
   std::string AllocateColumns() {
     positions_ = params_.out_positions();
     if (positions_ == 0) return "";

@@ -188,15 +188,23 @@ __global__ void __launch_bounds__(kTile* kTileRows)
   }
 }
 
-// to[i] = from[i], or to[i] += from[i].
-template <typename From, typename To, bool kAdd>
+// to[i] = from[i], or to[i] += from[i], kSize numbers at a time.
+template <typename From, typename To, bool kAdd, int kSize>
 __global__ void __launch_bounds__(kThreadsPerBlock)
-    ConvertKernel(int64_t count, const From* __restrict__ from, To* __restrict__ to) {
+    ConvertKernel(int64_t vectors, const From* __restrict__ from, To* __restrict__ to) {
   using A = Accumulator<To>;
   const int64_t step = int64_t{gridDim.x} * kThreadsPerBlock;
-  for (int64_t i = int64_t{blockIdx.x} * kThreadsPerBlock + threadIdx.x; i < count; i += step) {
-    const A before = kAdd ? static_cast<A>(to[i]) : A(0);
-    to[i] = static_cast<To>(before + static_cast<A>(from[i]));
+  for (int64_t v = int64_t{blockIdx.x} * kThreadsPerBlock + threadIdx.x; v < vectors; v += step) {
+    const Vector<From, kSize> numbers = Load<From, kSize>(from + v * kSize);
+    A sums[kSize] = {};
+    if (kAdd) {
+      const Vector<To, kSize> before = Load<To, kSize>(to + v * kSize);
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) sums[i] = static_cast<A>(before.elements[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) sums[i] += static_cast<A>(numbers.elements[i]);
+    Store(to + v * kSize, sums);
   }
 }
 
@@ -215,11 +223,15 @@ std::string TransposeCuda(int64_t batch, int64_t rows, int64_t cols, const From*
 template <bool kAdd, typename From, typename To>
 std::string ConvertCuda(int64_t count, const From* from, To* to, void* stream) {
   constexpr int64_t kMostBlocks = 1 << 16;
+  constexpr int kSize = kVectorBytes / std::max(sizeof(From), sizeof(To));
   if (count == 0) return "";
-  const int64_t blocks = std::min<int64_t>((count - 1) / kThreadsPerBlock + 1, kMostBlocks);
-  ConvertKernel<CudaType<From>, CudaType<To>, kAdd>
-      <<<static_cast<unsigned>(blocks), kThreadsPerBlock, 0, StreamOf(stream)>>>(
-          count, Native(from), Native(to));
+  const bool vectorize = count % kSize == 0 && Aligned(from) && Aligned(to);
+  const int64_t vectors = vectorize ? count / kSize : count;
+  const int64_t blocks = std::min<int64_t>((vectors - 1) / kThreadsPerBlock + 1, kMostBlocks);
+  const auto kernel = vectorize ? ConvertKernel<CudaType<From>, CudaType<To>, kAdd, kSize>
+                                : ConvertKernel<CudaType<From>, CudaType<To>, kAdd, 1>;
+  kernel<<<static_cast<unsigned>(blocks), kThreadsPerBlock, 0, StreamOf(stream)>>>(
+      vectors, Native(from), Native(to));
   return LaunchError("ConvertKernel");
 }
 

@@ -4,21 +4,16 @@
 #include <limits>
 
 #include "core/deform_im2col_cuda.h"
-#include "tensorflow/core/util/determinism.h"
 #include "tf/deform_conv2d_kernels.h"
-#include "tf/stream_gemm.h"
+#include "tf/stream_device.h"
 
 namespace deform_conv {
 namespace {
 
-class TensorFlowDevice : public CudaDevice {
+class TensorFlowDevice : public StreamDevice {
  public:
   explicit TensorFlowDevice(OpKernelContext* context)
-      : context_(context), stream_(context->op_device_context()->stream()) {}
-
-  void* stream() override { return stream_->platform_specific_handle().stream; }
-
-  bool deterministic() const override { return tensorflow::OpDeterminismRequired(); }
+      : StreamDevice(context->op_device_context()->stream()), context_(context) {}
 
   std::string Allocate(int64_t bytes, void** memory) override {
     Tensor buffer;
@@ -30,28 +25,9 @@ class TensorFlowDevice : public CudaDevice {
     return "";
   }
 
-  std::string Gemm(ElementType type, GemmForm form, const Matrix<const void>& a,
-                   const Matrix<const void>& b, const Matrix<void>& c, bool accumulate) override {
-    const absl::Status status = StreamGemm(stream_, type, form, a, b, c, accumulate);
-    return status.ok() ? "" : Remember(status);
-  }
-
-  // The status that an error of the core means: TensorFlow's own where it was TensorFlow's.
-  absl::Status StatusOf(const std::string& error) const {
-    if (error.empty()) return absl::OkStatus();
-    return status_.ok() ? absl::InternalError(error) : status_;
-  }
-
  private:
-  std::string Remember(const absl::Status& status) {
-    status_ = status;
-    return std::string(status.message());
-  }
-
   OpKernelContext* context_;
-  stream_executor::Stream* stream_;
   std::vector<Tensor> buffers_;  // the allocator reuses memory in the stream's order
-  absl::Status status_;
 };
 
 class CudaBackend {

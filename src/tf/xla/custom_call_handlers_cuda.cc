@@ -1,7 +1,6 @@
 // The custom calls on a GPU: on XLA's stream and memory, and TensorFlow's BLAS.
 
-#include "tensorflow/core/util/determinism.h"
-#include "tf/stream_gemm.h"
+#include "tf/stream_device.h"
 #include "tf/xla/custom_call_handlers.h"
 #include "xla/ffi/api/c_api_internal.h"
 
@@ -29,14 +28,10 @@ struct xla::ffi::CtxDecoding<StreamOfXla> {
 namespace deform_conv {
 namespace {
 
-class XlaCudaDevice : public CudaDevice {
+class XlaCudaDevice : public StreamDevice {
  public:
   XlaCudaDevice(stream_executor::Stream* stream, ffi::ScratchAllocator& memory)
-      : stream_(stream), memory_(memory) {}
-
-  void* stream() override { return stream_->platform_specific_handle().stream; }
-
-  bool deterministic() const override { return tensorflow::OpDeterminismRequired(); }
+      : StreamDevice(stream), memory_(memory) {}
 
   std::string Allocate(int64_t bytes, void** memory) override {
     const std::optional<void*> allocated = memory_.Allocate(bytes, kAlignment);
@@ -45,16 +40,9 @@ class XlaCudaDevice : public CudaDevice {
     return "";
   }
 
-  std::string Gemm(ElementType type, GemmForm form, const Matrix<const void>& a,
-                   const Matrix<const void>& b, const Matrix<void>& c, bool accumulate) override {
-    const absl::Status status = StreamGemm(stream_, type, form, a, b, c, accumulate);
-    return status.ok() ? "" : std::string(status.message());
-  }
-
  private:
   static constexpr size_t kAlignment = 16;  // the most that XLA grants
 
-  stream_executor::Stream* stream_;
   ffi::ScratchAllocator& memory_;
 };
 

@@ -1,11 +1,17 @@
-// The GEMM of a GPU's half, by the BLAS that TensorFlow itself loaded: for its kernels and for XLA.
+// A GPU as TensorFlow drives it: its stream, its settings, and the BLAS that it loaded itself. For
+// its own kernels and for XLA.
 
-#ifndef DEFORM_CONV_TF_STREAM_GEMM_H_
-#define DEFORM_CONV_TF_STREAM_GEMM_H_
+#ifndef DEFORM_CONV_TF_STREAM_DEVICE_H_
+#define DEFORM_CONV_TF_STREAM_DEVICE_H_
+
+#include <cstdlib>
+#include <string>
 
 #include "absl/status/status.h"
 #include "core/cuda_device.h"
 #include "tensorflow/core/kernels/numeric_options_utils.h"
+#include "tensorflow/core/util/determinism.h"
+#include "tsl/platform/tensor_float_32_utils.h"
 #include "xla/stream_executor/blas.h"
 #include "xla/stream_executor/stream.h"
 #include "xla/stream_executor/stream_executor.h"
@@ -53,6 +59,54 @@ inline absl::Status StreamGemm(stream_executor::Stream* stream, ElementType type
   return absl::InternalError("unknown element type");
 }
 
+// What the environment variable DEFORM_CONV_PATH says, "general" or "fused", when first asked.
+inline KernelPath PathOfEnvironment() {
+  static const KernelPath path = [] {
+    const char* value = std::getenv("DEFORM_CONV_PATH");
+    const std::string name = value == nullptr ? "" : value;
+    return name == "general" ? KernelPath::kGeneral
+           : name == "fused" ? KernelPath::kFused
+                             : KernelPath::kFastest;
+  }();
+  return path;
+}
+
+// All of a CudaDevice but its memory.
+class StreamDevice : public CudaDevice {
+ public:
+  explicit StreamDevice(stream_executor::Stream* stream) : stream_(stream) {}
+
+  void* stream() override { return stream_->platform_specific_handle().stream; }
+
+  bool deterministic() const override { return tensorflow::OpDeterminismRequired(); }
+
+  bool allow_tf32() const override { return tsl::tensor_float_32_execution_enabled(); }
+
+  KernelPath path() const override { return PathOfEnvironment(); }
+
+  std::string Gemm(ElementType type, GemmForm form, const Matrix<const void>& a,
+                   const Matrix<const void>& b, const Matrix<void>& c, bool accumulate) override {
+    const absl::Status status = StreamGemm(stream_, type, form, a, b, c, accumulate);
+    return status.ok() ? "" : Remember(status);
+  }
+
+  // The status that an error of the core means: TensorFlow's own where it was TensorFlow's.
+  absl::Status StatusOf(const std::string& error) const {
+    if (error.empty()) return absl::OkStatus();
+    return status_.ok() ? absl::InternalError(error) : status_;
+  }
+
+ protected:
+  std::string Remember(const absl::Status& status) {
+    status_ = status;
+    return std::string(status.message());
+  }
+
+ private:
+  stream_executor::Stream* stream_;
+  absl::Status status_;
+};
+
 }  // namespace deform_conv
 
-#endif  // DEFORM_CONV_TF_STREAM_GEMM_H_
+#endif  // DEFORM_CONV_TF_STREAM_DEVICE_H_

@@ -1,0 +1,72 @@
+// Deformable convolution without columns in memory, for GPUs of compute capability 9.0: kernels
+// that sample into shared memory what the tensor cores multiply from there.
+// benchmarks/gpu_kernels.md explains them. For C++ without CUDA's headers.
+//
+// T is Half or BFloat16, or float for products in TF32. Functions return an empty string, or which
+// kernel could not be launched and why; all work is put on device.stream().
+
+#ifndef DEFORM_CONV_CORE_DEFORM_CONV2D_FUSED_CUDA_H_
+#define DEFORM_CONV_CORE_DEFORM_CONV2D_FUSED_CUDA_H_
+
+#include <string>
+
+#include "core/cuda_device.h"
+#include "core/deform_im2col.h"
+#include "core/params.h"
+
+namespace deform_conv {
+
+// Whether these kernels are part of this build, as they are where it is for compute capability 9.0.
+// Nothing below may be called otherwise.
+#ifdef DEFORM_CONV_FUSED_KERNELS
+constexpr bool kFusedKernelsCompiled = true;
+#else
+constexpr bool kFusedKernelsCompiled = false;
+#endif
+
+// Whether the current GPU can run them.
+bool FusedKernelsRunHere();
+
+// Whether FusedForwardCuda can be called.
+template <typename T>
+bool FusedForwardFits(const DeformConvParams& params,
+                      const SampledTensors<T, ComputeType<T>>& tensors, const T* filters,
+                      const T* output);
+
+// As DeformConv2DForwardCuda.
+template <typename T>
+std::string FusedForwardCuda(const DeformConvParams& params,
+                             const SampledTensors<T, ComputeType<T>>& tensors, const T* filters,
+                             CudaDevice& device, T* output);
+
+// Whether FusedBackpropFiltersCuda can be called.
+template <typename T>
+bool FusedBackpropFiltersFits(const DeformConvParams& params,
+                              const SampledTensors<T, ComputeType<T>>& tensors,
+                              const T* grad_output);
+
+// Adds the filters' gradient to `sum` [kernel_h, kernel_w, in_channels / groups, out_channels], in
+// an order that is not fixed.
+template <typename T>
+std::string FusedBackpropFiltersCuda(const DeformConvParams& params,
+                                     const SampledTensors<T, ComputeType<T>>& tensors,
+                                     const T* grad_output, CudaDevice& device, ComputeType<T>* sum);
+
+// Whether FusedBackpropSamplesCuda can be called.
+template <typename T>
+bool FusedBackpropSamplesFits(const DeformConvParams& params,
+                              const SampledTensors<T, ComputeType<T>>& tensors, const T* filters,
+                              const T* grad_output,
+                              const SampledGradients<ComputeType<T>>& gradients);
+
+// Adds to gradients.input, in an order that is not fixed, and writes gradients.offset and
+// gradients.mask; null where a gradient is not wanted.
+template <typename T>
+std::string FusedBackpropSamplesCuda(const DeformConvParams& params,
+                                     const SampledTensors<T, ComputeType<T>>& tensors,
+                                     const T* filters, const T* grad_output, CudaDevice& device,
+                                     const SampledGradients<ComputeType<T>>& gradients);
+
+}  // namespace deform_conv
+
+#endif  // DEFORM_CONV_CORE_DEFORM_CONV2D_FUSED_CUDA_H_
