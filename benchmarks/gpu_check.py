@@ -92,7 +92,7 @@ SMALL = (
 )
 
 
-FEW_COLUMNS = 1 << 14
+FEW_COLUMNS = 1 << 16
 VARIANTS = (
     Variant("general"),
     Variant("general", FEW_COLUMNS),

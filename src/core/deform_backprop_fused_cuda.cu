@@ -34,7 +34,6 @@ constexpr int kWarpgroups = kThreadsPerBlock / kWarpgroup;
 // Blocks of 64 pixels of the region that a warpgroup sums up.
 constexpr int kRegionParts = kRegionPixels / kWarpgroupRows / kWarpgroups;
 constexpr int kRowsPerCopy = kThreadsPerBlock / kRowChunks;
-constexpr int kMostSharedBytes = 227 << 10;  // of a block, on compute capability 9.0
 
 static_assert(kPatchPositions == kWarpgroupRows);  // a product's rows are the patch's positions
 
@@ -705,9 +704,7 @@ __global__ void __launch_bounds__(kThreadsPerBlock, (kBlocksPerMultiprocessor<T,
 
   using Rows = SampleLanes<T, kChannels>;
   // Counts from this thread's channels.
-  CornerReader reader(sizes, tensors.input + patch.channel + Rows::Lane() * kVector<T>);
-  // One address from which the others follow, instead of four made from scratch.
-  asm volatile("" : "+l"(reader.first));
+  const CornerReader reader(sizes, tensors.input + patch.channel + Rows::Lane() * kVector<T>);
   const bool want_products = gradients.offset != nullptr || gradients.mask != nullptr;
   const bool want_mask = gradients.mask != nullptr;
   float region[kRegionParts][kChannels / 2] = {};
@@ -839,11 +836,8 @@ std::string Launch(const DeformConvParams& params, const SampledTensors<T, Compu
   const auto kernel = FusedBackpropSamplesKernel<Element, kChannels, kInput>;
   const int bytes = static_cast<int>(
       SharedLayout<Element, kChannels, kInput>::Bytes(params.taps(), params.group_out_channels()));
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error != cudaSuccess) {
-    return std::string("shared memory of FusedBackpropSamplesKernel: ") + cudaGetErrorString(error);
-  }
+  const std::string error = AllowSharedBytes(kernel, bytes);
+  if (!error.empty()) return error;
   kernel<<<static_cast<unsigned>(params.batch * down * across * slices), kThreadsPerBlock, bytes,
            StreamOf(stream)>>>(FusedSizes(params), grid, NativeTensors<T>(tensors), Native(filters),
                                Native(grad_output), add, gradients);

@@ -107,7 +107,7 @@ class CudaCall {
 
   // Whether fused kernels backward are faster than the general ones where both can do it. They read
   // grad_output and the filters again and again, the more the more output channels there are; and
-  // in TF32, all tiles are twice as large. See benchmarks/README.md.
+  // in TF32, all tiles are twice as large. See benchmarks/gpu_kernels.md.
   bool FusedBackwardIsFast() const {
     constexpr int64_t kManyChannels = 256;
     return sizeof(T) == 2 && params_.group_out_channels() <= kManyChannels;

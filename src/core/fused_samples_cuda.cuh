@@ -158,7 +158,10 @@ struct CornerReader {
   __device__ CornerReader(const FusedSizes& sizes, const T* input)
       : pixel_bytes(sizes.in_channels * static_cast<int32_t>(sizeof(T))),
         row_bytes(int64_t{sizes.in_w} * pixel_bytes),
-        first(reinterpret_cast<const uint8_t*>(input) - row_bytes - pixel_bytes) {}
+        first(reinterpret_cast<const uint8_t*>(input) - row_bytes - pixel_bytes) {
+    // Else the compiler adds up each corner's address from the input's on.
+    asm volatile("" : "+l"(first));
+  }
 
   // Begins to load the chunk of each corner that is `channel_bytes` into its pixel; of corners that
   // do not count it is 0. With kAllCount, all do.
