@@ -26,7 +26,7 @@ RATIOS = (
 GOALS = {
     "float16": {"forward": (2, 4), "forward+backward": (3, 7)},
     "bfloat16": {"forward": (2, 4), "forward+backward": (3, 7)},
-    "tf32": {"forward": (2.5, 2), "forward+backward": (6, 3)},
+    "tf32": {"forward": (2, 2.5), "forward+backward": (3, 6)},
 }
 # Microseconds that a call may cost inside TensorFlow beside the core's own.
 TENSORFLOW_GOAL_US = 15

@@ -25,6 +25,7 @@ from gpu_layers import (
 from torchvision.ops import deform_conv2d as torchvision_deform_conv2d
 
 ROUNDS = 30
+FLUSHES = 4
 PRODUCT_SIZE = 8192  # as gpu_report.py says
 COPY_BYTES = 1 << 30
 
@@ -123,7 +124,8 @@ def times_in_turn(functions: dict[str, Callable], rounds: int = ROUNDS) -> dict[
     """Median milliseconds on the GPU of each function.
 
     What is written before each call takes the place of its tensors in the L2 cache, and takes long
-    enough for all kernels of the call to be waiting when the first begins.
+    enough, about 1.5 ms, for all kernels of the call to be waiting when the first begins, also
+    where PyTorch's backward pass launches them from Python.
     """
     flush = torch.empty(1 << 28, dtype=torch.int32, device="cuda")  # 1 GiB
     for function in functions.values():
@@ -133,7 +135,8 @@ def times_in_turn(functions: dict[str, Callable], rounds: int = ROUNDS) -> dict[
     for _ in range(rounds):
         for name, function in functions.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            flush.zero_()
+            for _ in range(FLUSHES):
+                flush.zero_()
             start.record()
             function()
             end.record()

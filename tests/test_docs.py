@@ -36,7 +36,9 @@ def test_program_of_a_page_runs(page, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "benchmarks/README.md", "src/README.md", *PAGES], ids=str
+    "page",
+    ["README.md", "benchmarks/README.md", "benchmarks/gpu_kernels.md", "src/README.md", *PAGES],
+    ids=str,
 )
 def test_links_lead_somewhere(page):
     text = re.sub(r"^```.*?^```$", "", (PROJECT / page).read_text(), flags=re.M | re.S)
