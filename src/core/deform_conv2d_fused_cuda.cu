@@ -96,7 +96,8 @@ struct ForwardTile {
 
 constexpr int32_t kNoPosition = -1;
 
-// The stage that a block of the depth goes through, and how often it has been gone through before.
+// The stage that a block of the depth goes through, and the parity of how often it has been gone
+// through before.
 struct StageCursor {
   int stage = 0, parity = 0;
 
@@ -586,7 +587,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   int entries[Tile::kDown];
 #pragma unroll
   for (int down = 0; down < Tile::kDown; ++down) {
-    entries[down] = g_taps[down] < 0 ? -1 : column_of_tap[g_taps[down]] * Tile::kPositions + row;
+    const int column = g_taps[down] < 0 ? most_taps : column_of_tap[g_taps[down]];
+    entries[down] = column * Tile::kPositions + row;
   }
 
   // The share's positions, a step of kPositions at a time.
@@ -681,8 +683,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     WarpgroupCommit();
     table_stage = table_stage == Tile::kTableStages - 1 ? 0 : table_stage + 1;
     if (step + 1 < steps) copy_grad_output(stage ^ 1, table_stage);
-    if (step + 2 < steps)
+    if (step + 2 < steps) {
       copy_table(step + 2, table_stage == Tile::kTableStages - 1 ? 0 : table_stage + 1);
+    }
     CommitCopies();
   }
   WarpgroupWait<0>();
