@@ -89,6 +89,9 @@ SMALL = (
     layer(1, 24, 24, 7, 5, masked=True, holes=True),
     layer(1, 72, 136, 9, 9, deform_groups=3, scale=FAR),
     layer(2, 64, 144, 7, 5, groups=2, kernel=(2, 2), masked=True),
+    # Neither kind of group divides the other.
+    layer(2, 192, 192, 13, 17, groups=3, deform_groups=2, masked=True),
+    layer(2, 48, 408, 9, 9, groups=3, deform_groups=2),
 )
 
 

@@ -457,13 +457,16 @@ struct FiltersTile {
   static constexpr int kStagesBytes = kStages * (kSampleBytes + kOutputBytes);
   static_assert(kThreads == kPositions * kRowChunks, "a thread has one position and one chunk");
 
-  // How many different taps of deformable groups the rows of one block may have.
+  // How many different taps of deformable groups the rows of a tile may have. A chunk has one, so a
+  // block has at most kRowChunks.
   static int64_t MostTaps(const DeformConvParams& params) {
-    const int64_t width = std::min(params.group_in_channels(), params.deform_group_channels());
-    const int64_t per_block =
-        params.group_in_channels() % kBlockDepth<T> == 0
-            ? (kBlockDepth<T> + width - 1) / width + (width % kBlockDepth<T> != 0)
-            : (kBlockDepth<T> + width - 1) / width + 1;
+    const int64_t group = params.group_in_channels(), deform = params.deform_group_channels();
+    const int64_t width = std::min(group, deform);
+    const bool nested = group % deform == 0 || deform % group == 0;
+    const bool whole = group % kBlockDepth<T> == 0;  // a block is of one tap
+    const bool aligned = whole && width % kBlockDepth<T> == 0;
+    const int64_t per_block = std::min<int64_t>(
+        nested ? (kBlockDepth<T> + width - 1) / width + (aligned ? 0 : 1) : kRowChunks, kRowChunks);
     return std::min(kDown * per_block, params.mask_channels());
   }
 

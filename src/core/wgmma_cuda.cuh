@@ -132,7 +132,7 @@ __device__ __forceinline__ void WaitAtBarrier(uint32_t barrier, int parity) {
 
 // --- Copies from global to shared memory, asynchronous too ---
 
-// Copies 16 bytes, or writes 16 zero bytes if `valid` is false; `from` must be readable even then.
+// Copies 16 bytes, or writes 16 zero bytes if `valid` is false; `from` is not read then.
 __device__ __forceinline__ void CopyChunkAsync(uint32_t to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to),
                "l"(__cvta_generic_to_global(from)), "r"(valid ? 16 : 0)
