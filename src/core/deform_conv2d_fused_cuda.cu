@@ -192,6 +192,7 @@ __device__ void LocateTile(const FusedSizes& sizes, const PositionOrder& order,
   constexpr int kThreads = Tile::kProducers * kWarpgroup;
   constexpr int kTogether = Tile::kProducerRegisters > 100 ? 3 : 2;  // loaded at a time
   for (int begin = threadIdx.x; begin < count; begin += kTogether * kThreads) {
+    // Positions are found anew for locating: there are no registers to keep them in meanwhile.
     float2 offsets[kTogether];
     float masks[kTogether];
 #pragma unroll
