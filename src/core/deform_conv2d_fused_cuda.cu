@@ -24,73 +24,70 @@ __device__ __forceinline__ void MultiplyBlocks(float (&sums)[kCols / 2], uint32_
   }
 }
 
-// Goes through the depth, (tap, channel of the convolution group), block by block. If channels come
-// in whole blocks, then through all taps of some channels before the next channels: the taps read
-// the same pixels, which are then still in the first-level cache.
+// The order in which the depth, (tap, channel of the convolution group), is gone through, block by
+// block. If channels come in whole blocks, then through all taps of some channels before the next
+// channels: the taps read the same pixels, which are then still in the first-level cache.
 template <typename T>
-struct DepthWalk {
-  int first_row;     // of the filters, that the block begins at
-  int tap, channel;  // of this thread's chunk in the block; past the last tap where there is none
+struct DepthOrder {
+  bool by_channels;
+  int blocks;
 
-  __device__ static bool ByChannels(const FusedSizes& sizes) {
-    return sizes.group_in_channels % kBlockDepth<T> == 0;
+  __device__ explicit DepthOrder(const FusedSizes& sizes)
+      : by_channels(sizes.group_in_channels % kBlockDepth<T> == 0),
+        blocks((sizes.taps * sizes.group_in_channels + kBlockDepth<T> - 1) / kBlockDepth<T>) {}
+
+  // The row of the filters that a block begins at.
+  __device__ __forceinline__ int FirstRow(const FusedSizes& sizes, int block) const {
+    if (!by_channels) return block * kBlockDepth<T>;
+    const int slice = sizes.taps_of_group.Divide(block);
+    return (block - slice * sizes.taps) * sizes.group_in_channels + slice * kBlockDepth<T>;
   }
 
-  __device__ DepthWalk(const FusedSizes& sizes, int chunk)
-      : first_row(0),
-        tap(chunk * kVector<T> / sizes.group_in_channels),
-        channel(chunk * kVector<T> - tap * sizes.group_in_channels) {}
-
-  __device__ __forceinline__ void Next(const FusedSizes& sizes, bool by_channels) {
+  // Where a chunk of a block is; past the last tap if there is no such chunk.
+  struct Place {
+    int tap, channel;
+  };
+  __device__ __forceinline__ Place At(const FusedSizes& sizes, int block, int chunk) const {
+    const int in_block = chunk * kVector<T>;
     if (by_channels) {
-      first_row += sizes.group_in_channels;
-      if (++tap < sizes.taps) return;
-      tap = 0;
-      channel += kBlockDepth<T>;
-      first_row += kBlockDepth<T> - sizes.taps * sizes.group_in_channels;
-    } else {
-      first_row += kBlockDepth<T>;
-      for (channel += kBlockDepth<T>; channel >= sizes.group_in_channels; ++tap) {
-        channel -= sizes.group_in_channels;
-      }
+      const int slice = sizes.taps_of_group.Divide(block);
+      return {block - slice * sizes.taps, slice * kBlockDepth<T> + in_block};
     }
+    const int row = block * kBlockDepth<T> + in_block;
+    const int tap = sizes.channels_of_group.Divide(row);
+    return {tap, row - tap * sizes.group_in_channels};
   }
 };
 
 // --- Forward ---
 
-// How the forward kernel is laid out: a block of threads computes tiles of kRows positions by kCols
-// output channels, one after the other. Some of its warpgroups, the producers, sample and copy
-// filters into stages in shared memory; the others, the consumers, multiply what is in a stage and
-// add to sums in their registers. Each producer fills every kProducers-th stage by itself, and all
-// go on as far as there are free stages, so loads, arithmetic and products overlap.
+// How the forward kernel is laid out: a block of threads computes tiles of up to kRows positions by
+// kCols output channels, one after the other. Each of its warpgroups but the last, the samplers,
+// has 64 of the rows: its threads sample into registers, which are one factor of the product that
+// the warpgroup then adds to its sums. The last one, the helper, copies the other factor, filters,
+// into stages in shared memory.
 template <typename T, int kColumns>
 struct ForwardTile {
-  static constexpr int kRows = 128, kCols = kColumns;
-  // A consumer has two products of 64 rows: one below the other, or side by side in a wide tile,
-  // which has two consumers.
+  static constexpr int kCols = kColumns;
   static constexpr bool kWide = kCols > 128;
-  static constexpr int kConsumers = kWide ? 2 : 1, kProducers = 4 - kConsumers;
-  static constexpr int kProducts = 2, kProductCols = kWide ? kCols / kProducts : kCols;
-  static constexpr int kThreads = (kConsumers + kProducers) * kWarpgroup;
-  static constexpr int kConsumerRegisters = kCols > 64 ? 160 : 128;
-  static constexpr int kProducerRegisters =
-      ((4 * 128 - kConsumers * kConsumerRegisters) / kProducers) & ~7;
-  static constexpr bool kLoadAhead = kProducerRegisters >= 96;
+  static constexpr int kSamplers = kWide ? 2 : 3;
+  static constexpr int kThreads = (kSamplers + 1) * kWarpgroup;
+  static constexpr int kRows = kSamplers * kWarpgroupRows;
+  static constexpr int kUnit = 16, kUnits = kRows / kUnit;  // a warp has 16 rows of a product
+  static constexpr int kProducts = kWide ? 2 : 1, kProductCols = kCols / kProducts;
+  // Of a thread; before, all have the same.
+  static constexpr int kSamplerRegisters = kWide ? 224 : 160;
+  static constexpr int kHelperRegisters = kWide ? 56 : 32;
 
-  static constexpr int kSampleBytes = kRows * kRowBytes, kFilterBytes = kCols * kRowBytes;
-  static constexpr int kStageBytes = kSampleBytes + kFilterBytes;
-  static constexpr int kStages = kCols > 128 ? 3 : 4;
-  // Producers may be ahead of the consumers by as many tiles as there are stages.
-  static constexpr int kOrdinalTiles = kStages + 2;
+  static constexpr int kStages = 4;
+  static constexpr int kStageBytes = kCols * kRowBytes;
 
-  // Stages; a table entry for each tap and row, tap by tap, and for what comes after the last tap;
-  // where the rows of some tiles are in the output; barriers, one that tells that a stage is full
-  // and one that it is empty.
-  static int64_t SharedBytes(int64_t taps_per_position) {
-    return kStages * (kStageBytes + 2 * int64_t{sizeof(uint64_t)}) +
-           kRows * ((taps_per_position + 1) * SampleTable<T>::kEntryBytes +
-                    kOrdinalTiles * int64_t{sizeof(int32_t)});
+  // Stages; a table with an entry for each tap and row, tap by tap, and behind it zeros for what
+  // comes after the last tap; barriers, which tell that a stage is full, or empty.
+  static int64_t SharedBytes(const DeformConvParams& params) {
+    return kStages * int64_t{kStageBytes} +
+           kRows * (params.mask_channels() + 1) * int64_t{SampleTable<T>::kEntryBytes} +
+           2 * kStages * int64_t{sizeof(uint64_t)};
   }
 };
 
@@ -98,34 +95,89 @@ constexpr int32_t kNoPosition = -1;
 
 // The stage that a block of the depth goes through, and the parity of how often it has been gone
 // through before.
+template <int kStages>
 struct StageCursor {
   int stage = 0, parity = 0;
 
-  template <int kStages>
   __device__ __forceinline__ void Next() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
+    if (++stage < kStages) return;
+    stage = 0;
+    parity ^= 1;
   }
 };
 
-// Where a tile lies.
+// A tile's place.
 struct TileOrigin {
-  int position;         // its first
+  int position, units;  // its first, and how many units of positions it has
   int group;            // of the convolution
   int first_col, cols;  // of the output channels, and how many the group has from there on
+};
 
-  template <int kRows, int kCols>
-  __device__ static TileOrigin Of(const FusedSizes& sizes, int tiles_across, int tile) {
-    const int down = tile / tiles_across, across = tile - down * tiles_across;
-    const int tiles_of_group = (sizes.group_out_channels + kCols - 1) / kCols;
-    const int group = across / tiles_of_group;
-    const int first_of_group = (across - group * tiles_of_group) * kCols;
-    return {down * kRows, group, group * sizes.group_out_channels + first_of_group,
-            sizes.group_out_channels - first_of_group};
+// A block's tiles. All units are dealt out evenly among the blocks, down one column of tiles and
+// then down the next; what a block gets of a column it cuts into tiles of nearly the same size.
+template <typename Tile>
+class TileWalk {
+ public:
+  __device__ TileWalk(const FusedSizes& sizes, int columns)
+      : units_((sizes.positions + Tile::kUnit - 1) / Tile::kUnit) {
+    const int64_t all = int64_t{units_} * columns;
+    at_ = static_cast<int>(all * blockIdx.x / gridDim.x);
+    end_ = static_cast<int>(all * (blockIdx.x + 1) / gridDim.x);
+  }
+
+  // Moves on to the next tile, if there is one.
+  __device__ __forceinline__ bool Next(const FusedSizes& sizes, TileOrigin* tile) {
+    if (at_ >= end_) return false;
+    const int column = at_ / units_, unit = at_ - column * units_;
+    const int left = min(end_ - at_, units_ - unit);
+    const int tiles = (left + Tile::kUnits - 1) / Tile::kUnits;
+    tile->position = unit * Tile::kUnit;
+    tile->units = (left + tiles - 1) / tiles;
+    const int columns_of_group = (sizes.group_out_channels + Tile::kCols - 1) / Tile::kCols;
+    tile->group = column / columns_of_group;
+    const int first_of_group = (column - tile->group * columns_of_group) * Tile::kCols;
+    tile->first_col = tile->group * sizes.group_out_channels + first_of_group;
+    tile->cols = sizes.group_out_channels - first_of_group;
+    at_ += tile->units;
+    return true;
+  }
+
+ private:
+  int units_, at_, end_;
+};
+
+// A block's shared memory, see ForwardTile::SharedBytes.
+template <typename Tile, typename T>
+struct ForwardShared {
+  uint32_t stages, full, empty;
+  SampleTable<T> samples;  // [taps of a position + 1, kRows]
+
+  __device__ ForwardShared(uint8_t* memory, int taps_of_position)
+      : stages(SharedAddress(memory)),
+        samples(SampleTable<T>::At(memory + Tile::kStages * Tile::kStageBytes,
+                                   (taps_of_position + 1) * Tile::kRows)) {
+    full = SharedAddress(samples.corners + (taps_of_position + 1) * Tile::kRows);
+    empty = full + Tile::kStages * sizeof(uint64_t);
+  }
+
+  __device__ __forceinline__ uint32_t Stage(int stage) const {
+    return stages + stage * Tile::kStageBytes;
+  }
+  static __device__ __forceinline__ uint32_t Of(uint32_t barriers, int i) {
+    return barriers + i * sizeof(uint64_t);
   }
 };
+
+// Where step `d` of a block of the depth lies among those that the tensor cores multiply, which
+// take it in this order: the lanes t = 0 to 3 that share a row of samples have neighbouring chunks,
+// and in one instruction each has four numbers of its chunk in 16 bits, or two in TF32.
+template <typename T>
+__host__ __device__ constexpr int OrderOfDepth(int d) {
+  constexpr int kPair = 4 / sizeof(T);  // numbers of a register
+  const int j = d % kPair, i = d / kPair % 2, s = d / (2 * kPair) % 2;
+  const int t = d / (4 * kPair) % 4, h = d / (16 * kPair);
+  return ((h * 2 + s) * 2 + i) * (4 * kPair) + t * kPair + j;
+}
 
 // Copies a tile's columns of the filters, block by block of the depth, into stages. By a warpgroup.
 template <typename Tile, typename T>
@@ -133,116 +185,96 @@ class FiltersCopier {
   static constexpr bool kDepthRows = kRowsAsStored<T> == RowsOf::kDepth;
   static constexpr int kRowOfChunks = kDepthRows ? Tile::kCols / kVector<T> : kRowChunks;
   static constexpr int kRowsAtOnce = kWarpgroup / kRowOfChunks;
-  static constexpr int kPasses = Tile::kFilterBytes / kChunkBytes / kWarpgroup;
-  // Where fewer rows than the swizzle repeats after are copied at once, two addresses take turns.
-  static constexpr int kTurns = kRowsAtOnce % kSwizzledRows == 0 ? 1 : kSwizzledRows / kRowsAtOnce;
-  static_assert(kPasses % kTurns == 0);
+  static constexpr int kPasses = Tile::kStageBytes / kChunkBytes / kWarpgroup;
 
  public:
-  // `filters` is [depth, out_channels], or [out_channels, depth] where rows are the product's.
-  __device__ FiltersCopier(const FusedSizes& sizes, const T* filters, const TileOrigin& origin)
-      : depth_(sizes.taps * sizes.group_in_channels) {
+  // `filters` is [depth, out_channels]; or [out_channels, whole blocks of the depth] in
+  // OrderOfDepth() where rows are the product's.
+  __device__ FiltersCopier(const FusedSizes& sizes, const T* filters, const TileOrigin& origin) {
     const int thread = threadIdx.x % kWarpgroup;
     const int row = thread / kRowOfChunks, chunk = thread % kRowOfChunks;
+    const int depth = sizes.taps * sizes.group_in_channels;
     if (kDepthRows) {
       pitch_ = sizes.out_channels;
       from_ = filters + int64_t{row} * pitch_ + origin.first_col + chunk * kVector<T>;
-      rows_ = chunk * kVector<T> < origin.cols ? depth_ - row : 0;
+      rows_ = chunk * kVector<T> < origin.cols ? depth - row : 0;
+      to_ = chunk / kRowChunks * (kBlockDepth<T> * kRowBytes) +
+            SwizzledOffset(OrderOfDepth<T>(row), chunk % kRowChunks);
     } else {
-      pitch_ = depth_;
+      pitch_ = (depth + kBlockDepth<T> - 1) / kBlockDepth<T> * kBlockDepth<T>;
       from_ = filters + int64_t{origin.first_col + row} * pitch_ + chunk * kVector<T>;
       rows_ = origin.cols - row;
-      depth_ -= chunk * kVector<T>;
-    }
-#pragma unroll
-    for (int turn = 0; turn < kTurns; ++turn) {
-      to_[turn] = chunk / kRowChunks * (kBlockDepth<T> * kRowBytes) +
-                  SwizzledOffset(row + turn * kRowsAtOnce, chunk % kRowChunks);
+      to_ = SwizzledOffset(row, chunk);
     }
   }
 
   // Begins to copy the block that begins at `first` of the depth.
   __device__ __forceinline__ void Copy(int first, uint32_t stage) const {
     const T* from = from_ + (kDepthRows ? int64_t{first} * pitch_ : first);
-    const int rows = kDepthRows ? rows_ - first : first < depth_ ? rows_ : 0;
+    const int rows = kDepthRows ? rows_ - first : rows_;
+    const uint32_t to = stage + to_;
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
-      CopyChunkAsync(
-          stage + to_[pass % kTurns] + pass / kTurns * (kTurns * kRowsAtOnce * kRowBytes), from,
-          pass * kRowsAtOnce < rows);
+      // The passes' rows and the thread's have no bit in common, and stages begin where all bits of
+      // the swizzle are 0.
+      const int row = pass * kRowsAtOnce;
+      const int place = kDepthRows ? OrderOfDepth<T>(row) : row;
+      CopyChunkAsync((to ^ place % kSwizzledRows * kChunkBytes) + place * kRowBytes, from,
+                     row < rows);
       from += kRowsAtOnce * pitch_;
     }
-    CommitCopies();
   }
 
  private:
   const T* from_;
   int64_t pitch_;
-  uint32_t to_[kTurns];
-  int depth_, rows_;
+  uint32_t to_;
+  int rows_;
 };
 
-// Fills the table for the tile's positions. By all producers.
+// Locates the samples of a warp's rows: lane l has row l % 16, and every other tap of it. Returns
+// that row's ordinal.
 template <typename Tile, typename T>
-__device__ void LocateTile(const FusedSizes& sizes, const PositionOrder& order,
-                           const SampledTensors<T, float>& tensors, int first,
-                           const SampleTable<T>& table, int32_t* ordinals) {
+__device__ __forceinline__ int32_t LocateRows(const FusedSizes& sizes, const PositionOrder& order,
+                                              const SampledTensors<T, float>& tensors,
+                                              const TileOrigin& tile, const SampleTable<T>& table) {
+  constexpr int kLanesOfRow = kWarp / Tile::kUnit;
+  constexpr int kTogether = 3;  // loaded at a time
+  const int lane = threadIdx.x % kWarp;
+  const int row = threadIdx.x / kWarp * Tile::kUnit + lane % Tile::kUnit;
+  const int place = tile.position + row;
   const int taps = static_cast<int>(sizes.taps_of_position.value());
-  const int count = Tile::kRows * taps;
-  constexpr int kThreads = Tile::kProducers * kWarpgroup;
-  constexpr int kTogether = Tile::kProducerRegisters > 100 ? 3 : 2;  // loaded at a time
-  for (int begin = threadIdx.x; begin < count; begin += kTogether * kThreads) {
-    // Positions are found anew for locating: there are no registers to keep them in meanwhile.
+  const bool counts = row < tile.units * Tile::kUnit && place < sizes.positions;
+  Position position;
+  int32_t ordinal = kNoPosition;
+  if (counts) {
+    position = order.At(place);
+    ordinal = static_cast<int32_t>(sizes.OrdinalOf(position));
+  }
+  const int64_t first = int64_t{ordinal} * taps;
+  for (int begin = lane / Tile::kUnit; begin < taps; begin += kTogether * kLanesOfRow) {
     float2 offsets[kTogether];
     float masks[kTogether];
 #pragma unroll
     for (int k = 0; k < kTogether; ++k) {
-      const int i = begin + k * kThreads;
-      const int row = sizes.taps_of_position.Divide(i);
-      if (i >= count || first + row >= sizes.positions) continue;
-      const int64_t index = sizes.OrdinalOf(order.At(first + row)) * taps + (i - row * taps);
-      offsets[k] = OffsetOf(tensors, index);
-      masks[k] = MaskOf(tensors, index);
+      const int g_tap = begin + k * kLanesOfRow;
+      if (g_tap >= taps || !counts) continue;
+      offsets[k] = OffsetOf(tensors, first + g_tap);
+      masks[k] = MaskOf(tensors, first + g_tap);
     }
 #pragma unroll
     for (int k = 0; k < kTogether; ++k) {
-      const int i = begin + k * kThreads;
-      if (i >= count) break;
-      const int row = sizes.taps_of_position.Divide(i);
-      const int g_tap = i - row * taps;
+      const int g_tap = begin + k * kLanesOfRow;
+      if (g_tap >= taps) continue;
       const int entry = g_tap * Tile::kRows + row;
-      int32_t ordinal = kNoPosition;
-      if (first + row < sizes.positions) {
-        const Position position = order.At(first + row);
-        ordinal = static_cast<int32_t>(sizes.OrdinalOf(position));
+      if (counts) {
         table.Locate(sizes, position, Tap::Of(sizes, g_tap), offsets[k], masks[k], entry);
       } else {
         table.SetToZero(entry);
       }
-      if (g_tap == 0) ordinals[row] = ordinal;
     }
   }
-}
-
-// Writes a block of samples into a stage: rows are positions. By a warpgroup.
-template <typename Tile, typename T>
-__device__ __forceinline__ void SampleBlock(const FusedSizes& sizes, const CornerReader& reader,
-                                            const SampleTable<T>& table, const DepthWalk<T>& walk,
-                                            int group, uint32_t stage) {
-  constexpr int kRowsAtOnce = kWarpgroup / kRowChunks;
-  static_assert(kRowsAtOnce % kSwizzledRows == 0);
-  const int thread = threadIdx.x % kWarpgroup;
-  const int row = thread / kRowChunks;
-  const int channel = group * sizes.group_in_channels + walk.channel;
-  const int g = sizes.deform_groups == 1 ? 0 : channel / sizes.deform_group_channels;
-  const int after_last = static_cast<int>(sizes.taps_of_position.value());
-  const int g_tap = walk.tap < sizes.taps ? g * sizes.taps + walk.tap : after_last;
-  const int first_entry = g_tap * Tile::kRows + row;
-  const uint32_t to = stage + SwizzledOffset(row, thread % kRowChunks);
-  SampleChunks<T, Tile::kRows / kRowsAtOnce, 2, Tile::kLoadAhead>(
-      reader, table, [&](int i) { return first_entry + i * kRowsAtOnce; },
-      [&](int) { return channel * static_cast<int>(sizeof(T)); },
-      [&](int i) { return to + i * (kRowsAtOnce * kRowBytes); });
+  return ordinal;
 }
 
 // Exchanges 32-bit words among the four lanes that share a row of sums: lane q comes with word q of
@@ -283,14 +315,15 @@ __device__ __forceinline__ uint32_t PackPair<__nv_bfloat16>(float low, float hig
 }
 
 // Writes the sums of a product to the output, of which `output` is the first column of the product
-// and `cols` how many there are from there on. `ordinals` are its rows'.
+// and `cols` how many there are from there on. Lanes 0 to 15 have the
+// ordinals of their warp's rows.
 template <typename T, int kCols>
-__device__ __forceinline__ void StoreSums(const float (&sums)[kCols / 2], const int32_t* ordinals,
+__device__ __forceinline__ void StoreSums(const float (&sums)[kCols / 2], int32_t ordinal_of_lane,
                                           int64_t pitch, int cols, T* __restrict__ output) {
-  const int warp = threadIdx.x % kWarpgroup / kWarp, lane = threadIdx.x % kWarp;
+  const int lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
-    const int32_t ordinal = ordinals[warp * 16 + lane / 4 + 8 * j];
+    const int32_t ordinal = __shfl_sync(0xffffffffu, ordinal_of_lane, lane / 4 + 8 * j);
     T* row = output + int64_t{ordinal} * pitch;
     if constexpr (sizeof(T) == 2) {
 #pragma unroll
@@ -318,126 +351,248 @@ __device__ __forceinline__ void StoreSums(const float (&sums)[kCols / 2], const 
   }
 }
 
+// The helper's work.
 template <typename T, typename Tile>
-__global__ void __launch_bounds__(Tile::kThreads, 1)
-    FusedForwardKernel(const __grid_constant__ FusedSizes sizes,
-                       const __grid_constant__ PositionOrder order, int tiles_across, int tiles,
-                       SampledTensors<T, float> tensors, const T* __restrict__ filters,
-                       T* __restrict__ output) {  // [positions, out_channels]
-  extern __shared__ __align__(kBlockAlignment) uint8_t shared[];
-  const int taps = static_cast<int>(sizes.taps_of_position.value());
-  const int entries = Tile::kRows * (taps + 1);
-  const SampleTable<T> table =
-      SampleTable<T>::At(shared + Tile::kStages * Tile::kStageBytes, entries);
-  int32_t* ordinals = table.corners + entries;  // [kOrdinalTiles, kRows]
-  const uint32_t stages = SharedAddress(shared);
-  const uint32_t full = SharedAddress(ordinals + Tile::kOrdinalTiles * Tile::kRows);
-  const uint32_t empty = full + Tile::kStages * sizeof(uint64_t);
-  if (threadIdx.x == 0) {
-    for (int stage = 0; stage < Tile::kStages; ++stage) {
-      InitializeBarrier(full + stage * sizeof(uint64_t), kWarpgroup);
-      InitializeBarrier(empty + stage * sizeof(uint64_t), Tile::kConsumers);
+__device__ __forceinline__ void CopyFilters(const FusedSizes& sizes, int columns,
+                                            const T* __restrict__ filters,
+                                            const ForwardShared<Tile, T>& shared) {
+  const DepthOrder<T> depth(sizes);
+  TileWalk<Tile> tiles(sizes, columns);
+  TileOrigin tile;
+  StageCursor<Tile::kStages> cursor;
+  uint32_t before = 0;  // the barrier of the stage whose copies go on
+  while (tiles.Next(sizes, &tile)) {
+    const FiltersCopier<Tile, T> copier(sizes, filters, tile);
+    for (int block = 0; block < depth.blocks; ++block) {
+      WaitAtBarrier(shared.Of(shared.empty, cursor.stage), cursor.parity ^ 1);
+      copier.Copy(depth.FirstRow(sizes, block), shared.Stage(cursor.stage));
+      CommitCopies();
+      WaitForCopies<1>();
+      FenceForTensorCores();
+      if (before != 0) ArriveAsWarp(before);
+      before = shared.Of(shared.full, cursor.stage);
+      cursor.Next();
     }
   }
-  for (int row = threadIdx.x; row < Tile::kRows; row += Tile::kThreads) {
-    table.SetToZero(taps * Tile::kRows + row);
-  }
-  __syncthreads();
+  WaitForCopies<0>();
+  FenceForTensorCores();
+  if (before != 0) ArriveAsWarp(before);
+}
 
-  const int depth = sizes.taps * sizes.group_in_channels;
-  const int blocks = (depth + kBlockDepth<T> - 1) / kBlockDepth<T>;
-  const int warpgroup = WarpgroupIndex();
-  StageCursor cursor;
-  int ordinal_tile = 0;
-  if (warpgroup < Tile::kProducers) {
-    LowerRegisters<Tile::kProducerRegisters>();
-    const bool by_channels = DepthWalk<T>::ByChannels(sizes);
-    const CornerReader reader(sizes, tensors.input);
-    int turn = 0;
-    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-      const TileOrigin origin = TileOrigin::Of<Tile::kRows, Tile::kCols>(sizes, tiles_across, tile);
-      NamedBarrier(1, Tile::kProducers * kWarpgroup);  // the table is not used any more
-      LocateTile<Tile>(sizes, order, tensors, origin.position, table,
-                       ordinals + ordinal_tile * Tile::kRows);
-      NamedBarrier(1, Tile::kProducers * kWarpgroup);
-      ordinal_tile = ordinal_tile == Tile::kOrdinalTiles - 1 ? 0 : ordinal_tile + 1;
-      const FiltersCopier<Tile, T> copier(sizes, filters, origin);
-      DepthWalk<T> walk(sizes, threadIdx.x % kRowChunks);
-      for (int block = 0; block < blocks; ++block) {
-        if (turn == warpgroup) {
-          const uint32_t stage = stages + cursor.stage * Tile::kStageBytes;
-          WaitAtBarrier(empty + cursor.stage * sizeof(uint64_t), cursor.parity ^ 1);
-          copier.Copy(walk.first_row, stage + Tile::kSampleBytes);
-          SampleBlock<Tile>(sizes, reader, table, walk, origin.group, stage);
-          WaitForCopies<0>();
-          FenceForTensorCores();
-          ArriveAtBarrier(full + cursor.stage * sizeof(uint64_t));
-        }
-        turn = turn == Tile::kProducers - 1 ? 0 : turn + 1;
-        walk.Next(sizes, by_channels);
-        cursor.Next<Tile::kStages>();
-      }
+// Where a sampler's thread samples, block by block of the depth. It has two rows of the tile, 8
+// apart, and of each two chunks of a block, 4 apart. It takes the chunks in one order or the other,
+// so that eight lanes together read a whole row of banks.
+//
+// With kWhole, all chunks of a block are of the same tap and deformable group.
+template <typename T, typename Tile, bool kWhole>
+class ChunkWalk {
+ public:
+  static constexpr int kEach = 2;
+
+  int entries[kEach];           // of the table, for the first row
+  const uint8_t* first[kEach];  // of the input, the chunk of the first pixel
+
+  __device__ ChunkWalk(const FusedSizes& sizes, const T* input, const TileOrigin& tile)
+      : input_(reinterpret_cast<const uint8_t*>(input)),
+        group_channel_(tile.group * sizes.group_in_channels) {
+    Set(sizes);
+  }
+
+  static __device__ __forceinline__ int FirstRow() {
+    return threadIdx.x / kWarp * Tile::kUnit + threadIdx.x % kWarp / 4;
+  }
+  // Whether the second of two chunks comes first.
+  static __device__ __forceinline__ bool SecondFirst() { return threadIdx.x / 4 % 2 != 0; }
+
+  __device__ __forceinline__ void Next(const FusedSizes& sizes) {
+    if (kWhole && ++tap_ < sizes.taps) {
+#pragma unroll
+      for (int h = 0; h < kEach; ++h) entries[h] += Tile::kRows;
+    } else {
+      tap_ = 0;
+      block_ += 1;
+      Set(sizes);
     }
-  } else {
-    RaiseRegisters<Tile::kConsumerRegisters>();
-    // The products' places in the tile.
-    const int first_row = Tile::kWide ? (warpgroup - Tile::kProducers) * kWarpgroupRows : 0;
-    constexpr int kNextRow = Tile::kWide ? 0 : kWarpgroupRows;
-    constexpr int kNextCol = Tile::kWide ? Tile::kProductCols : 0;
-    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-      const TileOrigin origin = TileOrigin::Of<Tile::kRows, Tile::kCols>(sizes, tiles_across, tile);
-      float sums[Tile::kProducts][Tile::kProductCols / 2] = {};
-      int before = -1;  // the stage whose products go on
-      for (int block = 0; block < blocks; ++block) {
-        WaitAtBarrier(full + cursor.stage * sizeof(uint64_t), cursor.parity);
-        const uint32_t samples = stages + cursor.stage * Tile::kStageBytes + first_row * kRowBytes;
-        const uint32_t columns = stages + cursor.stage * Tile::kStageBytes + Tile::kSampleBytes;
-        WarpgroupArrive();
+  }
+
+ private:
+  __device__ __forceinline__ void Set(const FusedSizes& sizes) {
+#pragma unroll
+    for (int h = 0; h < kEach; ++h) {
+      const int chunk = threadIdx.x % 4 + (SecondFirst() == (h == 0) ? 4 : 0);
+      int tap = 0, channel = block_ * kBlockDepth<T>;
+      if (!kWhole) {
+        const auto at = DepthOrder<T>(sizes).At(sizes, block_, chunk);
+        tap = at.tap;
+        channel = at.channel;
+      }
+      channel += group_channel_;
+      const int g = sizes.deform_groups == 1 ? 0 : channel / sizes.deform_group_channels;
+      const int after_last = static_cast<int>(sizes.taps_of_position.value());
+      const int g_tap = tap < sizes.taps ? g * sizes.taps + tap : after_last;
+      entries[h] = g_tap * Tile::kRows + FirstRow();
+      if (kWhole) channel += chunk * kVector<T>;
+      first[h] = input_ + channel * static_cast<int>(sizeof(T));
+    }
+  }
+
+  const uint8_t* input_;
+  int group_channel_;
+  int tap_ = 0, block_ = 0;  // with kWhole the block of the channels, else that of the depth
+};
+
+// A sampler's work.
+template <typename T, typename Tile, bool kWhole>
+__device__ __forceinline__ void SampleAndMultiply(const FusedSizes& sizes,
+                                                  const PositionOrder& order, int columns,
+                                                  const SampledTensors<T, float>& tensors,
+                                                  const ForwardShared<Tile, T>& shared,
+                                                  T* __restrict__ output) {
+  using Chunks = ChunkWalk<T, Tile, kWhole>;
+  constexpr int kEach = Chunks::kEach;
+  const bool second_first = Chunks::SecondFirst();
+  const DepthOrder<T> depth(sizes);
+  const CornerDistances distances = CornerDistances::Of<T>(sizes);
+
+  TileWalk<Tile> tiles(sizes, columns);
+  TileOrigin tile;
+  StageCursor<Tile::kStages> cursor;
+  while (tiles.Next(sizes, &tile)) {
+    __syncwarp();  // all lanes are through with the table
+    const int32_t ordinal = LocateRows<Tile>(sizes, order, tensors, tile, shared.samples);
+    __syncwarp();
+    Chunks chunks(sizes, tensors.input, tile);
+    float sums[Tile::kProducts][Tile::kProductCols / 2] = {};
+    uint32_t before = 0;  // the barrier of the stage whose product goes on
+    for (int block = 0; block < depth.blocks; ++block) {
+      CornersInFlight in_flight[kEach][kEach];
+      int32_t corners[kEach][kEach];
+      int entries[kEach];
+#pragma unroll
+      for (int h = 0; h < kEach; ++h) {
+        entries[h] = chunks.entries[kWhole ? 0 : h];
+        const uint8_t* first = Pinned(chunks.first[h]);
+#pragma unroll
+        for (int r = 0; r < kEach; ++r) {
+          corners[h][r] =
+              kWhole && h > 0 ? corners[0][r] : shared.samples.corners[entries[h] + 8 * r];
+          in_flight[h][r].Load(distances, first, corners[h][r]);
+        }
+      }
+      // The samples' registers are free again.
+      WarpgroupWait<0>();
+      if (before != 0) ArriveAsWarp(before);
+      uint32_t samples[kEach][kEach][4];
+#pragma unroll
+      for (int r = 0; r < kEach; ++r) {
+        // Most warps have no sample at the border.
+        const int32_t all = corners[0][r] & corners[1][r] & kAllCorners;
+        if (!__all_sync(0xffffffffu, all == kAllCorners)) {
+#pragma unroll
+          for (int h = 0; h < kEach; ++h) in_flight[h][r].DropUncounted(corners[h][r]);
+        }
+        uint4 sampled[kEach];
+#pragma unroll
+        for (int h = 0; h < kEach; ++h) {
+          sampled[h] =
+              Interpolate<T>(in_flight[h][r].chunks, shared.samples.weights[entries[h] + 8 * r]);
+        }
+#pragma unroll
+        for (int h = 0; h < kEach; ++h) {
+          const uint4 &same = sampled[h], &other = sampled[1 - h];
+          samples[h][r][0] = second_first ? other.x : same.x;
+          samples[h][r][1] = second_first ? other.y : same.y;
+          samples[h][r][2] = second_first ? other.z : same.z;
+          samples[h][r][3] = second_first ? other.w : same.w;
+#pragma unroll
+          for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(samples[h][r][i])::"memory");
+        }
+      }
+      WaitAtBarrier(shared.Of(shared.full, cursor.stage), cursor.parity);
+      const uint64_t columns_of_stage =
+          FactorDescriptor(shared.Stage(cursor.stage), kBlockDepth<T> * kRowBytes);
+      WarpgroupArrive();
+#pragma unroll
+      for (int step = 0; step < kBlockDepth<T> / kStepDepth<T>; ++step) {
+        const auto& words = samples[step / 2];
+        const int word = step % 2 * 2;
+        const uint64_t filters =
+            AdvanceDescriptor(columns_of_stage, step * StepBytes<T, kRowsAsStored<T>>());
+        const uint32_t factor[4] = {words[0][word], words[1][word], words[0][word + 1],
+                                    words[1][word + 1]};
 #pragma unroll
         for (int product = 0; product < Tile::kProducts; ++product) {
-          MultiplyBlocks<T, Tile::kProductCols, RowsOf::kProduct, kRowsAsStored<T>>(
-              sums[product], samples + product * (kNextRow * kRowBytes),
-              columns + product * (kNextCol * kRowBytes));
+          MultiplyRegisters<T, Tile::kProductCols, kRowsAsStored<T>>::Run(
+              sums[product], factor,
+              AdvanceDescriptor(filters, product * (Tile::kProductCols * kRowBytes)), true);
         }
-        WarpgroupCommit();
-        WarpgroupWait<1>();
-        if (before >= 0 && threadIdx.x % kWarpgroup == 0) {
-          ArriveAtBarrier(empty + before * sizeof(uint64_t));
-        }
-        before = cursor.stage;
-        cursor.Next<Tile::kStages>();
       }
-      WarpgroupWait<0>();
-      if (threadIdx.x % kWarpgroup == 0) ArriveAtBarrier(empty + before * sizeof(uint64_t));
+      WarpgroupCommit();
+      chunks.Next(sizes);
+      before = shared.Of(shared.empty, cursor.stage);
+      cursor.Next();
+    }
+    WarpgroupWait<0>();
+    ArriveAsWarp(before);
 #pragma unroll
-      for (int product = 0; product < Tile::kProducts; ++product) {
-        const int row = first_row + product * kNextRow, col = product * kNextCol;
-        StoreSums<T, Tile::kProductCols>(sums[product], ordinals + ordinal_tile * Tile::kRows + row,
-                                         sizes.out_channels, origin.cols - col,
-                                         output + origin.first_col + col);
-      }
-      ordinal_tile = ordinal_tile == Tile::kOrdinalTiles - 1 ? 0 : ordinal_tile + 1;
+    for (int product = 0; product < Tile::kProducts; ++product) {
+      const int col = product * Tile::kProductCols;
+      StoreSums<T, Tile::kProductCols>(sums[product], ordinal, sizes.out_channels, tile.cols - col,
+                                       output + tile.first_col + col);
     }
   }
 }
 
-// to [cols, rows] = from [rows, cols] transposed, rounded to TF32.
-constexpr int kTransposedTile = 32, kTransposedRows = 8;
+template <typename T, typename Tile, bool kWhole>
+__global__ void __launch_bounds__(Tile::kThreads, 1)
+    FusedForwardKernel(const __grid_constant__ FusedSizes sizes,
+                       const __grid_constant__ PositionOrder order, int columns,
+                       SampledTensors<T, float> tensors, const T* __restrict__ filters,
+                       T* __restrict__ output) {  // [positions, out_channels]
+  extern __shared__ __align__(kBlockAlignment) uint8_t memory[];
+  const int taps_of_position = static_cast<int>(sizes.taps_of_position.value());
+  const ForwardShared<Tile, T> shared(memory, taps_of_position);
+  if (threadIdx.x == 0) {
+    constexpr int kWarps = kWarpgroup / kWarp;
+    for (int i = 0; i < Tile::kStages; ++i) {
+      InitializeBarrier(shared.Of(shared.full, i), kWarps);
+      InitializeBarrier(shared.Of(shared.empty, i), Tile::kSamplers * kWarps);
+    }
+  }
+  for (int row = threadIdx.x; row < Tile::kRows; row += Tile::kThreads) {
+    shared.samples.SetToZero(taps_of_position * Tile::kRows + row);
+  }
+  __syncthreads();
+  if (WarpgroupIndex() < Tile::kSamplers) {
+    RaiseRegisters<Tile::kSamplerRegisters>();
+    SampleAndMultiply<T, Tile, kWhole>(sizes, order, columns, tensors, shared, output);
+  } else {
+    LowerRegisters<Tile::kHelperRegisters>();
+    CopyFilters<T, Tile>(sizes, columns, filters, shared);
+  }
+}
+
+// to [cols, whole blocks of rows] = from [rows, cols] transposed and rounded to TF32, each block in
+// OrderOfDepth(), with zeros after the last row.
+constexpr int kTransposedTile = kBlockDepth<float>, kTransposedRows = 8;
 __global__ void __launch_bounds__(kTransposedTile* kTransposedRows)
     TransposeToTf32Kernel(int rows, int cols, const float* __restrict__ from,
                           float* __restrict__ to) {
   __shared__ float tile[kTransposedTile][kTransposedTile + 1];  // one more, against bank conflicts
   const int tiles_across = (cols + kTransposedTile - 1) / kTransposedTile;
+  const int pitch = (rows + kTransposedTile - 1) / kTransposedTile * kTransposedTile;
   const int first_row = blockIdx.x / tiles_across * kTransposedTile;
   const int first_col = blockIdx.x % tiles_across * kTransposedTile;
   for (int i = threadIdx.y; i < kTransposedTile; i += kTransposedRows) {
     const int row = first_row + i, col = first_col + threadIdx.x;
-    if (row < rows && col < cols) tile[i][threadIdx.x] = from[int64_t{row} * cols + col];
+    tile[i][threadIdx.x] = row < rows && col < cols ? from[int64_t{row} * cols + col] : 0.0f;
   }
   __syncthreads();
   for (int i = threadIdx.y; i < kTransposedTile; i += kTransposedRows) {
-    const int col = first_col + i, row = first_row + threadIdx.x;
-    if (row < rows && col < cols) to[int64_t{col} * rows + row] = RoundToTf32(tile[threadIdx.x][i]);
+    const int col = first_col + i;
+    if (col >= cols) continue;
+    to[int64_t{col} * pitch + first_row + OrderOfDepth<float>(threadIdx.x)] =
+        RoundToTf32(tile[threadIdx.x][i]);
   }
 }
 
@@ -550,15 +705,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   const int cols = sizes.group_out_channels - first_of_group;
 
   // The rows of the filters that this thread samples for, a chunk of each block.
-  const bool by_channels = DepthWalk<T>::ByChannels(sizes);
+  const DepthOrder<T> order(sizes);
   const int depth = sizes.taps * sizes.group_in_channels;
   const int chunk = threadIdx.x % kRowChunks, row = threadIdx.x / kRowChunks;
   const auto first_row_of = [&](int down) {
     const int block = tile_down * Tile::kDown + down;
-    if (!by_channels) return block * kBlockDepth<T>;
-    const int slice = block / sizes.taps;
-    if (slice * kBlockDepth<T> >= sizes.group_in_channels) return depth;
-    return (block - slice * sizes.taps) * sizes.group_in_channels + slice * kBlockDepth<T>;
+    return block < order.blocks ? order.FirstRow(sizes, block) : depth;
   };
   int channels[Tile::kDown], g_taps[Tile::kDown];
   for (int i = threadIdx.x; i < taps; i += Tile::kThreads) column_of_tap[i] = 0;
@@ -664,7 +816,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 
   const int warpgroup = WarpgroupIndex();
   const int my_down = warpgroup / Tile::kAcross, my_across = warpgroup % Tile::kAcross;
-  const CornerReader reader(sizes, input);
+  const CornerDistances distances = CornerDistances::Of<T>(sizes);
   const uint32_t sampled_to = sample_stages + SwizzledOffset(row, chunk);
   float sums[Tile::kColsEach / 2] = {};
   int table_stage = 0;
@@ -672,10 +824,16 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     // The products of the step before go on meanwhile.
     const SampleTable<T> table = table_of(table_stage);
     const int stage = step % Tile::kStages;
-    SampleChunks<T, Tile::kDown, 2, false>(
-        reader, table, [&](int i) { return entries[i]; },
-        [&](int i) { return channels[i] * static_cast<int>(sizeof(T)); },
-        [&](int i) { return sampled_to + stage * Tile::kSampleBytes + i * kBlockBytes; });
+#pragma unroll
+    for (int first = 0; first < Tile::kDown; first += 2) {
+      SampleChunks<T, 2>(
+          distances, reinterpret_cast<const uint8_t*>(input), table,
+          [&](int i) { return entries[first + i]; },
+          [&](int i) { return channels[first + i] * static_cast<int>(sizeof(T)); },
+          [&](int i) {
+            return sampled_to + stage * Tile::kSampleBytes + (first + i) * kBlockBytes;
+          });
+    }
     WaitForCopies<0>();
     FenceForTensorCores();
     WarpgroupWait<0>();
@@ -738,6 +896,15 @@ auto WithForwardTile(const DeformConvParams& params, const Run& run) {
   if (params.group_out_channels() <= 128) return run(ForwardTile<Element, 128>());
   return run(ForwardTile<Element, 256>());
 }
+// Columns of tiles, and units of positions in each.
+template <typename Tile>
+int64_t Columns(const DeformConvParams& params) {
+  return params.groups * Blocks(params.group_out_channels(), Tile::kCols);
+}
+template <typename Tile>
+int64_t Units(const DeformConvParams& params) {
+  return Blocks(params.out_positions(), Tile::kUnit);
+}
 template <typename T, typename Run>
 auto WithFiltersTile(const DeformConvParams& params, const Run& run) {
   using Element = CudaType<T>;
@@ -775,7 +942,9 @@ bool FusedForwardFits(const DeformConvParams& params,
                       const T* output) {
   return ChannelsFit<T>(params) && TensorsFit<T>(tensors) && Aligned(filters) && Aligned(output) &&
          WithForwardTile<T>(params, [&](auto tile) {
-           return tile.SharedBytes(params.mask_channels()) <= kMostSharedBytes;
+           using Tile = decltype(tile);
+           return Tile::SharedBytes(params) <= kMostSharedBytes &&
+                  Units<Tile>(params) <= INT32_MAX / Columns<Tile>(params);
          });
 }
 
@@ -789,10 +958,11 @@ std::string FusedForwardCuda(const DeformConvParams& params,
     const int rows = static_cast<int>(params.taps() * params.group_in_channels());
     const int cols = static_cast<int>(params.out_channels);
     float* transposed;
-    std::string error = device.Allocate(int64_t{rows} * cols * sizeof(float),
+    const int64_t depth_blocks = Blocks(rows, kTransposedTile);
+    std::string error = device.Allocate(depth_blocks * kTransposedTile * cols * sizeof(float),
                                         reinterpret_cast<void**>(&transposed));
     if (!error.empty()) return error;
-    const unsigned blocks = Blocks(rows, kTransposedTile) * Blocks(cols, kTransposedTile);
+    const unsigned blocks = static_cast<unsigned>(depth_blocks) * Blocks(cols, kTransposedTile);
     TransposeToTf32Kernel<<<blocks, dim3(kTransposedTile, kTransposedRows), 0, stream>>>(
         rows, cols, filters, transposed);
     error = LaunchError("TransposeToTf32Kernel");
@@ -801,17 +971,20 @@ std::string FusedForwardCuda(const DeformConvParams& params,
   }
   return WithForwardTile<T>(params, [&](auto tile) -> std::string {
     using Tile = decltype(tile);
-    const auto kernel = FusedForwardKernel<CudaType<T>, Tile>;
-    const int64_t shared_bytes = Tile::SharedBytes(params.mask_channels());
+    constexpr int64_t kDepth = kBlockDepth<CudaType<T>>;
+    const bool whole =
+        params.group_in_channels() % kDepth == 0 && params.deform_group_channels() % kDepth == 0;
+    const auto kernel = whole ? FusedForwardKernel<CudaType<T>, Tile, true>
+                              : FusedForwardKernel<CudaType<T>, Tile, false>;
+    const int64_t shared_bytes = Tile::SharedBytes(params);
     std::string error = AllowSharedBytes(kernel, shared_bytes);
     if (!error.empty()) return error;
-    const int64_t across = params.groups * Blocks(params.group_out_channels(), Tile::kCols);
-    const int64_t down = Blocks(params.out_positions(), Tile::kRows);
-    const int64_t tiles = across * down;
-    const int64_t blocks = std::min<int64_t>(tiles, CurrentGpu().multiprocessors);
+    const int64_t columns = Columns<Tile>(params);
+    const int64_t blocks =
+        std::min<int64_t>(columns * Units<Tile>(params), CurrentGpu().multiprocessors);
     kernel<<<static_cast<unsigned>(blocks), Tile::kThreads, shared_bytes, stream>>>(
-        FusedSizes(params), PositionOrder(params), static_cast<int>(across),
-        static_cast<int>(tiles), NativeTensors<T>(tensors), Native(filters), Native(output));
+        FusedSizes(params), PositionOrder(params), static_cast<int>(columns),
+        NativeTensors<T>(tensors), Native(filters), Native(output));
     return LaunchError("FusedForwardKernel");
   });
 }

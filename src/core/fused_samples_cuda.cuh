@@ -26,7 +26,7 @@ struct FusedSizes {
   int32_t taps, kernel_w, stride_h, stride_w, dilation_h, dilation_w, pad_top, pad_left;
   int32_t deform_groups, group_in_channels, group_out_channels, deform_group_channels;
   int32_t positions;
-  Divisor taps_of_group, taps_of_row, taps_of_position;
+  Divisor taps_of_group, taps_of_row, taps_of_position, channels_of_group;
 
   explicit FusedSizes(const DeformConvParams& params)
       : in_h(static_cast<int32_t>(params.in_h)),
@@ -50,15 +50,15 @@ struct FusedSizes {
         positions(static_cast<int32_t>(params.out_positions())),
         taps_of_group(static_cast<uint32_t>(params.taps())),
         taps_of_row(static_cast<uint32_t>(params.kernel_w)),
-        taps_of_position(static_cast<uint32_t>(params.mask_channels())) {}
+        taps_of_position(static_cast<uint32_t>(params.mask_channels())),
+        channels_of_group(static_cast<uint32_t>(params.group_in_channels())) {}
 
   __device__ __forceinline__ int64_t OrdinalOf(const Position& position) const {
     return (int64_t{position.n} * out_h + position.y) * out_w + position.x;
   }
 };
 
-// A pixel of the batch and the four corner bits in one number. The pixel may be that above and left
-// of the first.
+// A pixel of the batch and the four corner bits in one number.
 constexpr int kCornerBits = 4;
 constexpr int64_t kMostPackedPixels = int64_t{1} << 27;
 
@@ -99,6 +99,10 @@ struct alignas(kCorners * sizeof(T)) CornerWeights {
 };
 
 // Located samples, with the weights times the mask, and 0 where a corner does not count.
+//
+// All four corners of an entry are pixels of the image, so that they can be read without asking
+// which of them count: where a sample lies across the border, its corners are moved inside by a
+// pixel, and their weights with them. An image has at least two rows and two columns here.
 template <typename T>
 struct SampleTable {
   static constexpr int kEntryBytes = sizeof(CornerWeights<T>) + sizeof(int32_t);
@@ -116,19 +120,21 @@ struct SampleTable {
   __device__ __forceinline__ void Locate(const FusedSizes& sizes, const Position& position,
                                          const Tap& tap, float2 offset, float mask,
                                          int entry) const {
-    const auto sample = LocateSample<float, int32_t>(position.y * sizes.stride_h + tap.h_base,
-                                                     position.x * sizes.stride_w + tap.w_base,
-                                                     offset.x, offset.y, sizes.in_h, sizes.in_w);
-    CornerWeights<T> counted;
-#pragma unroll
-    for (int corner = 0; corner < kCorners; ++corner) {
-      counted.of[corner] =
-          static_cast<T>(sample.corners >> corner & 1 ? mask * sample.weights[corner] : 0.0f);
-    }
-    weights[entry] = counted;
-    const int32_t top_left = (position.n * sizes.in_h + sample.h_low) * sizes.in_w + sample.w_low;
-    corners[entry] =
-        sample.corners == 0 ? 0 : (top_left + sizes.in_w + 1) << kCornerBits | sample.corners;
+    const auto h = LocateOnAxis<float, int32_t>(position.y * sizes.stride_h + tap.h_base, offset.x,
+                                                sizes.in_h);
+    const auto w = LocateOnAxis<float, int32_t>(position.x * sizes.stride_w + tap.w_base, offset.y,
+                                                sizes.in_w);
+    const MovedInside rows(h, sizes.in_h), columns(w, sizes.in_w);
+    const bool inside = h.inside && w.inside;
+    const float upper = inside ? mask * rows.weights[0] : 0.0f;
+    const float lower = inside ? mask * rows.weights[1] : 0.0f;
+    weights[entry] = {
+        static_cast<T>(upper * columns.weights[0]), static_cast<T>(upper * columns.weights[1]),
+        static_cast<T>(lower * columns.weights[0]), static_cast<T>(lower * columns.weights[1])};
+    const int32_t top_left = (position.n * sizes.in_h + rows.low) * sizes.in_w + columns.low;
+    const int32_t bits =
+        (rows.bits & 1 ? columns.bits : 0) | (rows.bits & 2 ? columns.bits << 2 : 0);
+    corners[entry] = inside ? top_left << kCornerBits | bits : 0;
   }
 
   // Writes an entry whose sample is 0.
@@ -136,6 +142,21 @@ struct SampleTable {
     weights[entry] = {};
     corners[entry] = 0;
   }
+
+ private:
+  // The two pixels of one axis that a sample lies between, moved by one where either is outside.
+  struct MovedInside {
+    int32_t low, bits;  // a bit for each pixel that counts
+    float weights[2];   // 0 where it does not
+
+    __device__ __forceinline__ MovedInside(const AxisSample<float, int32_t>& sample, int32_t size) {
+      const bool before = sample.low < 0, behind = sample.low >= size - 1;
+      low = sample.low + (before ? 1 : 0) - (behind ? 1 : 0);
+      bits = before ? 1 : behind ? 2 : 3;
+      weights[0] = before ? sample.fraction : behind ? 0.0f : 1 - sample.fraction;
+      weights[1] = before ? 0.0f : behind ? 1 - sample.fraction : sample.fraction;
+    }
+  };
 };
 
 // The offset and the mask of a sample, `index` among those of the batch.
@@ -223,74 +244,71 @@ __device__ __forceinline__ void StoreChunk(uint32_t address, const uint4& chunk)
                : "memory");
 }
 
-// The corners of kCount samples, on their way from memory.
-template <typename T, int kCount>
-struct CornersInFlight {
-  uint4 chunks[kCount][kCorners];
+// Distances of corners, in bytes.
+struct CornerDistances {
+  int32_t pixel;
+  int64_t row;
 
-  // Begins to load the chunks that are `channel_bytes(i)` into the pixels of table entries
-  // `entry(i)`.
-  template <typename Entry, typename ChannelBytes>
-  __device__ __forceinline__ void Load(const CornerReader& reader, const SampleTable<T>& table,
-                                       const Entry& entry, const ChannelBytes& channel_bytes) {
-    int32_t corners[kCount], all = kAllCorners;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      corners[i] = table.corners[entry(i)];
-      all &= corners[i];
-    }
-    // Most warps have no sample at the border.
-    if (__all_sync(0xffffffffu, all == kAllCorners)) {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        reader.template Load<true>(corners[i], channel_bytes(i), chunks[i]);
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        reader.template Load<false>(corners[i], channel_bytes(i), chunks[i]);
-      }
-    }
+  template <typename T>
+  __device__ __forceinline__ static CornerDistances Of(const FusedSizes& sizes) {
+    const int32_t pixel = sizes.in_channels * static_cast<int32_t>(sizeof(T));
+    return {pixel, int64_t{sizes.in_w} * pixel};
+  }
+};
+
+// The corners of a table entry's sample, on their way from memory.
+struct CornersInFlight {
+  uint4 chunks[kCorners];
+
+  // Begins to load chunks; `input` is that of the first pixel. `corners` are the entry's.
+  __device__ __forceinline__ void Load(const CornerDistances& distances, const uint8_t* input,
+                                       int32_t corners) {
+    const uint8_t* top = input + int64_t{corners >> kCornerBits} * int64_t{distances.pixel};
+    const uint8_t* bottom = top + distances.row;
+    chunks[kTopLeft] = __ldg(reinterpret_cast<const uint4*>(top));
+    chunks[kTopRight] = __ldg(reinterpret_cast<const uint4*>(top + distances.pixel));
+    chunks[kBottomLeft] = __ldg(reinterpret_cast<const uint4*>(bottom));
+    chunks[kBottomRight] = __ldg(reinterpret_cast<const uint4*>(bottom + distances.pixel));
   }
 
-  // Writes the samples to `to(i)` in shared memory.
-  template <typename Entry, typename To>
-  __device__ __forceinline__ void Interpolate(const SampleTable<T>& table, const Entry& entry,
-                                              const To& to) const {
-    CornerWeights<T> weights[kCount];
+  // Sets chunks of corners that do not count to 0: what lies there may be infinite.
+  __device__ __forceinline__ void DropUncounted(int32_t corners) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) weights[i] = table.weights[entry(i)];
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      StoreChunk(to(i), cuda::Interpolate<T>(chunks[i], weights[i]));
+    for (int corner = 0; corner < kCorners; ++corner) {
+      if (!(corners >> corner & 1)) chunks[corner] = make_uint4(0, 0, 0, 0);
     }
   }
 };
 
-// Samples kTotal chunks, kTogether at a time, of table entries `entry(i)`, `channel_bytes(i)` into
-// the pixels, to the addresses `to(i)` in shared memory. With kAhead, the next ones are loaded
-// meanwhile.
-template <typename T, int kTotal, int kTogether, bool kAhead, typename Entry, typename ChannelBytes,
-          typename To>
-__device__ __forceinline__ void SampleChunks(const CornerReader& reader,
+// Keeps the compiler from computing a pointer anew from what it was computed from.
+__device__ __forceinline__ const uint8_t* Pinned(const uint8_t* pointer) {
+  asm("" : "+l"(pointer));
+  return pointer;
+}
+
+// Samples kCount chunks, of table entries `entry(i)`, `channel_bytes(i)` into the pixels, to the
+// addresses `to(i)` in shared memory. All are loaded before the first is interpolated: the compiler
+// lets a thread wait for all of its loads at once only. By whole warps.
+template <typename T, int kCount, typename Entry, typename ChannelBytes, typename To>
+__device__ __forceinline__ void SampleChunks(const CornerDistances& distances, const uint8_t* input,
                                              const SampleTable<T>& table, const Entry& entry,
                                              const ChannelBytes& channel_bytes, const To& to) {
-  constexpr int kRounds = kTotal / kTogether;
-  static_assert(kTotal % kTogether == 0);
-  CornersInFlight<T, kTogether> in_flight[kAhead ? 2 : 1];
-  const auto load = [&](int round) {
-    in_flight[kAhead ? round % 2 : 0].Load(
-        reader, table, [&](int i) { return entry(round * kTogether + i); },
-        [&](int i) { return channel_bytes(round * kTogether + i); });
-  };
-  if (kAhead) load(0);
+  CornersInFlight in_flight[kCount];
+  int32_t corners[kCount], all = kAllCorners;
 #pragma unroll
-  for (int round = 0; round < kRounds; ++round) {
-    if (!kAhead) load(round);
-    if (kAhead && round + 1 < kRounds) load(round + 1);
-    in_flight[kAhead ? round % 2 : 0].Interpolate(
-        table, [&](int i) { return entry(round * kTogether + i); },
-        [&](int i) { return to(round * kTogether + i); });
+  for (int i = 0; i < kCount; ++i) {
+    corners[i] = table.corners[entry(i)];
+    all &= corners[i];
+    in_flight[i].Load(distances, input + channel_bytes(i), corners[i]);
+  }
+  // Most warps have no sample at the border.
+  if (!__all_sync(0xffffffffu, all == kAllCorners)) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) in_flight[i].DropUncounted(corners[i]);
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    StoreChunk(to(i), Interpolate<T>(in_flight[i].chunks, table.weights[entry(i)]));
   }
 }
 
@@ -298,11 +316,12 @@ __device__ __forceinline__ void SampleChunks(const CornerReader& reader,
 
 constexpr int kMostSharedBytes = 227 << 10;  // of a block, on compute capability 9.0
 
-// Whether channels come in whole chunks, and sizes fit into 32 bits.
+// Whether channels come in whole chunks, an image has four corners, and sizes fit into 32 bits.
 template <typename T>
 bool ChannelsFit(const DeformConvParams& params) {
   constexpr int64_t kSize = kVectorBytes / sizeof(T);
-  return CanVectorize<T>(params) && params.group_out_channels() % kSize == 0 && FitsInt32(params);
+  return CanVectorize<T>(params) && params.group_out_channels() % kSize == 0 && params.in_h > 1 &&
+         params.in_w > 1 && FitsInt32(params);
 }
 
 template <typename T>

@@ -56,6 +56,11 @@ __device__ __forceinline__ uint64_t FactorDescriptor(uint32_t address, uint32_t 
   return kSwizzle128 | stride << 32 | leading << 16 | ((address >> 4) & 0x3fff);
 }
 
+// The factor that begins `bytes` later.
+__device__ __forceinline__ uint64_t AdvanceDescriptor(uint64_t descriptor, uint32_t bytes) {
+  return descriptor + (bytes >> 4);  // addresses in shared memory do not reach beyond their bits
+}
+
 // Depth of one instruction, in numbers: 32 bytes of them.
 template <typename T>
 constexpr int kStepDepth = 32 / sizeof(T);
@@ -118,6 +123,11 @@ __device__ __forceinline__ void InitializeBarrier(uint32_t barrier, int arrivals
 __device__ __forceinline__ void ArriveAtBarrier(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(barrier) : "memory");
 }
+// By all threads of a warp: one arrival, once all have come.
+__device__ __forceinline__ void ArriveAsWarp(uint32_t barrier) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) ArriveAtBarrier(barrier);
+}
 // Waits until the phase of the given parity has ended. The first phase's is 0; before it, that of
 // parity 1 counts as ended.
 __device__ __forceinline__ void WaitAtBarrier(uint32_t barrier, int parity) {
@@ -157,6 +167,13 @@ __device__ __forceinline__ void WaitForCopies() {
 // kRowsOfA and kRowsOfB tell how the blocks lie.
 template <typename T, int kCols, RowsOf kRowsOfA, RowsOf kRowsOfB>
 struct Multiply;
+
+// The same with `a` in registers, which must not change before the product is waited for. It is
+// a[0] and a[1] of row lane / 4 and of the row 8 below, and a[2] and a[3] of the same rows further
+// along the depth; in 16 bits a register has steps 2 * (lane % 4) and the next of the depth, or
+// those 8 further along; in TF32 it has step lane % 4, or that 4 further along.
+template <typename T, int kCols, RowsOf kRowsOfB>
+struct MultiplyRegisters;
 
 // The operands of one instruction.
 #define DEFORM_CONV_SUMS_8(sums, i)                                                          \
@@ -209,6 +226,46 @@ struct Multiply;
                    : "l"(a), "l"(b), "r"(static_cast<int>(add)));                            \
     }                                                                                        \
   };
+// Of `a` in registers: its operands, and those that follow.
+#define DEFORM_CONV_MULTIPLY_REGISTERS_16_BIT(T, name, cols, count, a_names, b_name, add_name, \
+                                              tb_name)                                         \
+  template <RowsOf kRowsOfB>                                                                   \
+  struct MultiplyRegisters<T, cols, kRowsOfB> {                                                \
+    static __device__ __forceinline__ void Run(float (&sums)[count], const uint32_t (&a)[4],   \
+                                               uint64_t b, bool add) {                         \
+      asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " add_name                            \
+                   ", 0;\n"                                                                    \
+                   "wgmma.mma_async.sync.aligned.m64n" #cols "k16.f32." name "." name          \
+                   " {" DEFORM_CONV_NAMES_##count "}, {" a_names "}, " b_name                  \
+                                                  ", add, 1, 1, " tb_name ";\n}\n"             \
+                   : DEFORM_CONV_SUMS_##count(sums, 0)                                         \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),                       \
+                     "r"(static_cast<int>(add)), "n"(kRowsOfB == RowsOf::kDepth ? 1 : 0));     \
+    }                                                                                          \
+  };
+#define DEFORM_CONV_MULTIPLY_REGISTERS_TF32(cols, count, a_names, b_name, add_name)                \
+  template <>                                                                                      \
+  struct MultiplyRegisters<float, cols, RowsOf::kProduct> {                                        \
+    static __device__ __forceinline__ void Run(float (&sums)[count], const uint32_t (&a)[4],       \
+                                               uint64_t b, bool add) {                             \
+      asm volatile(                                                                                \
+          "{\n.reg .pred add;\nsetp.ne.b32 add, " add_name                                         \
+          ", 0;\n"                                                                                 \
+          "wgmma.mma_async.sync.aligned.m64n" #cols "k8.f32.tf32.tf32 {" DEFORM_CONV_NAMES_##count \
+          "}, {" a_names "}, " b_name ", add, 1, 1;\n}\n"                                          \
+          : DEFORM_CONV_SUMS_##count(sums, 0)                                                      \
+          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));       \
+    }                                                                                              \
+  };
+#define DEFORM_CONV_MULTIPLY_REGISTERS(cols, count, a_names, n4, n5, n6)                         \
+  DEFORM_CONV_MULTIPLY_REGISTERS_16_BIT(__half, "f16", cols, count, a_names, n4, n5, n6)         \
+  DEFORM_CONV_MULTIPLY_REGISTERS_16_BIT(__nv_bfloat16, "bf16", cols, count, a_names, n4, n5, n6) \
+  DEFORM_CONV_MULTIPLY_REGISTERS_TF32(cols, count, a_names, n4, n5)
+DEFORM_CONV_MULTIPLY_REGISTERS(64, 32, "%32, %33, %34, %35", "%36", "%37", "%38")
+DEFORM_CONV_MULTIPLY_REGISTERS(128, 64, "%64, %65, %66, %67", "%68", "%69", "%70")
+#undef DEFORM_CONV_MULTIPLY_REGISTERS
+#undef DEFORM_CONV_MULTIPLY_REGISTERS_16_BIT
+#undef DEFORM_CONV_MULTIPLY_REGISTERS_TF32
 #define DEFORM_CONV_MULTIPLY(cols, count, n0, n1, n2, n3, n4)                         \
   DEFORM_CONV_MULTIPLY_16_BIT(__half, "f16", cols, count, n0, n1, n2, n3, n4)         \
   DEFORM_CONV_MULTIPLY_16_BIT(__nv_bfloat16, "bf16", cols, count, n0, n1, n2, n3, n4) \
