@@ -354,13 +354,14 @@ __global__ void __launch_bounds__(kThreadsPerBlock, (kBlocksPerMultiprocessor<T,
   const bool want_products = gradients.offset != nullptr || gradients.mask != nullptr;
   const bool want_mask = gradients.mask != nullptr;
   float region[kRegionParts][kChannels / 2] = {};
+  uint32_t share = kNoShare;
 
 #pragma unroll 1
   for (int tap = 0; tap < sizes.taps; ++tap) {
     {
       float sums[kChannels / kWarpgroups / 2];
       MultiplyFilters<T, kChannels>(sizes, warpgroup, grad_output_tile, filters_tile, sums);
-      if (kInput) UpdateShares<T>(patch, samples, sizes.taps, tap, 1, shares);
+      if (kInput) share = UpdateShares<T>(patch, samples, sizes.taps, tap, share, shares);
       WarpgroupWait<0>();
       ReadAfterWait(sums);
       StoreGradColumns<T, kChannels>(warpgroup, sums, grad_columns);
@@ -368,10 +369,10 @@ __global__ void __launch_bounds__(kThreadsPerBlock, (kBlocksPerMultiprocessor<T,
     FenceForTensorCores();
     // The first corners are on their way while the block waits for the columns' gradient; not
     // before the fence, which would wait for them.
-    uint4 chunks[kCorners];
+    uint4 chunks[1][kCorners];
     if (want_products) {
       PlacedCorners::Of(sizes, patch, samples[Rows::Position(0) * sizes.taps + tap].place)
-          .Load(reader, 0, chunks);
+          .Load(reader, 0, 0, chunks);
     }
     __syncthreads();
 
@@ -381,7 +382,7 @@ __global__ void __launch_bounds__(kThreadsPerBlock, (kBlocksPerMultiprocessor<T,
     }
     CommitCopies();
     if (kInput) {
-      MultiplyShares<T, kChannels>(warpgroup, shared, shared + Layout::kGradColumns, region);
+      MultiplyShares<T, kChannels>(warpgroup, shared, shared + Layout::kGradColumns, true, region);
     }
 #pragma unroll 1
     for (int pass = 0; pass < Rows::kPasses; ++pass) {
@@ -392,10 +393,10 @@ __global__ void __launch_bounds__(kThreadsPerBlock, (kBlocksPerMultiprocessor<T,
         __syncwarp();
       }
       if (!want_products) continue;
-      ReplaceByGradients<T, kChannels>(chunks, grad_columns, p, want_mask, sample);
+      ReplaceByGradients<T, kChannels>(chunks[0], grad_columns, p, want_mask, sample);
       if (pass + 1 < Rows::kPasses) {
         const PatchSample* next = samples + Rows::Position(pass + 1) * sizes.taps + tap;
-        PlacedCorners::Of(sizes, patch, next->place).Load(reader, 0, chunks);
+        PlacedCorners::Of(sizes, patch, next->place).Load(reader, 0, 0, chunks);
       }
     }
     __syncwarp();

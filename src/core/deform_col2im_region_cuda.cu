@@ -96,23 +96,20 @@ __device__ __forceinline__ uint32_t WordOf(const uint4& chunk, int i) {
   return i == 0 ? chunk.x : i == 1 ? chunk.y : i == 2 ? chunk.z : chunk.w;
 }
 
-// Writes a chunk of the columns' gradient to a TF32 tile, at `first` + what `j` asks for.
+// Where in a TF32 tile a lane's first number is, in bytes, and where number i of its chunk j is.
 template <int kChannels>
-__device__ __forceinline__ void StoreTransposed(uint8_t* tile, int p, int lane, int j,
-                                                const uint4& chunk) {
+__device__ __forceinline__ uint32_t FirstTransposed(int p, int lane) {
   constexpr int kDepth = kBlockDepth<float>, kSize = kVector<float>;
-  // RowOfChannel() of the chunk's first channel is lane + 4 * j, of the others
-  // kChannels / 4 rows on each. The swizzle has a period of 8 rows.
-  const uint32_t first = p / kDepth * (kChannels * kRowBytes) +
-                         SwizzledOffset(lane, p % kDepth / kSize) +
-                         p % kSize * static_cast<int>(sizeof(float));
-  const uint32_t swizzled = first ^ (j % 2 * 4 * kChunkBytes);
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) {
-    const int row = 4 * j + i * (kChannels / kSize);
-    *reinterpret_cast<float*>(tile + swizzled + row * kRowBytes) =
-        RoundToTf32(__uint_as_float(WordOf(chunk, i)));
-  }
+  return p / kDepth * (kChannels * kRowBytes) + SwizzledOffset(lane, p % kDepth / kSize) +
+         p % kSize * static_cast<int>(sizeof(float));
+}
+template <int kChannels>
+__device__ __forceinline__ uint32_t TransposedAt(uint32_t first, int j, int i) {
+  // RowOfChannel((lane + 4 * j) * 4 + i) is lane + 4 * j + i * kRows; the swizzle of j's rows
+  // differs from the first's in one bit, that of i's does not.
+  constexpr int kRows = kChannels / kVector<float>;
+  static_assert(kRows % kSwizzledRows == 0);
+  return (first ^ (j % 2 * 4 * kChunkBytes)) + (4 * j + i * kRows) * kRowBytes;
 }
 
 // The products of a position's column gradients with the corners of its sample, summed over the
@@ -199,14 +196,14 @@ __device__ __forceinline__ CornerWeights<T> WeightsOf(const PatchSample& sample)
   return counted;
 }
 
-// Adds what corners outside of the region get to grad_input, whose first pixel's channels of this
-// lane are at `first`. `grads(j)` is the lane's chunk j of the columns' gradient.
+// Adds what corners outside of the region get to grad_input. `grads(j)` is the lane's chunk j of
+// the columns' gradient.
 template <typename T, int kChannels, typename Grads>
 __device__ __forceinline__ void AddOutside(const FusedSizes& sizes, const Patch& patch,
-                                           const PatchSample& sample, const Grads& grads,
-                                           float* __restrict__ first) {
+                                           const PatchSample* sample, const Grads& grads,
+                                           float* __restrict__ grad_input) {
   using Mine = PatchLane<T, kChannels>;
-  const Place place = Place::Of(sample.place);
+  const Place place = Place::Of(sample->place);
   if (patch.RegionHoldsAll(place)) return;
   const int top_left = patch.first_pixel + place.h * sizes.in_w + place.w;
   // Rare, so registers count more than instructions.
@@ -215,13 +212,13 @@ __device__ __forceinline__ void AddOutside(const FusedSizes& sizes, const Patch&
        corners &= corners - 1) {
     const int corner = __ffs(corners) - 1;
     float weights[kCorners], share = 0;
-    BilinearWeights(sample.h, sample.w, weights);
+    BilinearWeights(sample->h, sample->w, weights);
 #pragma unroll
     for (int i = 0; i < kCorners; ++i) share = i == corner ? weights[i] : share;
-    share *= sample.mask;
+    share *= sample->mask;
     const int64_t pixel = top_left + (corner >= kBottomLeft ? sizes.in_w : 0) + (corner & 1);
-    float* to = first + pixel * sizes.in_channels;
-#pragma unroll
+    float* to = grad_input + pixel * sizes.in_channels + patch.channel + Mine::Lane() * kVector<T>;
+#pragma unroll 1
     for (int j = 0; j < Mine::kChunks; ++j) {
       const uint4 chunk = grads(j);
       const auto& vector = reinterpret_cast<const Vector<T, kVector<T>>&>(chunk);
@@ -230,8 +227,9 @@ __device__ __forceinline__ void AddOutside(const FusedSizes& sizes, const Patch&
         float values[4];
 #pragma unroll
         for (int k = 0; k < 4; ++k) values[k] = share * static_cast<float>(vector.elements[i + k]);
-        AddVector(to + j * (Mine::kStride / sizeof(T)) + i, values);
+        AddVector(to + i, values);
       }
+      to += Mine::kStride / sizeof(T);
     }
   }
 }
@@ -266,6 +264,7 @@ __global__ void __launch_bounds__(kThreadsPerBlock, kBlocksPerMultiprocessor)
   }
   constexpr int kNextChunk = Mine::kStride / static_cast<int>(sizeof(T));
   const uint32_t first_chunk = shared + Layout::kFirstCopy + Layout::FirstChunk(p, lane);
+  const uint32_t first_transposed = FirstTransposed<kChannels>(p, lane);  // TF32
   // Begins to copy the columns' gradient of the tap `ahead` of this one.
   const auto copy = [&](int ahead, uint32_t to) {
 #pragma unroll
@@ -287,23 +286,32 @@ __global__ void __launch_bounds__(kThreadsPerBlock, kBlocksPerMultiprocessor)
   LocatePatch(sizes, grid, tensors, patch, samples);
   __syncthreads();
 
-  // Counts from this lane's channels.
-  const CornerReader reader(sizes, tensors.input + patch.channel + lane * kVector<T>);
   const bool want_products = gradients.offset != nullptr || gradients.mask != nullptr;
-  float region[kRegionParts][kChannels / 2] = {};
+  float region[kRegionParts][kChannels / 2];  // the first product defines it
+  // Where this thread has written shares; in 16 bits, with the last tap's below the ones before.
+  uint32_t written = k16Bits ? kNoShare << 16 | kNoShare : kNoShare;
+  PatchSample* slot = samples + p * sizes.taps;
   // Where the copies of this tap and of the one before it are.
   uint32_t copy_now = 0, copy_before = (Layout::kCopies - 1) * Layout::kCopyBytes;
 
 #pragma unroll 1
   for (int tap = 0; tap < sizes.taps; ++tap) {
-    PatchSample* slot = samples + p * sizes.taps + tap;
     uint8_t* tap_shares = shares + (k16Bits ? tap % 2 * Layout::kShareBytes : 0);
-    uint4 grads_kept[k16Bits ? 1 : Mine::kChunks];
+    // The lane's chunk j of the columns' gradient; with a TF32 tile, as it is rounded there.
+    uint4 copied[k16Bits ? 1 : Mine::kChunks] = {};
     const auto grads = [&](int j) {
       if constexpr (k16Bits) {
         return LoadChunk(Layout::ChunkAt(first_chunk + copy_now, j));
+      } else if constexpr (kInput) {
+        float numbers[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          numbers[i] = *reinterpret_cast<const float*>(
+              shares + Layout::kTile + TransposedAt<kChannels>(first_transposed, j, i));
+        }
+        return reinterpret_cast<const uint4&>(numbers);
       } else {
-        return grads_kept[j];
+        return copied[j];
       }
     };
 
@@ -311,7 +319,7 @@ __global__ void __launch_bounds__(kThreadsPerBlock, kBlocksPerMultiprocessor)
     if constexpr (!k16Bits) {
 #pragma unroll
       for (int j = 0; j < Mine::kChunks; ++j) {
-        grads_kept[j] = LoadChunk(Layout::ChunkAt(first_chunk, j));
+        copied[j] = LoadChunk(Layout::ChunkAt(first_chunk, j));
       }
       if constexpr (kInput) {
         // The tile and the shares have been multiplied.
@@ -319,12 +327,19 @@ __global__ void __launch_bounds__(kThreadsPerBlock, kBlocksPerMultiprocessor)
         __syncthreads();
 #pragma unroll
         for (int j = 0; j < Mine::kChunks; ++j) {
-          StoreTransposed<kChannels>(shares + Layout::kTile, p, lane, j, grads_kept[j]);
+#pragma unroll
+          for (int i = 0; i < kVector<T>; ++i) {
+            *reinterpret_cast<float*>(shares + Layout::kTile +
+                                      TransposedAt<kChannels>(first_transposed, j, i)) =
+                RoundToTf32(__uint_as_float(WordOf(copied[j], i)));
+          }
         }
       }
     }
     if constexpr (kInput) {
-      UpdateShares<T>(patch, samples, sizes.taps, tap, Layout::kShareBuffers, tap_shares);
+      const uint32_t old = k16Bits ? written >> 16 : written;
+      const uint32_t now = UpdateShares<T>(patch, samples, sizes.taps, tap, old, tap_shares);
+      written = k16Bits ? written << 16 | now : now;
       FenceForTensorCores();
       __syncwarp();
     }
@@ -333,29 +348,25 @@ __global__ void __launch_bounds__(kThreadsPerBlock, kBlocksPerMultiprocessor)
     // them.
     constexpr int kInFlight = Mine::kChunks < 2 ? 1 : 2;
     uint4 chunks[kInFlight][kCorners];
+    // Counts from this lane's channels. Made anew each time, to keep registers free.
+    const CornerReader reader(sizes, tensors.input + patch.channel + Mine::Lane() * kVector<T>);
     const auto corners = PlacedCorners::Of(sizes, patch, slot->place);
     if (want_products || replace) {
-#pragma unroll
-      for (int j = 0; j < kInFlight; ++j) corners.Load(reader, j * Mine::kStride, chunks[j]);
+      corners.Load(reader, 0, Mine::kStride, chunks);
     }
     if constexpr (kInput) {
       if constexpr (k16Bits) WarpgroupWait<0>();  // the tap before
       __syncthreads();
       MultiplyShares<T, kChannels>(
           warpgroup, shared + (k16Bits ? tap % 2 * Layout::kShareBytes : 0),
-          shared + (k16Bits ? Layout::kFirstCopy + copy_now : Layout::kTile), region);
+          shared + (k16Bits ? Layout::kFirstCopy + copy_now : Layout::kTile), tap > 0, region);
     }
     if (tap + kAhead < sizes.taps) copy(kAhead, k16Bits ? copy_before : 0);
     CommitCopies();
 
-    const PatchSample sample = *slot;
-    if constexpr (kInput) {
-      AddOutside<T, kChannels>(sizes, patch, sample, grads,
-                               gradients.input + patch.channel + lane * kVector<T>);
-      __syncwarp();
-    }
+    float products[kCorners];
     if (want_products || replace) {
-      const auto weights = WeightsOf<T>(sample);
+      const auto weights = WeightsOf<T>(*slot);
       CornerProducts<T> sums;
 #pragma unroll
       for (int j = 0; j < Mine::kChunks; ++j) {
@@ -366,17 +377,22 @@ __global__ void __launch_bounds__(kThreadsPerBlock, kBlocksPerMultiprocessor)
               Interpolate<T, /*kRound=*/false>(chunk, weights);
         }
         if (j + kInFlight < Mine::kChunks) {
-          corners.Load(reader, (j + kInFlight) * Mine::kStride, chunk);
+          corners.Load(reader, (j + kInFlight) * Mine::kStride, 0,
+                       reinterpret_cast<uint4(&)[1][kCorners]>(chunk));
         }
       }
-      if (want_products) {
-        float products[kCorners];
-        sums.Sum(products);
-        __syncwarp();  // all lanes of the position have read the sample
-        if (CornerProducts<T>::IsHere(Mine::Group(), lane)) *slot = GradientsOf(sample, products);
-      }
+      sums.Sum(products);
     }
+    if constexpr (kInput) {
+      AddOutside<T, kChannels>(sizes, patch, slot, grads, gradients.input);
+    }
+    __syncwarp();  // all lanes of the position have read the sample
+    if (want_products && CornerProducts<T>::IsHere(Mine::Group(), Mine::Lane())) {
+      *slot = GradientsOf(*slot, products);
+    }
+    __syncwarp();
 
+    ++slot;
     if (valid) column += sizes.group_in_channels;
     copy_before = copy_now;
     copy_now = copy_now + Layout::kCopyBytes < Layout::kCopies * Layout::kCopyBytes

@@ -128,6 +128,7 @@ struct PatchGrid {
 __device__ __forceinline__ int ReadThread() {
   int thread;
   asm volatile("mov.u32 %0, %%tid.x;\n" : "=r"(thread));
+  __builtin_assume(thread >= 0);  // spares divisions their care for the sign
   return thread;
 }
 
@@ -213,13 +214,21 @@ struct PlacedCorners {
             __all_sync(0xffffffffu, place.corners == kAllCorners) != 0};
   }
 
-  // Begins to load a chunk of each, `channel_bytes` on; 0 where they do not count.
-  __device__ __forceinline__ void Load(const CornerReader& reader, int channel_bytes,
-                                       uint4 (&chunks)[kCorners]) const {
+  // Begins to load chunks of each, from `channel_bytes` on at distances of `stride` bytes; 0 where
+  // they do not count.
+  template <int kChunks>
+  __device__ __forceinline__ void Load(const CornerReader& reader, int channel_bytes, int stride,
+                                       uint4 (&chunks)[kChunks][kCorners]) const {
     if (all_count) {
-      reader.Load<true>(corners, channel_bytes, chunks);
+#pragma unroll
+      for (int j = 0; j < kChunks; ++j) {
+        reader.Load<true>(corners, channel_bytes + j * stride, chunks[j]);
+      }
     } else {
-      reader.Load<false>(corners, channel_bytes, chunks);
+#pragma unroll
+      for (int j = 0; j < kChunks; ++j) {
+        reader.Load<false>(corners, channel_bytes + j * stride, chunks[j]);
+      }
     }
   }
 };
@@ -252,13 +261,12 @@ __device__ __forceinline__ void ReadAfterWait(float (&sums)[kCount]) {
 
 // --- The region ---
 
-// The share of `pixel` in position p's sample.
+// Where the share of `pixel` in position p's sample is, in bytes.
 template <typename T>
-__device__ __forceinline__ T* ShareAt(uint8_t* shares, int pixel, int p) {
+__device__ __forceinline__ uint32_t OffsetOfShare(int pixel, int p) {
   const int block = p / kBlockDepth<T>, chunk = p % kBlockDepth<T> / kVector<T>;
-  return reinterpret_cast<T*>(shares + block * (kRegionPixels * kRowBytes) +
-                              SwizzledOffset(pixel, chunk)) +
-         p % kVector<T>;
+  return block * (kRegionPixels * kRowBytes) + SwizzledOffset(pixel, chunk) +
+         p % kVector<T> * sizeof(T);
 }
 
 template <typename T>
@@ -270,33 +278,35 @@ __device__ __forceinline__ T RoundShare(float share) {
   }
 }
 
-// Writes a tap's shares over those of the tap `age` before, the last ones that were written there.
-// Each thread does a corner of a position; those of one position are in one warp. `samples` is
-// [positions, taps].
+// Writes a tap's shares over those that this thread wrote last to the same buffer, at `old`;
+// returns where they are: offsets in the buffer, kNoShare if there is none. Each thread does a
+// corner of a position; those of one position are in one warp.
+constexpr uint32_t kNoShare = 0xffff;
 template <typename T>
-__device__ __forceinline__ void UpdateShares(const Patch& patch, const PatchSample* samples,
-                                             int taps, int tap, int age, uint8_t* shares) {
+__device__ __forceinline__ uint32_t UpdateShares(const Patch& patch, const PatchSample* samples,
+                                                 int taps, int tap, uint32_t old, uint8_t* shares) {
   static_assert(kThreadsPerBlock == kPatchPositions * kCorners);
-  const int p = threadIdx.x / kCorners, corner = threadIdx.x % kCorners;
+  static_assert(kRegionPixels * kPatchPositions * sizeof(T) <= kNoShare + 1);
+  const int thread = ReadThread(), p = thread / kCorners, corner = thread % kCorners;
   const PatchSample* sample = samples + p * taps + tap;
-  if (tap >= age) {
-    const int pixel = patch.PixelInRegion(Place::Of(sample[-age].place), corner);
-    if (pixel >= 0) *ShareAt<T>(shares, pixel, p) = T(0.0f);
-  }
+  if (old != kNoShare) *reinterpret_cast<T*>(shares + old) = T(0.0f);
   __syncwarp();  // where one corner was, another may be now
   const int pixel = patch.PixelInRegion(Place::Of(sample->place), corner);
-  if (pixel < 0) return;
+  if (pixel < 0) return kNoShare;
   float weights[kCorners], weight = 0;
   BilinearWeights(sample->h, sample->w, weights);
 #pragma unroll
   for (int i = 0; i < kCorners; ++i) weight = i == corner ? weights[i] : weight;
-  *ShareAt<T>(shares, pixel, p) = RoundShare<T>(sample->mask * weight);
+  const uint32_t offset = OffsetOfShare<T>(pixel, p);
+  *reinterpret_cast<T*>(shares + offset) = RoundShare<T>(sample->mask * weight);
+  return offset;
 }
 
-// Begins sums [pixels, channels] += shares * grad_columns, for this warpgroup's pixels.
+// Begins sums [pixels, channels] += shares * grad_columns, or = with `add` false, for this
+// warpgroup's pixels.
 template <typename T, int kChannels>
 __device__ __forceinline__ void MultiplyShares(int warpgroup, uint32_t shares,
-                                               uint32_t grad_columns,
+                                               uint32_t grad_columns, bool add,
                                                float (&sums)[kRegionParts][kChannels / 2]) {
   constexpr RowsOf kRows = sizeof(T) == 2 ? RowsOf::kDepth : RowsOf::kProduct;
   constexpr int kSteps = kBlockDepth<T> / kStepDepth<T>;
@@ -314,7 +324,8 @@ __device__ __forceinline__ void MultiplyShares(int warpgroup, uint32_t shares,
         const uint32_t b =
             grad_columns + block * (kChannels * kRowBytes) + step * StepBytes<T, kRows>();
         Multiply<T, kChannels, RowsOf::kProduct, kRows>::Run(sums[part], FactorDescriptor(a, 0),
-                                                             FactorDescriptor(b, 0), true);
+                                                             FactorDescriptor(b, 0),
+                                                             add || block > 0 || step > 0);
       }
     }
   }
