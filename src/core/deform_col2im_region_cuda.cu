@@ -253,7 +253,8 @@ __global__ void __launch_bounds__(kThreadsPerBlock, kBlocksPerMultiprocessor)
   const int warpgroup = WarpgroupIndex();
   const int p = Mine::Position(), lane = Mine::Lane();
 
-  // This lane's first chunk of the tap's columns.
+  // This lane's first chunk of the tap's columns; of a position that is not worked on, anything, to
+  // be neither read nor written.
   const Position position = patch.At(p);
   const bool valid = grid.Includes(sizes, position);
   T* column = columns;
@@ -269,8 +270,8 @@ __global__ void __launch_bounds__(kThreadsPerBlock, kBlocksPerMultiprocessor)
   const auto copy = [&](int ahead, uint32_t to) {
 #pragma unroll
     for (int j = 0; j < Mine::kChunks; ++j) {
-      const T* from = column + (valid ? ahead * sizes.group_in_channels + j * kNextChunk : 0);
-      CopyChunkAsync(Layout::ChunkAt(first_chunk + to, j), from, valid);
+      CopyChunkAsync(Layout::ChunkAt(first_chunk + to, j),
+                     column + ahead * sizes.group_in_channels + j * kNextChunk, valid);
     }
   };
 
@@ -393,7 +394,7 @@ __global__ void __launch_bounds__(kThreadsPerBlock, kBlocksPerMultiprocessor)
     __syncwarp();
 
     ++slot;
-    if (valid) column += sizes.group_in_channels;
+    column += sizes.group_in_channels;
     copy_before = copy_now;
     copy_now = copy_now + Layout::kCopyBytes < Layout::kCopies * Layout::kCopyBytes
                    ? copy_now + Layout::kCopyBytes

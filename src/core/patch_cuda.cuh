@@ -310,21 +310,21 @@ __device__ __forceinline__ void MultiplyShares(int warpgroup, uint32_t shares,
                                                float (&sums)[kRegionParts][kChannels / 2]) {
   constexpr RowsOf kRows = sizeof(T) == 2 ? RowsOf::kDepth : RowsOf::kProduct;
   constexpr int kSteps = kBlockDepth<T> / kStepDepth<T>;
+  constexpr uint32_t kPartBytes = kWarpgroupRows * kRowBytes;
+  const uint64_t a = FactorDescriptor(shares + warpgroup * kRegionParts * kPartBytes, 0);
+  const uint64_t b = FactorDescriptor(grad_columns, 0);
   WarpgroupArrive();
 #pragma unroll
   for (int part = 0; part < kRegionParts; ++part) {
-    const uint32_t pixels =
-        shares + (warpgroup * kRegionParts + part) * (kWarpgroupRows * kRowBytes);
 #pragma unroll
     for (int block = 0; block < kPatchPositions / kBlockDepth<T>; ++block) {
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
-        const uint32_t a =
-            pixels + block * (kRegionPixels * kRowBytes) + step * StepBytes<T, RowsOf::kProduct>();
-        const uint32_t b =
-            grad_columns + block * (kChannels * kRowBytes) + step * StepBytes<T, kRows>();
-        Multiply<T, kChannels, RowsOf::kProduct, kRows>::Run(sums[part], FactorDescriptor(a, 0),
-                                                             FactorDescriptor(b, 0),
+        const uint32_t a_bytes = part * kPartBytes + block * (kRegionPixels * kRowBytes) +
+                                 step * StepBytes<T, RowsOf::kProduct>();
+        const uint32_t b_bytes = block * (kChannels * kRowBytes) + step * StepBytes<T, kRows>();
+        Multiply<T, kChannels, RowsOf::kProduct, kRows>::Run(sums[part], MoveDescriptor(a, a_bytes),
+                                                             MoveDescriptor(b, b_bytes),
                                                              add || block > 0 || step > 0);
       }
     }

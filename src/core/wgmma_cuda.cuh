@@ -57,6 +57,13 @@ __device__ __forceinline__ uint64_t FactorDescriptor(uint32_t address, uint32_t 
   return kSwizzle128 | stride << 32 | leading << 16 | ((address >> 4) & 0x3fff);
 }
 
+// The same, `bytes` further on. All of shared memory has its place in the descriptor's 14 bits, so
+// the lower half alone changes.
+__device__ __forceinline__ uint64_t MoveDescriptor(uint64_t descriptor, uint32_t bytes) {
+  const uint32_t low = static_cast<uint32_t>(descriptor) + (bytes >> 4);
+  return (descriptor & ~uint64_t{UINT32_MAX}) | low;
+}
+
 // Depth of one instruction, in numbers: 32 bytes of them.
 template <typename T>
 constexpr int kStepDepth = 32 / sizeof(T);
