@@ -22,8 +22,10 @@ using namespace cuda;  // the kernels' own names
 // the columns' gradient, which nobody else reads, and of the sample's corners, whose products with
 // it are the gradients of offset and mask. The columns themselves take their gradient's place.
 
-// Blocks side by side on a multiprocessor; they bound registers.
-constexpr int kBlocksPerMultiprocessor = 2;
+// Blocks side by side on a multiprocessor, as many as shared memory holds of nine taps; or fewer,
+// for the registers.
+template <bool kInput>
+constexpr int kBlocksPerMultiprocessor = kInput ? 2 : 3;
 constexpr int kLanesOfPosition = 4;
 constexpr int kPositionsOfWarp = kWarp / kLanesOfPosition;
 static_assert(kThreadsPerBlock == kPatchPositions * kLanesOfPosition);
@@ -237,7 +239,7 @@ __device__ __forceinline__ void AddOutside(const FusedSizes& sizes, const Patch&
 // kInput tells whether the input's gradient is wanted, `replace` whether the columns are to replace
 // their gradient, `add` whether the samples' gradients are added instead of written.
 template <typename T, int kChannels, bool kInput>
-__global__ void __launch_bounds__(kThreadsPerBlock, kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(kThreadsPerBlock, kBlocksPerMultiprocessor<kInput>)
     Col2ImRegionKernel(const __grid_constant__ FusedSizes sizes,
                        const __grid_constant__ PatchGrid grid, SampledTensors<T, float> tensors,
                        bool replace, bool add,
