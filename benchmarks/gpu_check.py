@@ -96,6 +96,8 @@ SMALL = (
 
 
 FEW_COLUMNS = 1 << 16
+# Of one or several bands of patches, or of single images.
+SOME_COLUMNS = 1 << 20
 VARIANTS = (
     Variant("general"),
     Variant("general", FEW_COLUMNS),
@@ -104,11 +106,16 @@ VARIANTS = (
     Variant("automatic"),
     Variant("automatic", 0, deterministic=True),
     Variant("fused"),
+    Variant("region"),
+    Variant("region", SOME_COLUMNS),
+    Variant("region", FEW_COLUMNS),
 )
 SMALL_VARIANTS = (
     Variant("general"),
     Variant("general", FEW_COLUMNS, deterministic=True),
     Variant("fused"),
+    Variant("region"),
+    Variant("region", FEW_COLUMNS),
 )
 
 # What one call of the core computes: the output, or these gradients.
@@ -122,10 +129,13 @@ PASSES = {
     "gradients of input, offset, mask": SAMPLED,
     "gradient of filters": FILTERS,
 }
+BY_REGIONS = "gradients of input, offset, mask by regions"
 
 
 def calls_of(variant: Variant, small: bool) -> list[tuple[str, ...]]:
     calls = list(PASSES.values()) if variant.path == "fused" else [OUTPUT, ALL]
+    if variant.path == "region":
+        calls.append(SAMPLED)  # without columns for the filters' gradient
     if not small and variant in (Variant(variant.path), Variant("general", FEW_COLUMNS)):
         calls += [(key,) for key in ALL if (key,) not in calls]
     return calls
@@ -236,13 +246,15 @@ class Summary:
         if absent:
             line += " no fused kernel"
             if errors:
-                line += f" for {', '.join('+'.join(call) for call in absent)}"
+                line += f" for {', '.join('+'.join(call) for call in dict.fromkeys(absent))}"
         print(line, flush=True)
         if not fine:
             self.bad.append(line)
         if path == "fused":
             done = (name for name, call in PASSES.items() if call not in absent)
             self.fused.update((type_name, name) for name in done)
+        if path == "region" and SAMPLED not in absent:
+            self.fused[type_name, BY_REGIONS] += 1
 
     def print(self) -> None:
         header = ["largest relative errors", "output", *ALL]
@@ -252,11 +264,12 @@ class Summary:
             for (type_name, path), of in self.errors.items()
         ]
         print(f"\n{report.table(header, rows)}")
+        kinds = (*PASSES, BY_REGIONS)
         rows = [
-            [name, *(f"{self.fused[name, key]} of {self.layers}" for key in PASSES)]
+            [name, *(f"{self.fused[name, kind]} of {self.layers}" for kind in kinds)]
             for name in TYPES
         ]
-        print(report.table(["done by fused kernels", *PASSES], rows), flush=True)
+        print(report.table(["done by fused kernels", *kinds], rows), flush=True)
         for line in self.bad:
             print(line)
 

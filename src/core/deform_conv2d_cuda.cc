@@ -1,6 +1,8 @@
 // Forward and backward on a GPU, and which kernels do what. The general way: chunks of output
 // positions, and for each im2col and GEMM; a chunk is as large as the bound on its columns allows,
-// whatever the batch is. The fused kernels take passes that they can do as a whole.
+// whatever the batch is. Backward, a chunk is a group of whole images or a part of one image, so
+// that the float sums of the input's gradient are needed for one group at a time. The fused kernels
+// take passes that they can do as a whole.
 
 #include <algorithm>
 #include <type_traits>
@@ -30,14 +32,16 @@ class CudaCall {
   std::string Forward(T* output) {
     bool fuse = false;
     DEFORM_CONV_RETURN_IF_ERROR(Choose(
-        "output", /*fast=*/true,
+        "output", KernelPath::kFused, /*fast=*/true,
         [&] { return FusedForwardFits<T>(params_, tensors_, filters_, output); }, &fuse));
     if constexpr (kMayFuse) {
       if (fuse) return FusedForwardCuda<T>(params_, tensors_, filters_, device_, output);
     }
+    const int64_t positions = params_.out_positions();
+    chunk_ = PartOf(positions, MostPositions());
     DEFORM_CONV_RETURN_IF_ERROR(AllocateColumns());
-    for (int64_t begin = 0; begin < positions_; begin += chunk_) {
-      const int64_t end = std::min(begin + chunk_, positions_);
+    for (int64_t begin = 0; begin < positions; begin += chunk_) {
+      const int64_t end = std::min(begin + chunk_, positions);
       DEFORM_CONV_RETURN_IF_ERROR(Im2Col(begin, end));
       for (int64_t j = 0; j < params_.groups; ++j) {
         DEFORM_CONV_RETURN_IF_ERROR(Gemm(GemmForm::kPlain, Columns(j, begin, end), Filters(j),
@@ -48,56 +52,58 @@ class CudaCall {
   }
 
   std::string Backward(const T* grad_output, const DeformConvGradients<T, A>& gradients) {
-    const int64_t input_size = params_.batch * params_.in_h * params_.in_w * params_.in_channels;
     const int64_t filters_size =
         params_.taps() * params_.group_in_channels() * params_.out_channels;
-    SampledGradients<A> sampled{nullptr, gradients.sampled.offset, gradients.sampled.mask};
+    DeformConvGradients<T, A> general = gradients;  // what is left to the general way
     A* filters_sum = nullptr;
-    DEFORM_CONV_RETURN_IF_ERROR(PrepareSum(gradients.sampled.input, input_size, &sampled.input));
-
-    SampledGradients<A> general = sampled;
-    T* general_filters = gradients.filters;
     bool fuse = false;
-    if (sampled.any()) {
+    if (gradients.sampled.any()) {
+      constexpr char kWhat[] = "gradients of input, offset and mask";
+      // What kernels add to is the input's gradient itself, or a copy that is no less aligned.
+      const SampledGradients<A> sampled{reinterpret_cast<A*>(gradients.sampled.input),
+                                        gradients.sampled.offset, gradients.sampled.mask};
       DEFORM_CONV_RETURN_IF_ERROR(Choose(
-          "gradients of input, offset and mask", FusedBackwardIsFast(),
+          kWhat, KernelPath::kFused, FusedBackwardIsFast(),
           [&] {
             return !device_.deterministic() &&
                    FusedBackpropSamplesFits<T>(params_, tensors_, filters_, grad_output, sampled);
           },
           &fuse));
-      if constexpr (kMayFuse) {
-        if (fuse) {
-          DEFORM_CONV_RETURN_IF_ERROR(FusedBackpropSamplesCuda<T>(params_, tensors_, filters_,
-                                                                  grad_output, device_, sampled));
-          general = {};
-        }
+      DEFORM_CONV_RETURN_IF_ERROR(Choose(
+          kWhat, KernelPath::kRegion, /*fast=*/false,
+          [&] {
+            return !device_.deterministic() &&
+                   DeformCol2ImRegionFits<T>(params_, tensors_, columns_, sampled);
+          },
+          &by_regions_));
+      if (fuse) {
+        DEFORM_CONV_RETURN_IF_ERROR(FusedBackpropSamples(grad_output, gradients.sampled));
+        general.sampled = {};
       }
     }
     if (gradients.filters != nullptr) {
       DEFORM_CONV_RETURN_IF_ERROR(Choose(
-          "gradient of the filters", FusedBackwardIsFast(),
+          "gradient of the filters", KernelPath::kFused, FusedBackwardIsFast(),
           [&] {
             return !device_.deterministic() &&
                    FusedBackpropFiltersFits<T>(params_, tensors_, grad_output);
           },
           &fuse));
       // The general kernel for the samples leaves columns, with which the rest is soon done.
-      if (general.any() && device_.path() == KernelPath::kFastest) fuse = false;
+      if (general.sampled.any() && device_.path() == KernelPath::kFastest) fuse = false;
       if constexpr (kMayFuse) {
         if (fuse) {
-          DEFORM_CONV_RETURN_IF_ERROR(PrepareSum(gradients.filters, filters_size, &filters_sum));
+          DEFORM_CONV_RETURN_IF_ERROR(AllocateSum(gradients.filters, filters_size, &filters_sum));
+          DEFORM_CONV_RETURN_IF_ERROR(ZeroSum(filters_sum, filters_size));
           DEFORM_CONV_RETURN_IF_ERROR(
               FusedBackpropFiltersCuda<T>(params_, tensors_, grad_output, device_, filters_sum));
-          general_filters = nullptr;
+          general.filters = nullptr;
         }
       }
     }
-    if (general.any() || general_filters != nullptr) {
-      DEFORM_CONV_RETURN_IF_ERROR(
-          BackpropChunks(grad_output, general, filters_size, general_filters, &filters_sum));
+    if (general.sampled.any() || general.filters != nullptr) {
+      DEFORM_CONV_RETURN_IF_ERROR(BackpropGroups(grad_output, general, filters_size, &filters_sum));
     }
-    DEFORM_CONV_RETURN_IF_ERROR(StoreSum(sampled.input, input_size, gradients.sampled.input));
     return StoreSum(filters_sum, filters_size, gradients.filters);
   }
 
@@ -113,78 +119,170 @@ class CudaCall {
     return sizeof(T) == 2 && params_.group_out_channels() <= kManyChannels;
   }
 
-  // The one place that decides whether the fused kernels do a pass: where they can, `fits`, and are
-  // `fast`, unless the caller of the core says otherwise.
+  // The one place that decides whether kernels that are not general do a pass: where they can,
+  // `fits`, and are `fast`, unless the caller of the core says otherwise. `path` is theirs.
   template <typename Fits>
-  std::string Choose(const char* what, bool fast, const Fits& fits, bool* fuse) const {
-    const KernelPath path = device_.path();
-    *fuse = false;
+  std::string Choose(const char* what, KernelPath path, bool fast, const Fits& fits,
+                     bool* chosen) const {
+    *chosen = false;
     if constexpr (kMayFuse) {
-      const bool wanted = path == KernelPath::kFused || (path == KernelPath::kFastest && fast);
-      *fuse = wanted && (!std::is_same_v<T, float> || device_.allow_tf32()) &&
-              FusedKernelsRunHere() && fits();
+      const bool wanted =
+          device_.path() == path || (device_.path() == KernelPath::kFastest && fast);
+      *chosen = wanted && (!std::is_same_v<T, float> || device_.allow_tf32()) &&
+                FusedKernelsRunHere() && fits();
     }
-    if (path != KernelPath::kFused || *fuse) return "";
+    if (device_.path() != path || *chosen) return "";
     return std::string("no fused kernel for the ") + what + " of these sizes and types on this GPU";
   }
 
-  // The general way backward. Without a filters_sum, GEMM writes the filters' gradient.
-  std::string BackpropChunks(const T* grad_output, const SampledGradients<A>& sampled,
-                             int64_t filters_size, T* grad_filters, A** filters_sum) {
+  std::string FusedBackpropSamples(const T* grad_output, const SampledGradients<T, A>& gradients) {
+    const int64_t size = InputSize();
+    SampledGradients<A> sampled{nullptr, gradients.offset, gradients.mask};
+    DEFORM_CONV_RETURN_IF_ERROR(AllocateSum(gradients.input, size, &sampled.input));
+    DEFORM_CONV_RETURN_IF_ERROR(ZeroSum(sampled.input, size));
+    if constexpr (kMayFuse) {
+      DEFORM_CONV_RETURN_IF_ERROR(
+          FusedBackpropSamplesCuda<T>(params_, tensors_, filters_, grad_output, device_, sampled));
+    }
+    return StoreSum(sampled.input, size, gradients.input);
+  }
+
+  // --- The general way backward ---
+
+  // Goes over groups of images. Without a filters_sum, GEMM writes the filters' gradient.
+  std::string BackpropGroups(const T* grad_output, const DeformConvGradients<T, A>& gradients,
+                             int64_t filters_size, A** filters_sum) {
+    const int64_t images = ChooseGroup();
     DEFORM_CONV_RETURN_IF_ERROR(AllocateColumns());
     // With one chunk, the GEMM writes the filters' gradient; with more, they are summed up.
-    const bool sum_filters = grad_filters != nullptr && (chunk_ < positions_ || positions_ == 0);
-    if (sum_filters) {
-      DEFORM_CONV_RETURN_IF_ERROR(PrepareSum(grad_filters, filters_size, filters_sum));
+    const int64_t positions = params_.out_positions();
+    if (gradients.filters != nullptr && (chunk_ < positions || positions == 0)) {
+      DEFORM_CONV_RETURN_IF_ERROR(AllocateSum(gradients.filters, filters_size, filters_sum));
+      DEFORM_CONV_RETURN_IF_ERROR(ZeroSum(*filters_sum, filters_size));
     }
-    for (int64_t begin = 0; begin < positions_; begin += chunk_) {
-      const int64_t end = std::min(begin + chunk_, positions_);
-      if (sampled.any()) {
-        DEFORM_CONV_RETURN_IF_ERROR(
-            BackpropSamples(grad_output, begin, end, grad_filters != nullptr, sampled));
-      } else if (grad_filters != nullptr) {
-        DEFORM_CONV_RETURN_IF_ERROR(Im2Col(begin, end));
-      }
-      if (grad_filters == nullptr) continue;
-      const bool accumulate = sum_filters && std::is_same_v<T, A>;
+    // For the 16-bit types, one copy for the group that is at work.
+    A* input_sum = nullptr;
+    const int64_t image_size = params_.in_h * params_.in_w * params_.in_channels;
+    if constexpr (!std::is_same_v<T, A>) {
       DEFORM_CONV_RETURN_IF_ERROR(
-          BackpropFilters(grad_output, begin, end, accumulate, grad_filters));
-      if constexpr (!std::is_same_v<T, A>) {
-        if (!sum_filters) continue;
-        DEFORM_CONV_RETURN_IF_ERROR(
-            AddCuda(filters_size, grad_filters, *filters_sum, device_.stream()));
-      }
+          AllocateSum(gradients.sampled.input, images * image_size, &input_sum));
+    }
+    for (int64_t first = 0; first < params_.batch; first += images) {
+      CudaCall group = *this;
+      group.params_.batch = std::min(images, params_.batch - first);
+      const int64_t begin = first * params_.out_h * params_.out_w;
+      const auto from = [](auto* tensor, int64_t element) {
+        return tensor == nullptr ? nullptr : tensor + element;
+      };
+      group.tensors_ = {from(tensors_.input, first * image_size),
+                        from(tensors_.offset, begin * params_.offset_channels()),
+                        from(tensors_.mask, begin * params_.mask_channels())};
+      DeformConvGradients<T, A> part = gradients;
+      part.sampled = {from(gradients.sampled.input, first * image_size),
+                      from(gradients.sampled.offset, begin * params_.offset_channels()),
+                      from(gradients.sampled.mask, begin * params_.mask_channels())};
+      DEFORM_CONV_RETURN_IF_ERROR(group.BackpropGroup(grad_output + begin * params_.out_channels,
+                                                      part, input_sum, filters_size, *filters_sum));
     }
     return "";
   }
 
-  std::string AllocateColumns() {
-    positions_ = params_.out_positions();
-    if (positions_ == 0) return "";
-    const int64_t row_bytes = params_.taps() * params_.in_channels * sizeof(T);
-    const int64_t most = std::max<int64_t>(device_.columns_bytes() / row_bytes, 1);
-    const int64_t chunks = (positions_ + most - 1) / most;
-    chunk_ = (positions_ + chunks - 1) / chunks;  // nearly equal ones
-    return device_.Allocate(chunk_ * row_bytes, reinterpret_cast<void**>(&columns_));
+  // Goes over the chunks of this group, a call of its own. Where sums are not the gradients
+  // themselves, the input's are made in `input_sum`, and the filters' added to `filters_sum`, if
+  // there is one.
+  std::string BackpropGroup(const T* grad_output, const DeformConvGradients<T, A>& gradients,
+                            A* input_sum, int64_t filters_size, A* filters_sum) {
+    SampledGradients<A> sampled{nullptr, gradients.sampled.offset, gradients.sampled.mask};
+    if (gradients.sampled.input != nullptr) {
+      if constexpr (std::is_same_v<T, A>) input_sum = gradients.sampled.input;
+      sampled.input = input_sum;
+      DEFORM_CONV_RETURN_IF_ERROR(ZeroSum(input_sum, InputSize()));
+    }
+    const int64_t positions = params_.out_positions();
+    for (int64_t begin = 0; begin < positions; begin += chunk_) {
+      const int64_t end = std::min(begin + chunk_, positions);
+      if (sampled.any()) {
+        DEFORM_CONV_RETURN_IF_ERROR(
+            BackpropSamples(grad_output, begin, end, gradients.filters != nullptr, sampled));
+      } else if (gradients.filters != nullptr) {
+        DEFORM_CONV_RETURN_IF_ERROR(Im2Col(begin, end));
+      }
+      if (gradients.filters == nullptr) continue;
+      const bool accumulate = filters_sum != nullptr && std::is_same_v<T, A>;
+      DEFORM_CONV_RETURN_IF_ERROR(
+          BackpropFilters(grad_output, begin, end, accumulate, gradients.filters));
+      if constexpr (!std::is_same_v<T, A>) {
+        if (filters_sum == nullptr) continue;
+        DEFORM_CONV_RETURN_IF_ERROR(
+            AddCuda(filters_size, gradients.filters, filters_sum, device_.stream()));
+      }
+    }
+    return StoreSum(sampled.input, InputSize(), gradients.sampled.input);
   }
 
-  // Zeroes what is added to in the end: the gradient itself, or for the 16-bit types a float copy,
-  // since sums in 16 bits would depend on how many terms they have.
-  std::string PrepareSum(T* gradient, int64_t size, A** sum) {
+  // --- Chunks and memory ---
+
+  static int64_t DivideUp(int64_t number, int64_t divisor) {
+    return (number + divisor - 1) / divisor;
+  }
+  // The size of parts, nearly equal ones, of at most `most`, into which `number` is cut.
+  static int64_t PartOf(int64_t number, int64_t most) {
+    return number == 0 ? 1 : DivideUp(number, DivideUp(number, most));
+  }
+
+  int64_t RowBytes() const { return params_.taps() * params_.in_channels * sizeof(T); }
+  int64_t MostPositions() const {
+    return std::max<int64_t>(device_.columns_bytes() / RowBytes(), 1);
+  }
+
+  // Chooses chunk_, and returns how many images make a group: as many as are one chunk; or one, if
+  // that is several chunks.
+  int64_t ChooseGroup() {
+    constexpr int64_t kRows = 8;  // of the patches that regions are for
+    const int64_t image = params_.out_h * params_.out_w, most = MostPositions();
+    if (image <= most) {
+      const int64_t images = PartOf(params_.batch, image == 0 ? params_.batch : most / image);
+      chunk_ = std::max<int64_t>(images * image, 1);
+      return images;
+    }
+    const int64_t band = kRows * params_.out_w;
+    const int64_t unit = by_regions_ && band <= most ? band : 1;
+    chunk_ = PartOf(DivideUp(image, unit), most / unit) * unit;
+    return 1;
+  }
+
+  // For chunk_ positions.
+  std::string AllocateColumns() {
+    if (params_.out_positions() == 0) return "";
+    return device_.Allocate(chunk_ * RowBytes(), reinterpret_cast<void**>(&columns_));
+  }
+
+  // Where to add to what is a gradient in the end: the gradient itself, or for the 16-bit types a
+  // float copy, since sums in 16 bits would depend on how many terms they have.
+  std::string AllocateSum(T* gradient, int64_t size, A** sum) {
     if (gradient == nullptr) return "";
     if constexpr (std::is_same_v<T, A>) {
       *sum = gradient;
+      return "";
     } else {
-      DEFORM_CONV_RETURN_IF_ERROR(
-          device_.Allocate(size * sizeof(A), reinterpret_cast<void**>(sum)));
+      return device_.Allocate(size * sizeof(A), reinterpret_cast<void**>(sum));
     }
-    return ZeroCuda(*sum, size * sizeof(A), device_.stream());
+  }
+
+  std::string ZeroSum(A* sum, int64_t size) {
+    return sum == nullptr ? "" : ZeroCuda(sum, size * sizeof(A), device_.stream());
   }
 
   std::string StoreSum(const A* sum, int64_t size, T* gradient) {
     if (sum == nullptr || std::is_same_v<T, A>) return "";
     return FromNhwcCuda<A, T>(DataFormat::kNhwc, {1, size, 1}, sum, gradient, device_.stream());
   }
+
+  int64_t InputSize() const {
+    return params_.batch * params_.in_h * params_.in_w * params_.in_channels;
+  }
+
+  // --- The steps of the general way ---
 
   std::string Im2Col(int64_t begin, int64_t end) {
     return DeformIm2ColCuda<T>(params_, tensors_, begin, end, columns_, device_.stream());
@@ -206,6 +304,12 @@ class CudaCall {
       DEFORM_CONV_RETURN_IF_ERROR(Gemm(GemmForm::kTransposeB, Output(j, grad_output, begin, end),
                                        Filters(j), Columns(j, begin, end),
                                        /*accumulate=*/false));
+    }
+    if constexpr (kMayFuse) {
+      if (by_regions_) {
+        return DeformCol2ImRegionCuda<T>(params_, tensors_, begin, end, want_columns, columns_,
+                                         sampled, device_.stream());
+      }
     }
     SampledGradients<A> unsorted = sampled;
     if (sampled.input != nullptr && SortsCorners()) {
@@ -257,11 +361,12 @@ class CudaCall {
                         accumulate);
   }
 
-  const DeformConvParams& params_;
-  const SampledTensors<T, A>& tensors_;
+  DeformConvParams params_;
+  SampledTensors<T, A> tensors_;
   const T* filters_;
   CudaDevice& device_;
-  int64_t positions_ = 0, chunk_ = 1;
+  bool by_regions_ = false;  // how the input's gradient is summed up
+  int64_t chunk_ = 1;        // positions whose columns are made at a time
   T* columns_ = nullptr;
 };
 

@@ -517,14 +517,14 @@ __device__ __forceinline__ void SampleAndMultiply(const FusedSizes& sizes,
         const auto& words = samples[step / 2];
         const int word = step % 2 * 2;
         const uint64_t filters =
-            AdvanceDescriptor(columns_of_stage, step * StepBytes<T, kRowsAsStored<T>>());
+            MoveDescriptor(columns_of_stage, step * StepBytes<T, kRowsAsStored<T>>());
         const uint32_t factor[4] = {words[0][word], words[1][word], words[0][word + 1],
                                     words[1][word + 1]};
 #pragma unroll
         for (int product = 0; product < Tile::kProducts; ++product) {
           MultiplyRegisters<T, Tile::kProductCols, kRowsAsStored<T>>::Run(
               sums[product], factor,
-              AdvanceDescriptor(filters, product * (Tile::kProductCols * kRowBytes)), true);
+              MoveDescriptor(filters, product * (Tile::kProductCols * kRowBytes)), true);
         }
       }
       WarpgroupCommit();

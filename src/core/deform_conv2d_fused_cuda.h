@@ -67,6 +67,21 @@ std::string FusedBackpropSamplesCuda(const DeformConvParams& params,
                                      const T* filters, const T* grad_output, CudaDevice& device,
                                      const SampledGradients<ComputeType<T>>& gradients);
 
+// Whether DeformCol2ImRegionCuda can be called.
+template <typename T>
+bool DeformCol2ImRegionFits(const DeformConvParams& params,
+                            const SampledTensors<T, ComputeType<T>>& tensors, const T* columns,
+                            const SampledGradients<ComputeType<T>>& gradients);
+
+// As DeformCol2ImCuda; but few additions to gradients.input are left to memory, and of 16-bit
+// types, samples are rounded as those of FusedForwardCuda. The fewer patches of 8x8 positions
+// [begin, end) cut, the better.
+template <typename T>
+std::string DeformCol2ImRegionCuda(const DeformConvParams& params,
+                                   const SampledTensors<T, ComputeType<T>>& tensors, int64_t begin,
+                                   int64_t end, bool replace, T* columns,
+                                   const SampledGradients<ComputeType<T>>& gradients, void* stream);
+
 }  // namespace deform_conv
 
 #endif  // DEFORM_CONV_CORE_DEFORM_CONV2D_FUSED_CUDA_H_

@@ -207,10 +207,10 @@ struct CornerReader {
 };
 constexpr int32_t kAllCorners = (1 << kCornerBits) - 1;
 
-// The samples of a chunk of channels, rounded as the tensor cores want them. 16-bit types are
-// interpolated in their own arithmetic, which is a third of the instructions that conversion to
-// floats and back would take; what the samples add up to is in float.
-template <typename T>
+// The samples of a chunk of channels, with kRound rounded as the tensor cores want them. 16-bit
+// types are interpolated in their own arithmetic, which is a third of the instructions that
+// conversion to floats and back would take; what the samples add up to is in float.
+template <typename T, bool kRound = true>
 __device__ __forceinline__ uint4 Interpolate(const uint4 (&chunks)[kCorners],
                                              const CornerWeights<T>& weights) {
   uint32_t words[4];
@@ -232,7 +232,7 @@ __device__ __forceinline__ uint4 Interpolate(const uint4 (&chunks)[kCorners],
       for (int corner = 0; corner < kCorners; ++corner) {
         sum += weights.of[corner] * reinterpret_cast<const float*>(&chunks[corner])[i];
       }
-      words[i] = __float_as_uint(RoundToTf32(sum));
+      words[i] = __float_as_uint(kRound ? RoundToTf32(sum) : sum);
     }
   }
   return make_uint4(words[0], words[1], words[2], words[3]);

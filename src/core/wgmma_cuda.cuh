@@ -18,6 +18,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace deform_conv {
 namespace cuda {
@@ -56,9 +57,11 @@ __device__ __forceinline__ uint64_t FactorDescriptor(uint32_t address, uint32_t 
   return kSwizzle128 | stride << 32 | leading << 16 | ((address >> 4) & 0x3fff);
 }
 
-// The factor that begins `bytes` later.
-__device__ __forceinline__ uint64_t AdvanceDescriptor(uint64_t descriptor, uint32_t bytes) {
-  return descriptor + (bytes >> 4);  // addresses in shared memory do not reach beyond their bits
+// The same, `bytes` further on. All of shared memory has its place in the descriptor's 14 bits, so
+// the lower half alone changes.
+__device__ __forceinline__ uint64_t MoveDescriptor(uint64_t descriptor, uint32_t bytes) {
+  const uint32_t low = static_cast<uint32_t>(descriptor) + (bytes >> 4);
+  return (descriptor & ~uint64_t{UINT32_MAX}) | low;
 }
 
 // Depth of one instruction, in numbers: 32 bytes of them.
@@ -285,6 +288,31 @@ DEFORM_CONV_MULTIPLY(128, 64, "%64", "%65", "%66", "%67", "%68")
 #undef DEFORM_CONV_NAMES_16
 #undef DEFORM_CONV_NAMES_32
 #undef DEFORM_CONV_NAMES_64
+
+// sums [16, 8] += a [16, 16] * b [16, 8], by a warp, from registers, at once. Of a lane, with
+// row = lane / 4 and pair = 2 * (lane % 4):
+//
+//   sums[2 * j + k] is row `row` + 8 * j, column `pair` + k
+//   a[j + 2 * i]    is row `row` + 8 * j at depths `pair` + 8 * i and the next
+//   b[i]            is column `row` at depths `pair` + 8 * i and the next
+template <typename T>
+__device__ __forceinline__ void MultiplyInWarp(float (&sums)[4], const uint32_t (&a)[4],
+                                               const uint32_t (&b)[2]) {
+  // Volatile, or it might be moved to where not all lanes come by.
+#define DEFORM_CONV_MULTIPLY_IN_WARP(name)                                         \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." name "." name              \
+               ".f32 "                                                             \
+               "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n" \
+               : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])        \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+  if constexpr (std::is_same_v<T, __half>) {
+    DEFORM_CONV_MULTIPLY_IN_WARP("f16");
+  } else {
+    static_assert(std::is_same_v<T, __nv_bfloat16>);
+    DEFORM_CONV_MULTIPLY_IN_WARP("bf16");
+  }
+#undef DEFORM_CONV_MULTIPLY_IN_WARP
+}
 
 // As a float, rounded to the nearest TF32; the tensor cores would cut the bits off.
 __device__ __forceinline__ float RoundToTf32(float number) {

@@ -59,14 +59,16 @@ inline absl::Status StreamGemm(stream_executor::Stream* stream, ElementType type
   return absl::InternalError("unknown element type");
 }
 
-// What the environment variable DEFORM_CONV_PATH says, "general" or "fused", when first asked.
+// What the environment variable DEFORM_CONV_PATH says, "general", "fused" or "region", when first
+// asked.
 inline KernelPath PathOfEnvironment() {
   static const KernelPath path = [] {
     const char* value = std::getenv("DEFORM_CONV_PATH");
     const std::string name = value == nullptr ? "" : value;
-    return name == "general" ? KernelPath::kGeneral
-           : name == "fused" ? KernelPath::kFused
-                             : KernelPath::kFastest;
+    return name == "general"  ? KernelPath::kGeneral
+           : name == "fused"  ? KernelPath::kFused
+           : name == "region" ? KernelPath::kRegion
+                              : KernelPath::kFastest;
   }();
   return path;
 }
