@@ -29,7 +29,6 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -38,38 +37,16 @@ from utils.cli import number, run
 import numpy as np
 import peers
 import report
+from layers import EXPERIMENT, MEASUREMENTS, Layer
 
-MEASUREMENTS = ("forward", "forward+backward")
 # Peers take part in every so many rounds: they are slow.
 PEER_INTERVAL = 5
-
-
-class Layer(NamedTuple):
-    """A convolutional layer's sizes."""
-
-    batch: int
-    channels: int
-    out_channels: int
-    height: int
-    width: int
-    stride: int = 1
-
-    def __str__(self) -> str:
-        stride = f", stride {self.stride}" if self.stride > 1 else ""
-        return report.shape_name(self[:5]) + stride
-
 
 DETECTION = (
     Layer(64, 32, 64, 28, 28),
     Layer(1, 128, 128, 100, 152),
     Layer(1, 256, 256, 50, 76),
     Layer(1, 512, 512, 25, 38),
-)
-EXPERIMENT = (
-    Layer(64, 1, 32, 28, 28),
-    Layer(64, 32, 64, 28, 28, 2),
-    Layer(64, 64, 128, 14, 14),
-    Layer(64, 128, 128, 14, 14, 2),
 )
 SCALING = {
     "batch": {n: Layer(n, 32, 64, 28, 28) for n in (1, 2, 4, 8, 16, 32, 64)},
@@ -109,18 +86,17 @@ def instruction_set() -> str:
 
 def arrays_of(layer: Layer) -> dict[str, np.ndarray]:
     """Random arguments and the output's gradient."""
-    batch, channels, out_channels, height, width, stride = layer
     rng = np.random.default_rng(0)
-    out_size = [-(-size // stride) for size in (height, width)]
+    outputs = (layer.batch, *layer.out_size)
 
     def normal(*dimensions, scale=1.0):
         return (scale * rng.standard_normal(dimensions, np.float32)).astype(np.float32)
 
     return {
-        "image": normal(batch, height, width, channels),
-        "filters": normal(3, 3, channels, out_channels, scale=0.05),
-        "offset": normal(batch, *out_size, 18),
-        "grad_output": normal(batch, *out_size, out_channels),
+        "image": normal(layer.batch, layer.height, layer.width, layer.channels),
+        "filters": normal(*layer.kernel, layer.channels, layer.out_channels, scale=0.05),
+        "offset": normal(*outputs, 2 * layer.taps),
+        "grad_output": normal(*outputs, layer.out_channels),
     }
 
 

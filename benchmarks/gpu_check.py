@@ -19,7 +19,7 @@ from gpu_core import (
     random_tensors,
     relative_error,
 )
-from gpu_layers import Layer
+from layers import Layer
 from torchvision.ops import deform_conv2d as torchvision_deform_conv2d
 
 GOLDEN = PROJECT / "tests" / "data" / "torchvision_0_29.npz"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from gpu_layers import Layer
+from layers import Layer
 
 PROJECT = Path(__file__).resolve().parent.parent
 CORE = PROJECT / "src" / "core"

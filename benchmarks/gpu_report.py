@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 
 import report
-from gpu_layers import BACK_TO_BACK, INPUTS, LINKS, MEASUREMENTS
+from gpu_layers import BACK_TO_BACK, INPUTS, LINKS
+from layers import MEASUREMENTS
 
 # Names in the tables of what is timed.
 CONTESTANTS = {

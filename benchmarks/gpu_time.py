@@ -15,13 +15,11 @@ from gpu_layers import (
     FILTERS,
     INPUTS,
     LINKS,
-    MEASUREMENTS,
-    SMALL,
     TIMED_TYPES,
-    Layer,
     arguments_of_links,
     slope_us,
 )
+from layers import EXPERIMENT, MEASUREMENTS, Layer
 from torchvision.ops import deform_conv2d as torchvision_deform_conv2d
 
 ROUNDS = 30
@@ -212,7 +210,7 @@ def time_small_layers(library) -> list[dict]:
     """Of back-to-back calls, which the host bounds, and on the GPU alone."""
     rows = []
     for type_name in TIMED_TYPES:
-        for layer in SMALL:
+        for layer in EXPERIMENT:
             tensors, grad_output = fresh_tensors(type_name, layer)
             compared = contestants(library, type_name, layer, tensors, grad_output)
             ms = {}

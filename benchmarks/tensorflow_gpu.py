@@ -31,11 +31,10 @@ from gpu_layers import (
     FILTERS,
     INPUTS,
     LINKS,
-    MEASUREMENTS,
-    Layer,
     arguments_of_links,
     slope_us,
 )
+from layers import MEASUREMENTS, Layer
 
 DTYPES = {"float16": tf.float16, "bfloat16": tf.bfloat16, "tf32": tf.float32}
 DRY_LAYERS = (Layer(1, 8, 8, 5, 6), Layer(2, 4, 8, 7, 5))

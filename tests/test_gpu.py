@@ -163,6 +163,8 @@ ALONG_A_PATH = """
 import sys
 import numpy as np, tensorflow as tf
 from utils.deform_conv_wrapper import deform_conv2d
+if "jit" in sys.argv:
+    deform_conv2d = tf.function(deform_conv2d, jit_compile=True)
 rng = np.random.default_rng(1)
 shapes = (2, 20, 30, 64), (3, 3, 64, 48), (2, 20, 30, 18), (2, 20, 30, 9)
 tensors = [tf.constant(rng.standard_normal(shape), sys.argv[1]) for shape in shapes]
@@ -174,9 +176,9 @@ np.savez(sys.argv[2], *[tf.cast(result, tf.float64) for result in results])
 """
 
 
-def run_along(path, dtype, file):
+def run_along(path, dtype, file, *options):
     return subprocess.run(
-        [sys.executable, "-c", ALONG_A_PATH, dtype, file],
+        [sys.executable, "-c", ALONG_A_PATH, dtype, file, *options],
         env=os.environ | {"DEFORM_CONV_PATH": path, "TF_FORCE_GPU_ALLOW_GROWTH": "true"},
         cwd=PROJECT,
         capture_output=True,
@@ -213,3 +215,12 @@ def test_fused_kernels_that_do_not_exist_are_refused(tmp_path):
     completed = run_along("fused", "float64", tmp_path / "file.npz")
     assert completed.returncode != 0
     assert "no fused kernel for the output of these sizes and types" in completed.stderr
+
+
+@pytest.mark.parametrize("options", [[], ["jit"]], ids=["op", "jit"])
+def test_unknown_path_is_refused(options, tmp_path):
+    completed = run_along("fastest", "float32", tmp_path / "file.npz", *options)
+    assert completed.returncode == 1  # an exception, no signal
+    assert "InvalidArgumentError" in completed.stderr
+    expected = 'DEFORM_CONV_PATH must be "general", "fused", or unset; received "fastest"'
+    assert expected in completed.stderr

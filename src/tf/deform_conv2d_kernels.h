@@ -35,6 +35,7 @@
 #include <algorithm>
 #include <exception>
 #include <new>
+#include <stdexcept>
 #include <type_traits>
 
 #include "core/deform_conv2d.h"
@@ -174,6 +175,8 @@ class DeformConv2DKernel : public OpKernel {
       OP_REQUIRES_OK(context, ComputeStatus(context));
     } catch (const std::bad_alloc&) {
       context->SetStatus(absl::ResourceExhaustedError("out of memory for the op's workspace"));
+    } catch (const std::invalid_argument& error) {
+      context->SetStatus(absl::InvalidArgumentError(error.what()));
     } catch (const std::exception& error) {
       context->SetStatus(absl::InternalError(error.what()));
     }

@@ -5,6 +5,7 @@
 #define DEFORM_CONV_TF_STREAM_DEVICE_H_
 
 #include <cstdlib>
+#include <stdexcept>
 #include <string>
 
 #include "absl/status/status.h"
@@ -59,16 +60,30 @@ inline absl::Status StreamGemm(stream_executor::Stream* stream, ElementType type
   return absl::InternalError("unknown element type");
 }
 
-// What the environment variable DEFORM_CONV_PATH says, "general", "fused" or "region", when first
-// asked.
+// What the environment variable DEFORM_CONV_PATH may say.
+struct NamedPath {
+  const char* name;
+  KernelPath path;
+};
+constexpr NamedPath kNamedPaths[] = {
+    {"general", KernelPath::kGeneral},
+    {"fused", KernelPath::kFused},
+};
+
+// What it says when first asked: the fastest path where it is unset or empty. Throws
+// std::invalid_argument where it says anything else; the op and the custom calls catch that.
 inline KernelPath PathOfEnvironment() {
   static const KernelPath path = [] {
     const char* value = std::getenv("DEFORM_CONV_PATH");
     const std::string name = value == nullptr ? "" : value;
-    return name == "general"  ? KernelPath::kGeneral
-           : name == "fused"  ? KernelPath::kFused
-           : name == "region" ? KernelPath::kRegion
-                              : KernelPath::kFastest;
+    if (name.empty()) return KernelPath::kFastest;
+    std::string allowed;
+    for (const NamedPath& named : kNamedPaths) {
+      if (name == named.name) return named.path;
+      allowed += '"' + std::string(named.name) + "\", ";
+    }
+    throw std::invalid_argument("DEFORM_CONV_PATH must be " + allowed + "or unset; received \"" +
+                                name + '"');
   }();
   return path;
 }

@@ -20,6 +20,7 @@
 
 #include <exception>
 #include <new>
+#include <stdexcept>
 #include <string>
 
 #include "core/deform_conv2d.h"
@@ -51,6 +52,8 @@ ffi::Error ForType(ffi::DataType type, const Work& work) {
     }
   } catch (const std::bad_alloc&) {
     return ffi::Error(ffi::ErrorCode::kResourceExhausted, "out of memory for the op's workspace");
+  } catch (const std::invalid_argument& exception) {
+    return ffi::Error::InvalidArgument(exception.what());
   } catch (const std::exception& exception) {
     error = exception.what();
   }
