@@ -26,11 +26,7 @@ SOURCES = (
     "c_interface_cuda.cc",
 )
 # Where the GPU's compute capability is 9.0.
-FUSED_SOURCES = (
-    "deform_backprop_fused_cuda.cu",
-    "deform_col2im_region_cuda.cu",
-    "deform_conv2d_fused_cuda.cu",
-)
+FUSED_SOURCES = ("deform_col2im_region_cuda.cu", "deform_conv2d_fused_cuda.cu")
 
 # name: torch dtype, the C interface's number, TF32, bound on the relative error
 TYPES = {
@@ -41,7 +37,7 @@ TYPES = {
     "bfloat16": (torch.bfloat16, 3, False, 2e-2),
 }
 # The C interface's numbers.
-PATHS = {"automatic": 0, "general": 1, "fused": 2, "region": 3}
+PATHS = {"automatic": 0, "general": 1, "fused": 2}
 ARGUMENTS = ("input", "filters", "offset", "mask")
 
 Call = Callable[[], None]
@@ -139,7 +135,7 @@ class Problem(ctypes.Structure):
 
 
 class NoFusedKernelError(RuntimeError):
-    """The fused path, or that by regions, was asked for, and cannot do it."""
+    """The fused path was asked for, and cannot do it."""
 
 
 class Core:

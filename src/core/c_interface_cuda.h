@@ -21,9 +21,7 @@ typedef struct {
   int64_t allow_tf32;     // for element_type 0
   int64_t columns_bytes;  // bound on a chunk's columns; 0 for the default
   int64_t deterministic;  // whether sums must be the same in every run
-  // 0 the fastest, 1 the general kernels, 2 the fused ones, 3 the general ones with the input's
-  // gradient summed up in regions
-  int64_t path;
+  int64_t path;           // 0 the fastest, 1 the general kernels, 2 the fused ones
 } DeformConvProblem;
 
 // Puts the work on `stream`, a cudaStream_t. Pointers are the device's; offset and mask and their

@@ -41,9 +41,6 @@ enum class KernelPath {
   kFastest,  // of those that can do it
   kGeneral,  // columns in memory and GEMM: can do everything
   kFused,    // the fused kernels, or an error where they cannot do it
-  // The general way, but with the input's gradient summed up in regions, or an error where that
-  // cannot be done.
-  kRegion,
 };
 
 // Functions return an empty string, or what went wrong. All work is put on stream().

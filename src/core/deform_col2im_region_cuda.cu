@@ -34,21 +34,30 @@ static_assert(kThreadsPerBlock == kPatchPositions * kLanesOfPosition);
 template <typename T, int kChannels>
 struct PatchLane {
   static constexpr int kChunks = kChannels / kVector<T> / kLanesOfPosition;
-  // From one of the lane's chunks of channels to its next, in bytes.
-  static constexpr int kStride = kLanesOfPosition * kChunkBytes;
-
   // The position's number in the warp, and the lane's among the position's.
   static __device__ __forceinline__ int Group() { return ReadThread() % kWarp / kLanesOfPosition; }
   static __device__ __forceinline__ int Lane() { return ReadThread() % kLanesOfPosition; }
 
+  // The lanes of every second position take their chunks in the order 1, 0, 3, 2, so that eight
+  // lanes together read a whole row of banks. The lane's first chunk among those of the slice, and
+  // the distance of its chunk j from it.
+  static constexpr bool kSwaps = kChunks > 1;
+  static __device__ __forceinline__ int First() {
+    return Lane() + (kSwaps ? Group() % 2 * kLanesOfPosition : 0);
+  }
+  static __device__ __forceinline__ int Distance(int j) {
+    if (!kSwaps || j % 2 == 0) return j * kLanesOfPosition;
+    return (j - 1) * kLanesOfPosition + (Group() % 2 != 0 ? -kLanesOfPosition : kLanesOfPosition);
+  }
+
   // The position in the patch: the order in which chunks are written to the tile without conflicts.
-  // In 16 bits eight lanes write at once, two rows that must differ by 4 to fill all banks. In
-  // TF32, where positions lie along the rows, a warp writes four numbers of each of two chunks,
-  // whose places differ by 4, to four rows.
+  // In 16 bits eight lanes write at once, two rows that must differ by 4 to fill all banks unless
+  // the chunks do. In TF32, where positions lie along the rows, a warp writes four numbers of each
+  // of two chunks, whose places differ by 4, to four rows.
   static __device__ __forceinline__ int Position() {
     const int warp = threadIdx.x / kWarp, group = Group();
     if constexpr (sizeof(T) == 2) {
-      return warp * kPositionsOfWarp + group % 2 * 4 + group / 2;
+      return warp * kPositionsOfWarp + (kSwaps ? group : group % 2 * 4 + group / 2);
     } else {
       return warp / 4 * 32 + group / 4 * 16 + warp % 4 * 4 + group % 4;
     }
@@ -85,11 +94,12 @@ struct RegionLayout {
 
   // Where the thread's first chunk lies in a copy, and the distance of chunk j from it; in 16 bits
   // to be combined by xor.
-  static __device__ __forceinline__ uint32_t FirstChunk(int p, int lane) {
-    return k16Bits ? SwizzledOffset(p, lane) : ReadThread() * kChunkBytes;
+  static __device__ __forceinline__ uint32_t FirstChunk(int p) {
+    return k16Bits ? SwizzledOffset(p, PatchLane<T, kChannels>::First())
+                   : ReadThread() * kChunkBytes;
   }
   static __device__ __forceinline__ uint32_t ChunkAt(uint32_t first, int j) {
-    return k16Bits ? first ^ j * PatchLane<T, kChannels>::kStride
+    return k16Bits ? first ^ j * (kLanesOfPosition * kChunkBytes)
                    : first + j * kThreadsPerBlock * kChunkBytes;
   }
 };
@@ -100,18 +110,20 @@ __device__ __forceinline__ uint32_t WordOf(const uint4& chunk, int i) {
 
 // Where in a TF32 tile a lane's first number is, in bytes, and where number i of its chunk j is.
 template <int kChannels>
-__device__ __forceinline__ uint32_t FirstTransposed(int p, int lane) {
+__device__ __forceinline__ uint32_t FirstTransposed(int p) {
   constexpr int kDepth = kBlockDepth<float>, kSize = kVector<float>;
-  return p / kDepth * (kChannels * kRowBytes) + SwizzledOffset(lane, p % kDepth / kSize) +
+  return p / kDepth * (kChannels * kRowBytes) +
+         SwizzledOffset(PatchLane<float, kChannels>::First(), p % kDepth / kSize) +
          p % kSize * static_cast<int>(sizeof(float));
 }
 template <int kChannels>
 __device__ __forceinline__ uint32_t TransposedAt(uint32_t first, int j, int i) {
-  // RowOfChannel((lane + 4 * j) * 4 + i) is lane + 4 * j + i * kRows; the swizzle of j's rows
-  // differs from the first's in one bit, that of i's does not.
+  // RowOfChannel(chunk * 4 + i) is chunk + i * kRows; the swizzle of odd j's rows differs from the
+  // first's in one bit, that of i's does not.
   constexpr int kRows = kChannels / kVector<float>;
   static_assert(kRows % kSwizzledRows == 0);
-  return (first ^ (j % 2 * 4 * kChunkBytes)) + (4 * j + i * kRows) * kRowBytes;
+  return (first ^ (j % 2 * 4 * kChunkBytes)) +
+         (PatchLane<float, kChannels>::Distance(j) + i * kRows) * kRowBytes;
 }
 
 // The products of a position's column gradients with the corners of its sample, summed over the
@@ -219,10 +231,12 @@ __device__ __forceinline__ void AddOutside(const FusedSizes& sizes, const Patch&
     for (int i = 0; i < kCorners; ++i) share = i == corner ? weights[i] : share;
     share *= sample->mask;
     const int64_t pixel = top_left + (corner >= kBottomLeft ? sizes.in_w : 0) + (corner & 1);
-    float* to = grad_input + pixel * sizes.in_channels + patch.channel + Mine::Lane() * kVector<T>;
+    float* first =
+        grad_input + pixel * sizes.in_channels + patch.channel + Mine::First() * kVector<T>;
 #pragma unroll 1
     for (int j = 0; j < Mine::kChunks; ++j) {
       const uint4 chunk = grads(j);
+      float* to = first + Mine::Distance(j) * kVector<T>;
       const auto& vector = reinterpret_cast<const Vector<T, kVector<T>>&>(chunk);
 #pragma unroll
       for (int i = 0; i < kVector<T>; i += 4) {
@@ -231,7 +245,6 @@ __device__ __forceinline__ void AddOutside(const FusedSizes& sizes, const Patch&
         for (int k = 0; k < 4; ++k) values[k] = share * static_cast<float>(vector.elements[i + k]);
         AddVector(to + i, values);
       }
-      to += Mine::kStride / sizeof(T);
     }
   }
 }
@@ -253,7 +266,7 @@ __global__ void __launch_bounds__(kThreadsPerBlock, kBlocksPerMultiprocessor<kIn
   const uint32_t shared = SharedAddress(shares);
   const Patch patch = grid.At<kChannels>(sizes, blockIdx.x);
   const int warpgroup = WarpgroupIndex();
-  const int p = Mine::Position(), lane = Mine::Lane();
+  const int p = Mine::Position();
 
   // This lane's first chunk of the tap's columns; of a position that is not worked on, anything, to
   // be neither read nor written.
@@ -263,17 +276,17 @@ __global__ void __launch_bounds__(kThreadsPerBlock, kBlocksPerMultiprocessor<kIn
   if (valid) {
     column += (sizes.OrdinalOf(position) - grid.begin) * (sizes.taps * sizes.in_channels) +
               (patch.channel - patch.filters_row) * sizes.taps + patch.filters_row +
-              lane * kVector<T>;
+              Mine::First() * kVector<T>;
   }
-  constexpr int kNextChunk = Mine::kStride / static_cast<int>(sizeof(T));
-  const uint32_t first_chunk = shared + Layout::kFirstCopy + Layout::FirstChunk(p, lane);
-  const uint32_t first_transposed = FirstTransposed<kChannels>(p, lane);  // TF32
+  const uint32_t first_chunk = shared + Layout::kFirstCopy + Layout::FirstChunk(p);
+  const uint32_t first_transposed = FirstTransposed<kChannels>(p);  // TF32
   // Begins to copy the columns' gradient of the tap `ahead` of this one.
   const auto copy = [&](int ahead, uint32_t to) {
 #pragma unroll
     for (int j = 0; j < Mine::kChunks; ++j) {
       CopyChunkAsync(Layout::ChunkAt(first_chunk + to, j),
-                     column + ahead * sizes.group_in_channels + j * kNextChunk, valid);
+                     column + ahead * sizes.group_in_channels + Mine::Distance(j) * kVector<T>,
+                     valid);
     }
   };
 
@@ -352,10 +365,10 @@ __global__ void __launch_bounds__(kThreadsPerBlock, kBlocksPerMultiprocessor<kIn
     constexpr int kInFlight = Mine::kChunks < 2 ? 1 : 2;
     uint4 chunks[kInFlight][kCorners];
     // Counts from this lane's channels. Made anew each time, to keep registers free.
-    const CornerReader reader(sizes, tensors.input + patch.channel + Mine::Lane() * kVector<T>);
+    const CornerReader reader(sizes, tensors.input + patch.channel + Mine::First() * kVector<T>);
     const auto corners = PlacedCorners::Of(sizes, patch, slot->place);
     if (want_products || replace) {
-      corners.Load(reader, 0, Mine::kStride, chunks);
+      corners.Load(reader, [](int j) { return Mine::Distance(j) * kChunkBytes; }, chunks);
     }
     if constexpr (kInput) {
       if constexpr (k16Bits) WarpgroupWait<0>();  // the tap before
@@ -376,12 +389,13 @@ __global__ void __launch_bounds__(kThreadsPerBlock, kBlocksPerMultiprocessor<kIn
         auto& chunk = chunks[j % kInFlight];
         sums.Add(grads(j), chunk);
         if (replace && valid) {
-          *reinterpret_cast<uint4*>(column + j * kNextChunk) =
+          *reinterpret_cast<uint4*>(column + Mine::Distance(j) * kVector<T>) =
               Interpolate<T, /*kRound=*/false>(chunk, weights);
         }
         if (j + kInFlight < Mine::kChunks) {
-          corners.Load(reader, (j + kInFlight) * Mine::kStride, 0,
-                       reinterpret_cast<uint4(&)[1][kCorners]>(chunk));
+          corners.Load(
+              reader, [&](int) { return Mine::Distance(j + kInFlight) * kChunkBytes; },
+              reinterpret_cast<uint4(&)[1][kCorners]>(chunk));
         }
       }
       sums.Sum(products);
@@ -453,7 +467,7 @@ std::string Launch(const DeformConvParams& params, const SampledTensors<T, Compu
 
 template <typename T>
 bool DeformCol2ImRegionFits(const DeformConvParams& params,
-                            const SampledTensors<T, ComputeType<T>>& tensors, const T* columns,
+                            const SampledTensors<T, ComputeType<T>>& tensors,
                             const SampledGradients<ComputeType<T>>& gradients) {
   const bool want_input = gradients.input != nullptr;
   const auto aligned = [](const float* offset) {
@@ -461,8 +475,8 @@ bool DeformCol2ImRegionFits(const DeformConvParams& params,
   };
   return CanVectorize<T>(params) &&
          PatchesFit(params, want_input, SliceChannelsOf<T>(params, want_input)) &&
-         Aligned(tensors.input) && Aligned(columns) && Aligned(gradients.input) &&
-         aligned(tensors.offset) && aligned(gradients.offset);
+         Aligned(tensors.input) && Aligned(gradients.input) && aligned(tensors.offset) &&
+         aligned(gradients.offset);
 }
 
 template <typename T>
@@ -481,7 +495,7 @@ std::string DeformCol2ImRegionCuda(const DeformConvParams& params,
 
 #define DEFORM_CONV_INSTANTIATE(T)                                                               \
   template bool DeformCol2ImRegionFits<T>(const DeformConvParams&,                               \
-                                          const SampledTensors<T, ComputeType<T>>&, const T*,    \
+                                          const SampledTensors<T, ComputeType<T>>&,              \
                                           const SampledGradients<ComputeType<T>>&);              \
   template std::string DeformCol2ImRegionCuda<T>(                                                \
       const DeformConvParams&, const SampledTensors<T, ComputeType<T>>&, int64_t, int64_t, bool, \

@@ -32,8 +32,7 @@ class CudaCall {
   std::string Forward(T* output) {
     bool fuse = false;
     DEFORM_CONV_RETURN_IF_ERROR(Choose(
-        "output", KernelPath::kFused, /*fast=*/true,
-        [&] { return FusedForwardFits<T>(params_, tensors_, filters_, output); }, &fuse));
+        "output", [&] { return FusedForwardFits<T>(params_, tensors_, filters_, output); }, &fuse));
     if constexpr (kMayFuse) {
       if (fuse) return FusedForwardCuda<T>(params_, tensors_, filters_, device_, output);
     }
@@ -52,58 +51,23 @@ class CudaCall {
   }
 
   std::string Backward(const T* grad_output, const DeformConvGradients<T, A>& gradients) {
-    const int64_t filters_size =
-        params_.taps() * params_.group_in_channels() * params_.out_channels;
-    DeformConvGradients<T, A> general = gradients;  // what is left to the general way
-    A* filters_sum = nullptr;
-    bool fuse = false;
     if (gradients.sampled.any()) {
-      constexpr char kWhat[] = "gradients of input, offset and mask";
       // What kernels add to is the input's gradient itself, or a copy that is no less aligned.
       const SampledGradients<A> sampled{reinterpret_cast<A*>(gradients.sampled.input),
                                         gradients.sampled.offset, gradients.sampled.mask};
       DEFORM_CONV_RETURN_IF_ERROR(Choose(
-          kWhat, KernelPath::kFused, FusedBackwardIsFast(),
+          "gradients of input, offset and mask",
           [&] {
             return !device_.deterministic() &&
-                   FusedBackpropSamplesFits<T>(params_, tensors_, filters_, grad_output, sampled);
-          },
-          &fuse));
-      DEFORM_CONV_RETURN_IF_ERROR(Choose(
-          kWhat, KernelPath::kRegion, /*fast=*/false,
-          [&] {
-            return !device_.deterministic() &&
-                   DeformCol2ImRegionFits<T>(params_, tensors_, columns_, sampled);
+                   DeformCol2ImRegionFits<T>(params_, tensors_, sampled);
           },
           &by_regions_));
-      if (fuse) {
-        DEFORM_CONV_RETURN_IF_ERROR(FusedBackpropSamples(grad_output, gradients.sampled));
-        general.sampled = {};
-      }
     }
-    if (gradients.filters != nullptr) {
-      DEFORM_CONV_RETURN_IF_ERROR(Choose(
-          "gradient of the filters", KernelPath::kFused, FusedBackwardIsFast(),
-          [&] {
-            return !device_.deterministic() &&
-                   FusedBackpropFiltersFits<T>(params_, tensors_, grad_output);
-          },
-          &fuse));
-      // The general kernel for the samples leaves columns, with which the rest is soon done.
-      if (general.sampled.any() && device_.path() == KernelPath::kFastest) fuse = false;
-      if constexpr (kMayFuse) {
-        if (fuse) {
-          DEFORM_CONV_RETURN_IF_ERROR(AllocateSum(gradients.filters, filters_size, &filters_sum));
-          DEFORM_CONV_RETURN_IF_ERROR(ZeroSum(filters_sum, filters_size));
-          DEFORM_CONV_RETURN_IF_ERROR(
-              FusedBackpropFiltersCuda<T>(params_, tensors_, grad_output, device_, filters_sum));
-          general.filters = nullptr;
-        }
-      }
-    }
-    if (general.sampled.any() || general.filters != nullptr) {
-      DEFORM_CONV_RETURN_IF_ERROR(BackpropGroups(grad_output, general, filters_size, &filters_sum));
-    }
+    if (!gradients.sampled.any() && gradients.filters == nullptr) return "";
+    const int64_t filters_size =
+        params_.taps() * params_.group_in_channels() * params_.out_channels;
+    A* filters_sum = nullptr;
+    DEFORM_CONV_RETURN_IF_ERROR(BackpropGroups(grad_output, gradients, filters_size, &filters_sum));
     return StoreSum(filters_sum, filters_size, gradients.filters);
   }
 
@@ -111,43 +75,21 @@ class CudaCall {
   // Whether there may be fused kernels for T: as TF32 for floats.
   static constexpr bool kMayFuse = kFusedKernelsCompiled && !std::is_same_v<T, double>;
 
-  // Whether fused kernels backward are faster than the general ones where both can do it. They read
-  // grad_output and the filters again and again, the more the more output channels there are; and
-  // in TF32, all tiles are twice as large. See benchmarks/gpu_kernels.md.
-  bool FusedBackwardIsFast() const {
-    constexpr int64_t kManyChannels = 256;
-    return sizeof(T) == 2 && params_.group_out_channels() <= kManyChannels;
-  }
-
-  // The one place that decides whether kernels that are not general do a pass: where they can,
-  // `fits`, and are `fast`, unless the caller of the core says otherwise. `path` is theirs.
+  // The one place that decides whether fused kernels do a pass: where they can, `fits`, unless the
+  // caller of the core says otherwise.
   template <typename Fits>
-  std::string Choose(const char* what, KernelPath path, bool fast, const Fits& fits,
-                     bool* chosen) const {
-    *chosen = false;
+  std::string Choose(const char* what, const Fits& fits, bool* fuse) const {
+    const KernelPath path = device_.path();
+    *fuse = false;
     if constexpr (kMayFuse) {
-      const bool wanted =
-          device_.path() == path || (device_.path() == KernelPath::kFastest && fast);
-      *chosen = wanted && (!std::is_same_v<T, float> || device_.allow_tf32()) &&
-                FusedKernelsRunHere() && fits();
+      *fuse = path != KernelPath::kGeneral && (!std::is_same_v<T, float> || device_.allow_tf32()) &&
+              FusedKernelsRunHere() && fits();
     }
-    if (device_.path() != path || *chosen) return "";
+    if (path != KernelPath::kFused || *fuse) return "";
     return std::string("no fused kernel for the ") + what + " of these sizes and types on this GPU";
   }
 
-  std::string FusedBackpropSamples(const T* grad_output, const SampledGradients<T, A>& gradients) {
-    const int64_t size = InputSize();
-    SampledGradients<A> sampled{nullptr, gradients.offset, gradients.mask};
-    DEFORM_CONV_RETURN_IF_ERROR(AllocateSum(gradients.input, size, &sampled.input));
-    DEFORM_CONV_RETURN_IF_ERROR(ZeroSum(sampled.input, size));
-    if constexpr (kMayFuse) {
-      DEFORM_CONV_RETURN_IF_ERROR(
-          FusedBackpropSamplesCuda<T>(params_, tensors_, filters_, grad_output, device_, sampled));
-    }
-    return StoreSum(sampled.input, size, gradients.input);
-  }
-
-  // --- The general way backward ---
+  // --- Backward ---
 
   // Goes over groups of images. Without a filters_sum, GEMM writes the filters' gradient.
   std::string BackpropGroups(const T* grad_output, const DeformConvGradients<T, A>& gradients,

@@ -39,38 +39,10 @@ std::string FusedForwardCuda(const DeformConvParams& params,
                              const SampledTensors<T, ComputeType<T>>& tensors, const T* filters,
                              CudaDevice& device, T* output);
 
-// Whether FusedBackpropFiltersCuda can be called.
-template <typename T>
-bool FusedBackpropFiltersFits(const DeformConvParams& params,
-                              const SampledTensors<T, ComputeType<T>>& tensors,
-                              const T* grad_output);
-
-// Adds the filters' gradient to `sum` [kernel_h, kernel_w, in_channels / groups, out_channels], in
-// an order that is not fixed.
-template <typename T>
-std::string FusedBackpropFiltersCuda(const DeformConvParams& params,
-                                     const SampledTensors<T, ComputeType<T>>& tensors,
-                                     const T* grad_output, CudaDevice& device, ComputeType<T>* sum);
-
-// Whether FusedBackpropSamplesCuda can be called.
-template <typename T>
-bool FusedBackpropSamplesFits(const DeformConvParams& params,
-                              const SampledTensors<T, ComputeType<T>>& tensors, const T* filters,
-                              const T* grad_output,
-                              const SampledGradients<ComputeType<T>>& gradients);
-
-// Adds to gradients.input, in an order that is not fixed, and writes gradients.offset and
-// gradients.mask; null where a gradient is not wanted.
-template <typename T>
-std::string FusedBackpropSamplesCuda(const DeformConvParams& params,
-                                     const SampledTensors<T, ComputeType<T>>& tensors,
-                                     const T* filters, const T* grad_output, CudaDevice& device,
-                                     const SampledGradients<ComputeType<T>>& gradients);
-
-// Whether DeformCol2ImRegionCuda can be called.
+// Whether DeformCol2ImRegionCuda can be called, with columns aligned to 16 bytes.
 template <typename T>
 bool DeformCol2ImRegionFits(const DeformConvParams& params,
-                            const SampledTensors<T, ComputeType<T>>& tensors, const T* columns,
+                            const SampledTensors<T, ComputeType<T>>& tensors,
                             const SampledGradients<ComputeType<T>>& gradients);
 
 // As DeformCol2ImCuda; but few additions to gradients.input are left to memory, and of 16-bit

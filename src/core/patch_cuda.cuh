@@ -214,20 +214,21 @@ struct PlacedCorners {
             __all_sync(0xffffffffu, place.corners == kAllCorners) != 0};
   }
 
-  // Begins to load chunks of each, from `channel_bytes` on at distances of `stride` bytes; 0 where
-  // they do not count.
-  template <int kChunks>
-  __device__ __forceinline__ void Load(const CornerReader& reader, int channel_bytes, int stride,
+  // Begins to load chunks j of each, `channel_bytes(j)` into their pixels; 0 where they do not
+  // count.
+  template <int kChunks, typename ChannelBytes>
+  __device__ __forceinline__ void Load(const CornerReader& reader,
+                                       const ChannelBytes& channel_bytes,
                                        uint4 (&chunks)[kChunks][kCorners]) const {
     if (all_count) {
 #pragma unroll
       for (int j = 0; j < kChunks; ++j) {
-        reader.Load<true>(corners, channel_bytes + j * stride, chunks[j]);
+        reader.Load<true>(corners, channel_bytes(j), chunks[j]);
       }
     } else {
 #pragma unroll
       for (int j = 0; j < kChunks; ++j) {
-        reader.Load<false>(corners, channel_bytes + j * stride, chunks[j]);
+        reader.Load<false>(corners, channel_bytes(j), chunks[j]);
       }
     }
   }
