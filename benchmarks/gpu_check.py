@@ -106,16 +106,14 @@ VARIANTS = (
     Variant("automatic"),
     Variant("automatic", 0, deterministic=True),
     Variant("fused"),
-    Variant("region"),
-    Variant("region", SOME_COLUMNS),
-    Variant("region", FEW_COLUMNS),
+    Variant("fused", SOME_COLUMNS),
+    Variant("fused", FEW_COLUMNS),
 )
 SMALL_VARIANTS = (
     Variant("general"),
     Variant("general", FEW_COLUMNS, deterministic=True),
     Variant("fused"),
-    Variant("region"),
-    Variant("region", FEW_COLUMNS),
+    Variant("fused", FEW_COLUMNS),
 )
 
 # What one call of the core computes: the output, or these gradients.
@@ -123,18 +121,13 @@ OUTPUT = ("output",)
 SAMPLED = ("grad_input", "grad_offset", "grad_mask")
 FILTERS = ("grad_filters",)
 ALL = (*SAMPLED, *FILTERS)
-# The fused kernels have one for each of these.
-PASSES = {
-    "output": OUTPUT,
-    "gradients of input, offset, mask": SAMPLED,
-    "gradient of filters": FILTERS,
-}
-BY_REGIONS = "gradients of input, offset, mask by regions"
+# There are fused kernels for these.
+PASSES = {"output": OUTPUT, "gradients of input, offset, mask": SAMPLED}
 
 
 def calls_of(variant: Variant, small: bool) -> list[tuple[str, ...]]:
-    calls = list(PASSES.values()) if variant.path == "fused" else [OUTPUT, ALL]
-    if variant.path == "region":
+    calls = [OUTPUT, ALL]
+    if variant.path == "fused":
         calls.append(SAMPLED)  # without columns for the filters' gradient
     if not small and variant in (Variant(variant.path), Variant("general", FEW_COLUMNS)):
         calls += [(key,) for key in ALL if (key,) not in calls]
@@ -253,8 +246,6 @@ class Summary:
         if path == "fused":
             done = (name for name, call in PASSES.items() if call not in absent)
             self.fused.update((type_name, name) for name in done)
-        if path == "region" and SAMPLED not in absent:
-            self.fused[type_name, BY_REGIONS] += 1
 
     def print(self) -> None:
         header = ["largest relative errors", "output", *ALL]
@@ -264,12 +255,11 @@ class Summary:
             for (type_name, path), of in self.errors.items()
         ]
         print(f"\n{report.table(header, rows)}")
-        kinds = (*PASSES, BY_REGIONS)
         rows = [
-            [name, *(f"{self.fused[name, kind]} of {self.layers}" for kind in kinds)]
+            [name, *(f"{self.fused[name, key]} of {self.layers}" for key in PASSES)]
             for name in TYPES
         ]
-        print(report.table(["done by fused kernels", *kinds], rows), flush=True)
+        print(report.table(["done by fused kernels", *PASSES], rows), flush=True)
         for line in self.bad:
             print(line)
 

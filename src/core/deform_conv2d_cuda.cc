@@ -177,13 +177,26 @@ class CudaCall {
     return std::max<int64_t>(device_.columns_bytes() / RowBytes(), 1);
   }
 
+  // How many images are worked on at once where few are enough to occupy the GPU: no more than
+  // leave their columns, and the float sums beside them, smaller than the columns of all.
+  int64_t MostImages() const {
+    constexpr int64_t kMost = 64;
+    const int64_t columns = params_.out_h * params_.out_w * RowBytes();
+    const int64_t sums = std::is_same_v<T, A> ? 0
+                                              : params_.in_h * params_.in_w * params_.in_channels *
+                                                    static_cast<int64_t>(sizeof(A));
+    return std::clamp<int64_t>(params_.batch * columns / (columns + sums), 1, kMost);
+  }
+
   // Chooses chunk_, and returns how many images make a group: as many as are one chunk; or one, if
   // that is several chunks.
   int64_t ChooseGroup() {
     constexpr int64_t kRows = 8;  // of the patches that regions are for
     const int64_t image = params_.out_h * params_.out_w, most = MostPositions();
     if (image <= most) {
-      const int64_t images = PartOf(params_.batch, image == 0 ? params_.batch : most / image);
+      int64_t most_images = image == 0 ? params_.batch : most / image;
+      if (by_regions_) most_images = std::min(most_images, MostImages());
+      const int64_t images = PartOf(params_.batch, most_images);
       chunk_ = std::max<int64_t>(images * image, 1);
       return images;
     }
