@@ -2,7 +2,7 @@
 // positions, and for each im2col and GEMM; a chunk is as large as the bound on its columns allows,
 // whatever the batch is. Backward, a chunk is a group of whole images or a part of one image, so
 // that the float sums of the input's gradient are needed for one group at a time. The fused kernels
-// take passes that they can do as a whole.
+// take the place of the whole forward pass, and backward that of what is between the two GEMMs.
 
 #include <algorithm>
 #include <type_traits>

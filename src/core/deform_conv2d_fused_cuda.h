@@ -1,6 +1,6 @@
-// Deformable convolution without columns in memory, for GPUs of compute capability 9.0: kernels
-// that sample into shared memory what the tensor cores multiply from there.
-// benchmarks/gpu_kernels.md explains them. For C++ without CUDA's headers.
+// Kernels for GPUs of compute capability 9.0 in which samples and tensor cores meet: forward,
+// without columns in memory; backward, from the columns' gradient to those of input, offset and
+// mask. benchmarks/gpu_kernels.md explains them. For C++ without CUDA's headers.
 //
 // T is Half or BFloat16, or float for products in TF32. Functions return an empty string, or which
 // kernel could not be launched and why; all work is put on device.stream().

@@ -286,32 +286,6 @@ __device__ __forceinline__ const uint8_t* Pinned(const uint8_t* pointer) {
   return pointer;
 }
 
-// Samples kCount chunks, of table entries `entry(i)`, `channel_bytes(i)` into the pixels, to the
-// addresses `to(i)` in shared memory. All are loaded before the first is interpolated: the compiler
-// lets a thread wait for all of its loads at once only. By whole warps.
-template <typename T, int kCount, typename Entry, typename ChannelBytes, typename To>
-__device__ __forceinline__ void SampleChunks(const CornerDistances& distances, const uint8_t* input,
-                                             const SampleTable<T>& table, const Entry& entry,
-                                             const ChannelBytes& channel_bytes, const To& to) {
-  CornersInFlight in_flight[kCount];
-  int32_t corners[kCount], all = kAllCorners;
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    corners[i] = table.corners[entry(i)];
-    all &= corners[i];
-    in_flight[i].Load(distances, input + channel_bytes(i), corners[i]);
-  }
-  // Most warps have no sample at the border.
-  if (!__all_sync(0xffffffffu, all == kAllCorners)) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) in_flight[i].DropUncounted(corners[i]);
-  }
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    StoreChunk(to(i), Interpolate<T>(in_flight[i].chunks, table.weights[entry(i)]));
-  }
-}
-
 // --- Launching, on the host ---
 
 constexpr int kMostSharedBytes = 227 << 10;  // of a block, on compute capability 9.0

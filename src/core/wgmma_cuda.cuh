@@ -2,7 +2,8 @@
 // For .cu files only.
 //
 // A warpgroup, four consecutive warps that begin at a multiple of four, multiplies tiles that lie
-// in shared memory and adds to sums in its registers, asynchronously. See "Asynchronous Warpgroup
+// in shared memory, the first perhaps in its registers, and adds to sums in its registers,
+// asynchronously. See "Asynchronous Warpgroup
 // Level Matrix Instructions" in NVIDIA's PTX manual; benchmarks/gpu_kernels.md draws the picture.
 //
 // A tile is made of blocks of 128-byte rows: 64 numbers of 16 bits, or 32 of TF32. Within each
@@ -98,10 +99,6 @@ __device__ __forceinline__ void WarpgroupWait() {
 // the tensor cores. Before the barrier that tells the warpgroup of them.
 __device__ __forceinline__ void FenceForTensorCores() {
   asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
-}
-// A barrier among `threads` threads of the block; `id` from 1 to 15.
-__device__ __forceinline__ void NamedBarrier(int id, int threads) {
-  asm volatile("bar.sync %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
 }
 
 // Changes how many registers each thread of the warpgroup may use; those of a block's warpgroups
