@@ -177,15 +177,17 @@ class CudaCall {
     return std::max<int64_t>(device_.columns_bytes() / RowBytes(), 1);
   }
 
-  // How many images are worked on at once where few are enough to occupy the GPU: no more than
-  // leave their columns, and the float sums beside them, smaller than the columns of all.
+  // How many images are worked on at once where a few are enough to occupy the GPU: so few that
+  // their columns, and the float sums beside them, are smaller than the columns of all; but all
+  // where they are small anyway, since every group costs launches.
   int64_t MostImages() const {
-    constexpr int64_t kMost = 64;
+    constexpr int64_t kFew = 64, kSmallBytes = int64_t{32} << 20;
     const int64_t columns = params_.out_h * params_.out_w * RowBytes();
     const int64_t sums = std::is_same_v<T, A> ? 0
                                               : params_.in_h * params_.in_w * params_.in_channels *
                                                     static_cast<int64_t>(sizeof(A));
-    return std::clamp<int64_t>(params_.batch * columns / (columns + sums), 1, kMost);
+    if (params_.batch * (columns + sums) <= kSmallBytes) return params_.batch;
+    return std::clamp<int64_t>(params_.batch * columns / (columns + sums), 1, kFew);
   }
 
   // Chooses chunk_, and returns how many images make a group: as many as are one chunk; or one, if

@@ -4,7 +4,6 @@
 #ifndef DEFORM_CONV_TF_STREAM_DEVICE_H_
 #define DEFORM_CONV_TF_STREAM_DEVICE_H_
 
-#include <cstdlib>
 #include <stdexcept>
 #include <string>
 
@@ -12,6 +11,7 @@
 #include "core/cuda_device.h"
 #include "tensorflow/core/kernels/numeric_options_utils.h"
 #include "tensorflow/core/util/determinism.h"
+#include "tf/kernel_path.h"
 #include "tsl/platform/tensor_float_32_utils.h"
 #include "xla/stream_executor/blas.h"
 #include "xla/stream_executor/stream.h"
@@ -60,34 +60,6 @@ inline absl::Status StreamGemm(stream_executor::Stream* stream, ElementType type
   return absl::InternalError("unknown element type");
 }
 
-// What the environment variable DEFORM_CONV_PATH may say.
-struct NamedPath {
-  const char* name;
-  KernelPath path;
-};
-constexpr NamedPath kNamedPaths[] = {
-    {"general", KernelPath::kGeneral},
-    {"fused", KernelPath::kFused},
-};
-
-// What it says when first asked: the fastest path where it is unset or empty. Throws
-// std::invalid_argument where it says anything else; the op and the custom calls catch that.
-inline KernelPath PathOfEnvironment() {
-  static const KernelPath path = [] {
-    const char* value = std::getenv("DEFORM_CONV_PATH");
-    const std::string name = value == nullptr ? "" : value;
-    if (name.empty()) return KernelPath::kFastest;
-    std::string allowed;
-    for (const NamedPath& named : kNamedPaths) {
-      if (name == named.name) return named.path;
-      allowed += '"' + std::string(named.name) + "\", ";
-    }
-    throw std::invalid_argument("DEFORM_CONV_PATH must be " + allowed + "or unset; received \"" +
-                                name + '"');
-  }();
-  return path;
-}
-
 // All of a CudaDevice but its memory.
 class StreamDevice : public CudaDevice {
  public:
@@ -99,7 +71,12 @@ class StreamDevice : public CudaDevice {
 
   bool allow_tf32() const override { return tsl::tensor_float_32_execution_enabled(); }
 
-  KernelPath path() const override { return PathOfEnvironment(); }
+  // Throws std::invalid_argument, which the ops and the custom calls catch.
+  KernelPath path() const override {
+    const auto& path = PathOfEnvironment();
+    if (!path.ok()) throw std::invalid_argument(std::string(path.status().message()));
+    return *path;
+  }
 
   std::string Gemm(ElementType type, GemmForm form, const Matrix<const void>& a,
                    const Matrix<const void>& b, const Matrix<void>& c, bool accumulate) override {

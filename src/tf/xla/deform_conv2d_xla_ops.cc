@@ -7,6 +7,7 @@
 #include "absl/strings/str_join.h"
 #include "tensorflow/compiler/tf2xla/xla_op_kernel.h"
 #include "tensorflow/compiler/tf2xla/xla_op_registry.h"
+#include "tf/kernel_path.h"
 #include "tf/op_attributes.h"
 #include "tf/xla/custom_calls.h"
 #include "xla/hlo/builder/lib/constants.h"
@@ -28,6 +29,10 @@ class DeformConv2DXlaOp : public XlaOpKernel {
  public:
   explicit DeformConv2DXlaOp(OpKernelConstruction* context) : XlaOpKernel(context) {
     OP_REQUIRES_OK(context, ReadAttributes(context, &attributes_));
+    // An error of a custom call on a GPU may end the process; so this one is reported before.
+    if (kDevice == XlaDevice::kGpu) {
+      OP_REQUIRES_OK(context, PathOfEnvironment().status());
+    }
   }
 
  protected:
