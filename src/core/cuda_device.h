@@ -40,7 +40,7 @@ constexpr int64_t kDefaultColumnsBytes = int64_t{512} << 20;
 enum class KernelPath {
   kFastest,  // of those that can do it
   kGeneral,  // columns in memory and GEMM: can do everything
-  kFused,    // the fused kernels, or an error where they cannot do it
+  kFused,    // the fused kernels, or an error where they cannot do what there are kernels for
 };
 
 // Functions return an empty string, or what went wrong. All work is put on stream().

@@ -8,8 +8,7 @@ namespace {
 
 using namespace cuda;  // the kernels' own names
 
-// How the rows of a block of filters, or of what else lies in memory as rows of the depth, can be
-// given to the tensor cores.
+// How the rows of a block of filters can be given to the tensor cores.
 template <typename T>
 constexpr RowsOf kRowsAsStored = sizeof(T) == 2 ? RowsOf::kDepth : RowsOf::kProduct;
 

@@ -2,8 +2,8 @@
 // without columns in memory; backward, from the columns' gradient to those of input, offset and
 // mask. benchmarks/gpu_kernels.md explains them. For C++ without CUDA's headers.
 //
-// T is Half or BFloat16, or float for products in TF32. Functions return an empty string, or which
-// kernel could not be launched and why; all work is put on device.stream().
+// T is Half or BFloat16, or float for products in TF32. Functions that put work on a stream
+// return an empty string, or which kernel could not be launched and why.
 
 #ifndef DEFORM_CONV_CORE_DEFORM_CONV2D_FUSED_CUDA_H_
 #define DEFORM_CONV_CORE_DEFORM_CONV2D_FUSED_CUDA_H_

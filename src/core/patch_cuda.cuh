@@ -1,5 +1,5 @@
-// What the kernels share whose blocks take patches of output positions: patches and their regions
-// of the input, samples and shares in shared memory, the region's sums. For .cu files only.
+// What the region kernel is made of: patches of output positions and their regions of the input,
+// samples and shares in shared memory, the region's sums. For .cu files only.
 
 #ifndef DEFORM_CONV_CORE_PATCH_CUDA_CUH_
 #define DEFORM_CONV_CORE_PATCH_CUDA_CUH_

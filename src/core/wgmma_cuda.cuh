@@ -3,8 +3,8 @@
 //
 // A warpgroup, four consecutive warps that begin at a multiple of four, multiplies tiles that lie
 // in shared memory, the first perhaps in its registers, and adds to sums in its registers,
-// asynchronously. See "Asynchronous Warpgroup
-// Level Matrix Instructions" in NVIDIA's PTX manual; benchmarks/gpu_kernels.md draws the picture.
+// asynchronously. See "Asynchronous Warpgroup Level Matrix Instructions" in NVIDIA's PTX manual;
+// benchmarks/gpu_kernels.md tells how the kernels use them.
 //
 // A tile is made of blocks of 128-byte rows: 64 numbers of 16 bits, or 32 of TF32. Within each
 // group of 8 rows the 16-byte chunks are swizzled, so that neither the rows nor the columns that
