@@ -470,13 +470,9 @@ bool DeformCol2ImRegionFits(const DeformConvParams& params,
                             const SampledTensors<T, ComputeType<T>>& tensors,
                             const SampledGradients<ComputeType<T>>& gradients) {
   const bool want_input = gradients.input != nullptr;
-  const auto aligned = [](const float* offset) {
-    return reinterpret_cast<uintptr_t>(offset) % sizeof(float2) == 0;
-  };
-  return CanVectorize<T>(params) &&
-         PatchesFit(params, want_input, SliceChannelsOf<T>(params, want_input)) &&
-         Aligned(tensors.input) && Aligned(gradients.input) && aligned(tensors.offset) &&
-         aligned(gradients.offset);
+  return PatchesFit(params, want_input, SliceChannelsOf<T>(params, want_input)) &&
+         TensorsFit<T>(tensors) && Aligned(gradients.input) &&
+         reinterpret_cast<uintptr_t>(gradients.offset) % sizeof(float2) == 0;
 }
 
 template <typename T>

@@ -193,7 +193,6 @@ class CudaCall {
   // Chooses chunk_, and returns how many images make a group: as many as are one chunk; or one, if
   // that is several chunks.
   int64_t ChooseGroup() {
-    constexpr int64_t kRows = 8;  // of the patches that regions are for
     const int64_t image = params_.out_h * params_.out_w, most = MostPositions();
     if (image <= most) {
       int64_t most_images = image == 0 ? params_.batch : most / image;
@@ -202,7 +201,7 @@ class CudaCall {
       chunk_ = std::max<int64_t>(images * image, 1);
       return images;
     }
-    const int64_t band = kRows * params_.out_w;
+    const int64_t band = kPatchSide * params_.out_w;
     const int64_t unit = by_regions_ && band <= most ? band : 1;
     chunk_ = PartOf(DivideUp(image, unit), most / unit) * unit;
     return 1;

@@ -8,10 +8,6 @@ namespace {
 
 using namespace cuda;  // the kernels' own names
 
-// How the rows of a block of filters can be given to the tensor cores.
-template <typename T>
-constexpr RowsOf kRowsAsStored = sizeof(T) == 2 ? RowsOf::kDepth : RowsOf::kProduct;
-
 // The order in which the depth, (tap, channel of the convolution group), is gone through, block by
 // block. If channels come in whole blocks, then through all taps of some channels before the next
 // channels: the taps read the same pixels, which are then still in the first-level cache.
@@ -170,7 +166,7 @@ __host__ __device__ constexpr int OrderOfDepth(int d) {
 // Copies a tile's columns of the filters, block by block of the depth, into stages. By a warpgroup.
 template <typename Tile, typename T>
 class FiltersCopier {
-  static constexpr bool kDepthRows = kRowsAsStored<T> == RowsOf::kDepth;
+  static constexpr bool kDepthRows = kRowsOfDepth<T> == RowsOf::kDepth;
   static constexpr int kRowOfChunks = kDepthRows ? Tile::kCols / kVector<T> : kRowChunks;
   static constexpr int kRowsAtOnce = kWarpgroup / kRowOfChunks;
   static constexpr int kPasses = Tile::kStageBytes / kChunkBytes / kWarpgroup;
@@ -497,7 +493,7 @@ __device__ __forceinline__ void SampleAndMultiply(const FusedSizes& sizes,
         }
       }
       WaitAtBarrier(shared.Of(shared.full, cursor.stage), cursor.parity);
-      const uint64_t columns_of_stage =
+      const uint64_t filters_of_stage =
           FactorDescriptor(shared.Stage(cursor.stage), kBlockDepth<T> * kRowBytes);
       WarpgroupArrive();
 #pragma unroll
@@ -505,12 +501,12 @@ __device__ __forceinline__ void SampleAndMultiply(const FusedSizes& sizes,
         const auto& words = samples[step / 2];
         const int word = step % 2 * 2;
         const uint64_t filters =
-            MoveDescriptor(columns_of_stage, step * StepBytes<T, kRowsAsStored<T>>());
+            MoveDescriptor(filters_of_stage, step * StepBytes<T, kRowsOfDepth<T>>());
         const uint32_t factor[4] = {words[0][word], words[1][word], words[0][word + 1],
                                     words[1][word + 1]};
 #pragma unroll
         for (int product = 0; product < Tile::kProducts; ++product) {
-          MultiplyRegisters<T, Tile::kProductCols, kRowsAsStored<T>>::Run(
+          MultiplyRegisters<T, Tile::kProductCols, kRowsOfDepth<T>>::Run(
               sums[product], factor,
               MoveDescriptor(filters, product * (Tile::kProductCols * kRowBytes)), true);
         }
@@ -643,7 +639,7 @@ std::string FusedForwardCuda(const DeformConvParams& params,
                              CudaDevice& device, T* output) {
   if (params.out_positions() == 0) return "";
   const cudaStream_t stream = StreamOf(device.stream());
-  if constexpr (kRowsAsStored<T> == RowsOf::kProduct) {
+  if constexpr (kRowsOfDepth<T> == RowsOf::kProduct) {
     const int rows = static_cast<int>(params.taps() * params.group_in_channels());
     const int cols = static_cast<int>(params.out_channels);
     float* transposed;

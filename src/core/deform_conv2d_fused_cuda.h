@@ -45,9 +45,12 @@ bool DeformCol2ImRegionFits(const DeformConvParams& params,
                             const SampledTensors<T, ComputeType<T>>& tensors,
                             const SampledGradients<ComputeType<T>>& gradients);
 
+// Positions are worked on in patches of so many rows and columns.
+constexpr int kPatchSide = 8;
+
 // As DeformCol2ImCuda; but few additions to gradients.input are left to memory, and of 16-bit
-// types, samples are rounded as those of FusedForwardCuda. The fewer patches of 8x8 positions
-// [begin, end) cut, the better.
+// types, samples are rounded as those of FusedForwardCuda. The fewer patches [begin, end) cut, the
+// better.
 template <typename T>
 std::string DeformCol2ImRegionCuda(const DeformConvParams& params,
                                    const SampledTensors<T, ComputeType<T>>& tensors, int64_t begin,

@@ -169,17 +169,27 @@ __device__ __forceinline__ float MaskOf(const SampledTensors<T, float>& tensors,
   return tensors.mask == nullptr ? 1.0f : __ldg(tensors.mask + index);
 }
 
-// Where corners are read from: distances in bytes, and the pixel that packed corners count from.
+// Distances of corners, in bytes.
+struct CornerDistances {
+  int32_t pixel;
+  int64_t row;
+
+  template <typename T>
+  __device__ __forceinline__ static CornerDistances Of(const FusedSizes& sizes) {
+    const int32_t pixel = sizes.in_channels * static_cast<int32_t>(sizeof(T));
+    return {pixel, int64_t{sizes.in_w} * pixel};
+  }
+};
+
+// Where corners are read from: their distances, and the pixel that packed corners count from.
 struct CornerReader {
-  int32_t pixel_bytes;
-  int64_t row_bytes;
+  CornerDistances distances;
   const uint8_t* first;  // of the input, the pixel above and left of the first
 
   template <typename T>
   __device__ CornerReader(const FusedSizes& sizes, const T* input)
-      : pixel_bytes(sizes.in_channels * static_cast<int32_t>(sizeof(T))),
-        row_bytes(int64_t{sizes.in_w} * pixel_bytes),
-        first(reinterpret_cast<const uint8_t*>(input) - row_bytes - pixel_bytes) {
+      : distances(CornerDistances::Of<T>(sizes)),
+        first(reinterpret_cast<const uint8_t*>(input) - distances.row - distances.pixel) {
     // Else the compiler adds up each corner's address from the input's on.
     asm volatile("" : "+l"(first));
   }
@@ -190,9 +200,9 @@ struct CornerReader {
   __device__ __forceinline__ void Load(int32_t corners, int32_t channel_bytes,
                                        uint4 (&chunks)[kCorners]) const {
     const uint8_t* top =
-        first + channel_bytes + int64_t{corners >> kCornerBits} * int64_t{pixel_bytes};
-    const uint8_t* bottom = top + row_bytes;
-    const uint8_t* from[kCorners] = {top, top + pixel_bytes, bottom, bottom + pixel_bytes};
+        first + channel_bytes + int64_t{corners >> kCornerBits} * int64_t{distances.pixel};
+    const uint8_t* bottom = top + distances.row;
+    const uint8_t* from[kCorners] = {top, top + distances.pixel, bottom, bottom + distances.pixel};
 #pragma unroll
     for (int corner = 0; corner < kCorners; ++corner) {
       if (kAllCount) {
@@ -237,24 +247,6 @@ __device__ __forceinline__ uint4 Interpolate(const uint4 (&chunks)[kCorners],
   }
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
-
-__device__ __forceinline__ void StoreChunk(uint32_t address, const uint4& chunk) {
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(chunk.x),
-               "r"(chunk.y), "r"(chunk.z), "r"(chunk.w)
-               : "memory");
-}
-
-// Distances of corners, in bytes.
-struct CornerDistances {
-  int32_t pixel;
-  int64_t row;
-
-  template <typename T>
-  __device__ __forceinline__ static CornerDistances Of(const FusedSizes& sizes) {
-    const int32_t pixel = sizes.in_channels * static_cast<int32_t>(sizeof(T));
-    return {pixel, int64_t{sizes.in_w} * pixel};
-  }
-};
 
 // The corners of a table entry's sample, on their way from memory.
 struct CornersInFlight {

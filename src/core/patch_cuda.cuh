@@ -6,13 +6,13 @@
 
 #include <algorithm>
 
+#include "core/deform_conv2d_fused_cuda.h"
 #include "core/deform_im2col_cuda.h"
 #include "core/fused_samples_cuda.cuh"
 
 namespace deform_conv {
 namespace cuda {
 
-constexpr int kPatchSide = 8;
 constexpr int kPatchPositions = kPatchSide * kPatchSide;
 constexpr int kRegionSide = 16;
 constexpr int kRegionPixels = kRegionSide * kRegionSide;
@@ -54,7 +54,6 @@ struct Patch {
   int tap_of_group;        // the first of the deformable group, among those of a position
   int channel;             // the slice's first
   int filters_row;         // ... among those of its convolution group
-  int out_channel;         // the convolution group's first
   int region_h, region_w;  // the region's first pixel, which may lie outside of the image
 
   // Which of a sample's corners count and lie in the region.
@@ -109,7 +108,6 @@ struct PatchGrid {
     patch.tap_of_group = patch.channel / sizes.deform_group_channels * sizes.taps;
     const int group = patch.channel / sizes.group_in_channels;
     patch.filters_row = patch.channel - group * sizes.group_in_channels;
-    patch.out_channel = group * sizes.group_out_channels;
     patch.region_h = patch.y * sizes.stride_h - sizes.pad_top - margin_h;
     patch.region_w = patch.x * sizes.stride_w - sizes.pad_left - margin_w;
     return patch;
@@ -236,6 +234,12 @@ struct PlacedCorners {
 
 // --- Tiles ---
 
+__device__ __forceinline__ void StoreChunk(uint32_t address, const uint4& chunk) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(chunk.x),
+               "r"(chunk.y), "r"(chunk.z), "r"(chunk.w)
+               : "memory");
+}
+
 __device__ __forceinline__ uint4 LoadChunk(uint32_t address) {
   uint4 chunk;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
@@ -309,7 +313,7 @@ template <typename T, int kChannels>
 __device__ __forceinline__ void MultiplyShares(int warpgroup, uint32_t shares,
                                                uint32_t grad_columns, bool add,
                                                float (&sums)[kRegionParts][kChannels / 2]) {
-  constexpr RowsOf kRows = sizeof(T) == 2 ? RowsOf::kDepth : RowsOf::kProduct;
+  constexpr RowsOf kRows = kRowsOfDepth<T>;
   constexpr int kSteps = kBlockDepth<T> / kStepDepth<T>;
   constexpr uint32_t kPartBytes = kWarpgroupRows * kRowBytes;
   const uint64_t a = FactorDescriptor(shares + warpgroup * kRegionParts * kPartBytes, 0);

@@ -48,6 +48,11 @@ enum class RowsOf {
   kDepth,    // a row of the block is a step of the depth; 16-bit types only
 };
 
+// How a factor is given whose rows are steps of the depth where it comes from: as it is, or in TF32
+// transposed beforehand.
+template <typename T>
+constexpr RowsOf kRowsOfDepth = sizeof(T) == 2 ? RowsOf::kDepth : RowsOf::kProduct;
+
 // Describes a factor to the tensor cores: `address` is where the first chunk of its first row lies.
 // Where rows are steps of the depth and the factor is wider than a block, `next_block` is the
 // distance in bytes of the block beside it; it is not used otherwise.
@@ -270,10 +275,8 @@ DEFORM_CONV_MULTIPLY_REGISTERS(128, 64, "%64, %65, %66, %67", "%68", "%69", "%70
   DEFORM_CONV_MULTIPLY_16_BIT(__half, "f16", cols, count, n0, n1, n2, n3, n4)         \
   DEFORM_CONV_MULTIPLY_16_BIT(__nv_bfloat16, "bf16", cols, count, n0, n1, n2, n3, n4) \
   DEFORM_CONV_MULTIPLY_TF32(cols, count, n0, n1, n2)
-DEFORM_CONV_MULTIPLY(16, 8, "%8", "%9", "%10", "%11", "%12")
 DEFORM_CONV_MULTIPLY(32, 16, "%16", "%17", "%18", "%19", "%20")
 DEFORM_CONV_MULTIPLY(64, 32, "%32", "%33", "%34", "%35", "%36")
-DEFORM_CONV_MULTIPLY(128, 64, "%64", "%65", "%66", "%67", "%68")
 #undef DEFORM_CONV_MULTIPLY
 #undef DEFORM_CONV_MULTIPLY_16_BIT
 #undef DEFORM_CONV_MULTIPLY_TF32
