@@ -5,6 +5,7 @@ import ctypes
 import hashlib
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,15 +19,6 @@ PROJECT = Path(__file__).resolve().parent.parent
 CORE = PROJECT / "src" / "core"
 LIBRARY = PROJECT / "build" / "libdeform_conv_core_cuda.so"
 OBJECTS = PROJECT / "build" / "core_cuda_objects"
-SOURCES = (
-    "params.cc",
-    "deform_col2im_sorted_cuda.cu",
-    "deform_conv2d_cuda.cc",
-    "deform_im2col_cuda.cu",
-    "c_interface_cuda.cc",
-)
-# Where the GPU's compute capability is 9.0.
-FUSED_SOURCES = ("deform_col2im_region_cuda.cu", "deform_conv2d_fused_cuda.cu")
 
 # name: torch dtype, the C interface's number, TF32, bound on the relative error
 TYPES = {
@@ -49,9 +41,7 @@ Call = Callable[[], None]
 def build() -> ctypes.CDLL:
     """Compiles what has changed, links and loads the library."""
     capability = torch.cuda.get_device_capability()
-    sources, flags = SOURCES, _flags(capability)
-    if capability == (9, 0):
-        sources += FUSED_SOURCES
+    sources, flags = _sources(capability), _flags(capability)
     OBJECTS.mkdir(parents=True, exist_ok=True)
     objects = [_object_of(source, flags) for source in sources]
     stale = [pair for pair in zip(sources, objects, strict=True) if not pair[1].exists()]
@@ -72,29 +62,42 @@ def load() -> ctypes.CDLL:
     return library
 
 
+def _sources(capability: tuple[int, int]) -> list[str]:
+    """The core's sources but for the CPU's, from the lists that CMake reads too."""
+    lists = ["CORE", "CORE_GPU", "CORE_CUDA", "CORE_C_API"]
+    if capability == (9, 0):
+        lists.append("CORE_CUDA_SM90")
+    text = (CORE / "sources.cmake").read_text()
+    return [
+        source
+        for name in lists
+        for source in re.search(rf"^set\({name}_SOURCES\n(.*?)^\)", text, re.M | re.S)[1].split()
+    ]
+
+
 def _flags(capability: tuple[int, int]) -> list[str]:
     architecture = "{}{}".format(*capability)
     flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-Wall,-Wextra", "-lineinfo"]
     flags += ["--expt-relaxed-constexpr", f"-I{PROJECT / 'src'}"]
     if capability == (9, 0):
         architecture += "a"  # with the instructions that 9.0 alone has
-        flags.append("-DDEFORM_CONV_FUSED_KERNELS")
+        flags.append("-DDEFORM_CONV_SM90")
     return [*flags, f"-gencode=arch=compute_{architecture},code=sm_{architecture}"]
 
 
 def _object_of(source: str, flags: list[str]) -> Path:
     """Named for what it is made of, since the times of files do not survive copying."""
-    headers = sorted(path for path in CORE.iterdir() if path.suffix in (".h", ".cuh"))
+    headers = sorted(path for path in CORE.rglob("*") if path.suffix in (".h", ".cuh"))
     digest = hashlib.sha256(" ".join(flags).encode())
     for path in (*headers, CORE / source):
         digest.update(path.read_bytes())
-    return OBJECTS / f"{source}.{digest.hexdigest()[:16]}.o"
+    return OBJECTS / f"{source.replace('/', '_')}.{digest.hexdigest()[:16]}.o"
 
 
 def _compile(source: str, target: Path, flags: list[str]) -> None:
     unfinished = target.with_suffix(".unfinished")
     _run(["nvcc", *flags, "-c", CORE / source, "-o", unfinished])
-    for old in OBJECTS.glob(f"{source}.*.o"):
+    for old in OBJECTS.glob(f"{source.replace('/', '_')}.*.o"):
         old.unlink()
     unfinished.rename(target)
 
@@ -113,7 +116,7 @@ def _run(command: list) -> None:
 
 
 class Problem(ctypes.Structure):
-    """DeformConvProblem of src/core/c_interface_cuda.h."""
+    """DeformConvProblem of src/core/c_api/deform_conv2d_cuda.h."""
 
     _fields_ = (
         *((name, ctypes.c_int64 * 4) for name in ARGUMENTS),

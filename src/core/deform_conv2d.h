@@ -1,35 +1,26 @@
-// Deformable convolution, forward and backward, on tensors in native form.
+// Deformable convolution, forward and backward, on tensors in native form: the core's interface.
 
 #ifndef DEFORM_CONV_CORE_DEFORM_CONV2D_H_
 #define DEFORM_CONV_CORE_DEFORM_CONV2D_H_
 
-#include <cstdint>
-#include <functional>
 #include <string>
 
-#include "core/cuda_device.h"
-#include "core/deform_im2col.h"
-#include "core/layout.h"
+#include "core/cpu/threads.h"
+#include "core/gpu/device.h"
 #include "core/params.h"
+#include "core/sampling.h"
+#include "core/types.h"
 
 namespace deform_conv {
 
 // What a backward pass is to write; null where a gradient is not wanted.
-template <typename T, typename Position = T>
+template <typename T, typename OffsetT = T>
 struct DeformConvGradients {
-  SampledGradients<T, Position> sampled;
+  SampledGradients<T, OffsetT> sampled;
   T* filters;
 };
 
 // --- CPU ---
-
-// The threads to compute on.
-struct CpuThreads {
-  int count = 1;
-  // Calls work(i) for each i in [0, count), side by side, and returns when all are done. Unused if
-  // `count` is 1.
-  std::function<void(int count, const std::function<void(int)>& work)> run;
-};
 
 // Both functions allocate workspace and throw std::bad_alloc where there is none left. T is float
 // or double.
@@ -48,24 +39,24 @@ void DeformConv2DBackwardCpu(const DeformConvParams& params, const SampledTensor
                              const T* filters, const T* grad_output, const CpuThreads& threads,
                              bool add_filters, const DeformConvGradients<T>& gradients);
 
-// --- CUDA ---
+// --- GPU ---
 
 // Both functions put all work on device.stream() and return an empty string, or what went wrong.
 // T is float, double, Half or BFloat16, and all pointers are the device's.
 
 // As DeformConv2DForwardCpu.
 template <typename T>
-std::string DeformConv2DForwardCuda(const DeformConvParams& params,
-                                    const SampledTensors<T, ComputeType<T>>& tensors,
-                                    const T* filters, CudaDevice& device, T* output);
+std::string DeformConv2DForwardGpu(const DeformConvParams& params,
+                                   const SampledTensors<T, ComputeType<T>>& tensors,
+                                   const T* filters, GpuDevice& device, T* output);
 
 // As DeformConv2DBackwardCpu, but unless device.deterministic(), the input's gradient is summed in
 // an order that is not fixed, and differs by rounding from run to run.
 template <typename T>
-std::string DeformConv2DBackwardCuda(const DeformConvParams& params,
-                                     const SampledTensors<T, ComputeType<T>>& tensors,
-                                     const T* filters, const T* grad_output, CudaDevice& device,
-                                     const DeformConvGradients<T, ComputeType<T>>& gradients);
+std::string DeformConv2DBackwardGpu(const DeformConvParams& params,
+                                    const SampledTensors<T, ComputeType<T>>& tensors,
+                                    const T* filters, const T* grad_output, GpuDevice& device,
+                                    const DeformConvGradients<T, ComputeType<T>>& gradients);
 
 }  // namespace deform_conv
 

@@ -3,6 +3,9 @@
 #include <algorithm>
 #include <limits>
 #include <sstream>
+#include <vector>
+
+#include "core/integer_math.h"
 
 namespace deform_conv {
 namespace {
@@ -31,7 +34,7 @@ std::string SizeAxis(const Axis& axis, Padding padding, int64_t* out, int64_t* p
   *out = kUnknown;
   *pad_before = padding == Padding::kExplicit ? axis.pad_before : 0;
   if (!Known(axis.in)) return "";
-  if (padding == Padding::kSame) *out = (axis.in + axis.stride - 1) / axis.stride;
+  if (padding == Padding::kSame) *out = CeilDiv(axis.in, axis.stride);
   if (!Known(axis.kernel)) return "";
   const int64_t extent = (axis.kernel - 1) * axis.dilation + 1;
   if (extent > kMaxExtent) {
@@ -58,9 +61,87 @@ std::string SizeAxis(const Axis& axis, Padding padding, int64_t* out, int64_t* p
   return "";
 }
 
-std::string CheckPositive(const char* argument, int64_t h, int64_t w) {
-  if (h >= 1 && w >= 1 && h <= kMaxExtent && w <= kMaxExtent) return "";
-  return Message(argument, " must be from 1 to ", kMaxExtent, "; received (", h, ", ", w, ")");
+// An attribute, of both axes or of one, and the least that each of its values may be.
+struct AttributeRange {
+  const char* name;
+  int64_t least;
+  std::vector<int64_t> values;
+};
+
+std::string CheckRange(const AttributeRange& range) {
+  const auto fits = [&](int64_t value) { return value >= range.least && value <= kMaxExtent; };
+  if (std::all_of(range.values.begin(), range.values.end(), fits)) return "";
+  const std::string received = range.values.size() == 1
+                                   ? Message(range.values[0])
+                                   : Message("(", range.values[0], ", ", range.values[1], ")");
+  return Message(range.name, " must be from ", range.least, " to ", kMaxExtent, "; received ",
+                 received);
+}
+
+std::string CheckAttributes(const DeformConvAttributes& attributes) {
+  const AttributeRange ranges[] = {
+      {"strides", 1, {attributes.stride_h, attributes.stride_w}},
+      {"dilations", 1, {attributes.dilation_h, attributes.dilation_w}},
+      {"padding", 0, {attributes.pad_top}},
+      {"padding", 0, {attributes.pad_bottom}},
+      {"padding", 0, {attributes.pad_left}},
+      {"padding", 0, {attributes.pad_right}},
+      {"deform_groups", 1, {attributes.deform_groups}},
+  };
+  for (const AttributeRange& range : ranges) {
+    if (std::string error = CheckRange(range); !error.empty()) return error;
+  }
+  return "";
+}
+
+std::string CheckExtents(const DeformConvShapes& shapes) {
+  const auto& [batch, in_h, in_w, in_channels] = shapes.input;
+  const auto& [kernel_h, kernel_w, group_channels, out_channels] = shapes.filters;
+  if (in_h > kMaxExtent || in_w > kMaxExtent) {
+    return Message("input must be at most ", kMaxExtent, " high and wide; received ", in_h, "x",
+                   in_w);
+  }
+  if (kernel_h == 0 || kernel_w == 0 || kernel_h > kMaxExtent || kernel_w > kMaxExtent) {
+    return Message("filters must have a height and width from 1 to ", kMaxExtent, "; received ",
+                   kernel_h, "x", kernel_w);
+  }
+  return "";
+}
+
+// All sizes but those that follow from others.
+DeformConvParams GivenSizes(const DeformConvAttributes& attributes,
+                            const DeformConvShapes& shapes) {
+  DeformConvParams params = {};
+  params.batch = shapes.input[0];
+  params.in_h = shapes.input[1];
+  params.in_w = shapes.input[2];
+  params.in_channels = shapes.input[3];
+  params.kernel_h = shapes.filters[0];
+  params.kernel_w = shapes.filters[1];
+  params.out_channels = shapes.filters[3];
+  params.stride_h = attributes.stride_h;
+  params.stride_w = attributes.stride_w;
+  params.dilation_h = attributes.dilation_h;
+  params.dilation_w = attributes.dilation_w;
+  params.deform_groups = attributes.deform_groups;
+  params.has_mask = shapes.has_mask;
+  return params;
+}
+
+std::string SizeOutput(const DeformConvAttributes& attributes, DeformConvParams* params) {
+  const Axis height = {
+      "height",           params->in_h,       params->kernel_h,     params->stride_h,
+      params->dilation_h, attributes.pad_top, attributes.pad_bottom};
+  const Axis width = {"width",
+                      params->in_w,
+                      params->kernel_w,
+                      params->stride_w,
+                      params->dilation_w,
+                      attributes.pad_left,
+                      attributes.pad_right};
+  std::string error = SizeAxis(height, attributes.padding, &params->out_h, &params->pad_top);
+  if (!error.empty()) return error;
+  return SizeAxis(width, attributes.padding, &params->out_w, &params->pad_left);
 }
 
 // `shape` is the offset's or the mask's.
@@ -126,64 +207,14 @@ std::string CheckChannels(const DeformConvShapes& shapes, DeformConvParams* para
 
 std::string MakeParams(const DeformConvAttributes& attributes, const DeformConvShapes& shapes,
                        DeformConvParams* params) {
-  std::string error = CheckPositive("strides", attributes.stride_h, attributes.stride_w);
+  std::string error = CheckAttributes(attributes);
   if (!error.empty()) return error;
-  error = CheckPositive("dilations", attributes.dilation_h, attributes.dilation_w);
+  error = CheckExtents(shapes);
   if (!error.empty()) return error;
-  for (const int64_t pad :
-       {attributes.pad_top, attributes.pad_bottom, attributes.pad_left, attributes.pad_right}) {
-    if (pad < 0 || pad > kMaxExtent) {
-      return Message("padding must be from 0 to ", kMaxExtent, "; received ", pad);
-    }
-  }
-  if (attributes.deform_groups < 1 || attributes.deform_groups > kMaxExtent) {
-    return Message("deform_groups must be from 1 to ", kMaxExtent, "; received ",
-                   attributes.deform_groups);
-  }
-  const auto& [batch, in_h, in_w, in_channels] = shapes.input;
-  const auto& [kernel_h, kernel_w, group_channels, out_channels] = shapes.filters;
-  if (in_h > kMaxExtent || in_w > kMaxExtent) {
-    return Message("input must be at most ", kMaxExtent, " high and wide; received ", in_h, "x",
-                   in_w);
-  }
-  if (kernel_h == 0 || kernel_w == 0 || kernel_h > kMaxExtent || kernel_w > kMaxExtent) {
-    return Message("filters must have a height and width from 1 to ", kMaxExtent, "; received ",
-                   kernel_h, "x", kernel_w);
-  }
-
-  params->batch = batch;
-  params->in_h = in_h;
-  params->in_w = in_w;
-  params->in_channels = in_channels;
-  params->out_channels = out_channels;
-  params->kernel_h = kernel_h;
-  params->kernel_w = kernel_w;
-  params->stride_h = attributes.stride_h;
-  params->stride_w = attributes.stride_w;
-  params->dilation_h = attributes.dilation_h;
-  params->dilation_w = attributes.dilation_w;
-  params->deform_groups = attributes.deform_groups;
-  params->has_mask = shapes.has_mask;
-
-  const Axis height = {"height",
-                       in_h,
-                       kernel_h,
-                       attributes.stride_h,
-                       attributes.dilation_h,
-                       attributes.pad_top,
-                       attributes.pad_bottom};
-  const Axis width = {"width",
-                      in_w,
-                      kernel_w,
-                      attributes.stride_w,
-                      attributes.dilation_w,
-                      attributes.pad_left,
-                      attributes.pad_right};
+  *params = GivenSizes(attributes, shapes);
   error = CheckChannels(shapes, params);
   if (!error.empty()) return error;
-  error = SizeAxis(height, attributes.padding, &params->out_h, &params->pad_top);
-  if (!error.empty()) return error;
-  error = SizeAxis(width, attributes.padding, &params->out_w, &params->pad_left);
+  error = SizeOutput(attributes, params);
   if (!error.empty()) return error;
   error = CheckPerPosition("offset", shapes.offset, *params, 2, "2 * deform_groups * ");
   if (!error.empty()) return error;

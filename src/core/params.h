@@ -25,7 +25,7 @@ struct DeformConvAttributes {
   int64_t deform_groups = 1;
 };
 
-// Shapes in the native layout (see README.md, "Layouts"); any dimension may be kUnknown.
+// Shapes of tensors in native form; any dimension may be kUnknown.
 struct DeformConvShapes {
   std::array<int64_t, 4> input;    // N, H, W, C
   std::array<int64_t, 4> filters;  // KH, KW, C / groups, O

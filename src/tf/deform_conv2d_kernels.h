@@ -4,27 +4,27 @@
 //   class Backend {
 //     explicit Backend(OpKernelContext* context);
 //
-//     // What input, filters and output are computed in.
-//     template <typename Stored> using Native = ...;
+//     // What input, filters and output of type T are computed in.
+//     template <typename T> using NativeType = ...;
 //
 //     // Bytes that copies in native form may take, unless those of one image take more.
 //     int64_t copy_bytes() const;
 //
-//     template <typename Stored, typename T>
-//     absl::Status ToNative(DataFormat, const TensorExtent&, const Stored* from, T* to);
+//     template <typename T, typename NativeT>
+//     absl::Status ToNative(DataFormat, const TensorExtent&, const T* from, NativeT* to);
 //
-//     template <typename Stored, typename T>
-//     absl::Status FromNative(DataFormat, const TensorExtent&, const T* from, Stored* to);
+//     template <typename T, typename NativeT>
+//     absl::Status FromNative(DataFormat, const TensorExtent&, const NativeT* from, T* to);
 //
-//     template <typename T, typename Position>
-//     absl::Status Forward(const DeformConvParams&, const SampledTensors<T, Position>&,
+//     template <typename T>
+//     absl::Status Forward(const DeformConvParams&, const SampledTensors<T, ComputeType<T>>&,
 //                          const T* filters, T* output);
 //
 //     // With `add_filters`, adds to the filters' gradient instead of writing it.
-//     template <typename T, typename Position>
-//     absl::Status Backward(const DeformConvParams&, const SampledTensors<T, Position>&,
+//     template <typename T>
+//     absl::Status Backward(const DeformConvParams&, const SampledTensors<T, ComputeType<T>>&,
 //                           const T* filters, const T* grad_output, bool add_filters,
-//                           const DeformConvGradients<T, Position>&);
+//                           const DeformConvGradients<T, ComputeType<T>>&);
 //   };
 //
 // Offset and mask are always computed in ComputeType: float, or double beside double.
@@ -32,14 +32,13 @@
 #ifndef DEFORM_CONV_TF_DEFORM_CONV2D_KERNELS_H_
 #define DEFORM_CONV_TF_DEFORM_CONV2D_KERNELS_H_
 
-#include <algorithm>
-#include <exception>
-#include <new>
-#include <stdexcept>
 #include <type_traits>
+#include <vector>
 
 #include "core/deform_conv2d.h"
 #include "tensorflow/core/framework/op_kernel.h"
+#include "tf/exception_to_status.h"
+#include "tf/native_tensor.h"
 #include "tf/op_attributes.h"
 
 namespace deform_conv {
@@ -50,119 +49,6 @@ using tensorflow::OpKernelContext;
 using tensorflow::Tensor;
 using tensorflow::TensorShape;
 
-// TensorFlow's element types as the core names them, and back.
-template <typename TfType>
-struct StoredTypeOf {
-  using type = TfType;
-};
-template <>
-struct StoredTypeOf<Eigen::half> {
-  using type = Half;
-};
-template <>
-struct StoredTypeOf<Eigen::bfloat16> {
-  using type = BFloat16;
-};
-template <typename TfType>
-using StoredType = typename StoredTypeOf<TfType>::type;
-
-// A tensor in the form that the core computes on, NHWC in type T, some images at a time: the
-// tensor's own elements where they have that form, or else a converted copy. Without a tensor,
-// data() is null and the rest does nothing.
-template <typename Backend, typename Stored, typename T>
-class NativeTensor {
- public:
-  NativeTensor(OpKernelContext* context, Backend& backend, DataFormat format)
-      : context_(context), backend_(backend), format_(format) {}
-
-  // `tensor` must outlive this object.
-  void Attach(const Tensor& tensor) {
-    stored_ = reinterpret_cast<Stored*>(const_cast<char*>(tensor.tensor_data().data()));
-    const std::array<int, 4> axes = AxesOf(format_);
-    extent_ = {tensor.dim_size(axes[0]), tensor.dim_size(axes[1]) * tensor.dim_size(axes[2]),
-               tensor.dim_size(axes[3])};
-    native_ = std::is_same_v<Stored, T> && format_ == DataFormat::kNhwc;
-  }
-
-  int64_t images() const { return extent_.batch; }
-  // What the copy of an image takes.
-  int64_t copy_bytes() const {
-    return stored_ == nullptr || native_ ? 0 : ImageSize() * static_cast<int64_t>(sizeof(T));
-  }
-
-  // Makes room for so many images at a time.
-  absl::Status Allocate(int64_t images) {
-    if (copy_bytes() == 0) return absl::OkStatus();
-    return context_->allocate_temp(tensorflow::DT_INT8, TensorShape({images * copy_bytes()}),
-                                   &copy_);
-  }
-
-  // Chooses images [begin, begin + count), at most as many as there is room for.
-  void MoveTo(int64_t begin, int64_t count) {
-    begin_ = begin;
-    extent_.batch = count;
-  }
-
-  // Converts the chosen images into native form.
-  absl::Status Read() {
-    if (copy_bytes() == 0) return absl::OkStatus();
-    return backend_.ToNative(format_, extent_, Chosen(), data());
-  }
-
-  // Converts them back.
-  absl::Status Write() {
-    if (copy_bytes() == 0) return absl::OkStatus();
-    return backend_.FromNative(format_, extent_, data(), Chosen());
-  }
-
-  // The chosen images in native form.
-  T* data() const {
-    if (stored_ == nullptr) return nullptr;
-    if constexpr (std::is_same_v<Stored, T>) {
-      if (native_) return Chosen();
-    }
-    return reinterpret_cast<T*>(const_cast<char*>(copy_.tensor_data().data()));
-  }
-
- private:
-  int64_t ImageSize() const { return extent_.pixels * extent_.channels; }
-  Stored* Chosen() const { return stored_ + begin_ * ImageSize(); }
-
-  OpKernelContext* context_;
-  Backend& backend_;
-  DataFormat format_;
-  Stored* stored_ = nullptr;
-  TensorExtent extent_{0, 0, 0};  // of the chosen images
-  int64_t begin_ = 0;
-  bool native_ = false;
-  Tensor copy_;
-};
-
-// Calls work(begin, count) for ranges of images that cover the batch, after making room for one in
-// `tensors`. A range is as long as the backend grants memory to the tensors' copies, but at least
-// one image.
-template <typename Backend, typename Work, typename... Tensors>
-absl::Status ForEachRange(const Backend& backend, int64_t images, const Work& work,
-                          Tensors&... tensors) {
-  const int64_t bytes = (tensors.copy_bytes() + ...);
-  const int64_t granted = bytes == 0 ? images : std::min(backend.copy_bytes() / bytes, images);
-  const int64_t range = std::max<int64_t>(granted, 1);
-  absl::Status status;
-  const auto allocate = [&](auto& tensor) {
-    if (status.ok()) status = tensor.Allocate(range);
-  };
-  (allocate(tensors), ...);
-  int64_t begin = 0;
-  do {  // once for an empty batch too: it has a gradient by the filters
-    if (!status.ok()) break;
-    const int64_t count = std::min(range, images - begin);
-    (tensors.MoveTo(begin, count), ...);
-    status = work(begin, count);
-    begin += range;
-  } while (begin < images);
-  return status;
-}
-
 // What the kernels of both ops do alike, whatever the types.
 class DeformConv2DKernel : public OpKernel {
  public:
@@ -171,15 +57,7 @@ class DeformConv2DKernel : public OpKernel {
   }
 
   void Compute(OpKernelContext* context) override {
-    try {
-      OP_REQUIRES_OK(context, ComputeStatus(context));
-    } catch (const std::bad_alloc&) {
-      context->SetStatus(absl::ResourceExhaustedError("out of memory for the op's workspace"));
-    } catch (const std::invalid_argument& error) {
-      context->SetStatus(absl::InvalidArgumentError(error.what()));
-    } catch (const std::exception& error) {
-      context->SetStatus(absl::InternalError(error.what()));
-    }
+    OP_REQUIRES_OK(context, StatusOfExceptions([&] { return ComputeStatus(context); }));
   }
 
  protected:
@@ -207,16 +85,13 @@ class DeformConv2DKernel : public OpKernel {
 };
 
 // The ops' arguments in native form.
-template <typename Backend, typename TfType, typename TfOffset>
+template <typename Backend, typename T, typename OffsetT>
 class NativeArguments {
  public:
-  using Stored = StoredType<TfType>;
-  using StoredOffset = StoredType<TfOffset>;
-  using T = typename Backend::template Native<Stored>;
-  using Position = ComputeType<Stored>;
-  static_assert(std::is_same_v<Position, ComputeType<StoredOffset>>);
-  using DataTensor = NativeTensor<Backend, Stored, T>;
-  using PositionTensor = NativeTensor<Backend, StoredOffset, Position>;
+  using NativeT = typename Backend::template NativeType<T>;
+  static_assert(std::is_same_v<ComputeType<T>, ComputeType<OffsetT>>);
+  using DataTensor = NativeTensor<Backend, T, NativeT>;
+  using OffsetTensor = NativeTensor<Backend, OffsetT, ComputeType<T>>;
 
   NativeArguments(OpKernelContext* context, Backend& backend, DataFormat format)
       : input_(context, backend, format),
@@ -226,10 +101,10 @@ class NativeArguments {
 
   // Attaches the op's inputs, and reads the filters.
   absl::Status Attach(OpKernelContext* context, bool has_mask) {
-    input_.Attach(context->input(0));
-    filters_.Attach(context->input(1));
-    offset_.Attach(context->input(2));
-    if (has_mask) mask_.Attach(context->input(3));
+    input_.Attach(context->input(kInput));
+    filters_.Attach(context->input(kFilters));
+    offset_.Attach(context->input(kOffset));
+    if (has_mask) mask_.Attach(context->input(kMask));
     TF_RETURN_IF_ERROR(filters_.Allocate(filters_.images()));
     return filters_.Read();
   }
@@ -242,22 +117,22 @@ class NativeArguments {
   }
 
   DataTensor& input() { return input_; }
-  PositionTensor& offset() { return offset_; }
-  PositionTensor& mask() { return mask_; }
+  OffsetTensor& offset() { return offset_; }
+  OffsetTensor& mask() { return mask_; }
 
-  SampledTensors<T, Position> sampled() const {
+  SampledTensors<NativeT, ComputeType<T>> sampled() const {
     return {input_.data(), offset_.data(), mask_.data()};
   }
-  const T* filters() const { return filters_.data(); }
+  const NativeT* filters() const { return filters_.data(); }
 
  private:
   DataTensor input_, filters_;
-  PositionTensor offset_, mask_;
+  OffsetTensor offset_, mask_;
 };
 
-template <typename Backend, typename TfType, typename TfOffset>
+template <typename Backend, typename T, typename OffsetT>
 class DeformConv2DOp : public DeformConv2DKernel {
-  using Arguments = NativeArguments<Backend, TfType, TfOffset>;
+  using Arguments = NativeArguments<Backend, T, OffsetT>;
 
  public:
   using DeformConv2DKernel::DeformConv2DKernel;
@@ -288,15 +163,15 @@ class DeformConv2DOp : public DeformConv2DKernel {
   }
 };
 
-template <typename Backend, typename TfType, typename TfOffset>
+template <typename Backend, typename T, typename OffsetT>
 class DeformConv2DGradOp : public DeformConv2DKernel {
-  using Arguments = NativeArguments<Backend, TfType, TfOffset>;
+  using Arguments = NativeArguments<Backend, T, OffsetT>;
   using DataTensor = typename Arguments::DataTensor;
-  using PositionTensor = typename Arguments::PositionTensor;
+  using OffsetTensor = typename Arguments::OffsetTensor;
 
  public:
   explicit DeformConv2DGradOp(OpKernelConstruction* context) : DeformConv2DKernel(context) {
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < kArguments; ++i) {
       OP_REQUIRES_OK(context, context->GetAttr(kWantAttributes[i], &wanted_[i]));
     }
   }
@@ -317,12 +192,12 @@ class DeformConv2DGradOp : public DeformConv2DKernel {
     Backend backend(context);
     DataTensor grad_input(context, backend, format());
     DataTensor grad_filters(context, backend, DataFormat::kNhwc);
-    PositionTensor grad_offset(context, backend, format());
-    PositionTensor grad_mask(context, backend, format());
-    TF_RETURN_IF_ERROR(AllocateGradient(context, 0, &grad_input));
-    TF_RETURN_IF_ERROR(AllocateGradient(context, 1, &grad_filters));
-    TF_RETURN_IF_ERROR(AllocateGradient(context, 2, &grad_offset));
-    if (has_mask()) TF_RETURN_IF_ERROR(AllocateGradient(context, 3, &grad_mask));
+    OffsetTensor grad_offset(context, backend, format());
+    OffsetTensor grad_mask(context, backend, format());
+    TF_RETURN_IF_ERROR(AllocateGradient(context, kInput, &grad_input));
+    TF_RETURN_IF_ERROR(AllocateGradient(context, kFilters, &grad_filters));
+    TF_RETURN_IF_ERROR(AllocateGradient(context, kOffset, &grad_offset));
+    if (has_mask()) TF_RETURN_IF_ERROR(AllocateGradient(context, kMask, &grad_mask));
 
     Arguments arguments(context, backend, format());
     TF_RETURN_IF_ERROR(arguments.Attach(context, has_mask()));
@@ -332,7 +207,7 @@ class DeformConv2DGradOp : public DeformConv2DKernel {
     const auto backward = [&](int64_t begin, int64_t count) {
       TF_RETURN_IF_ERROR(arguments.Read());
       TF_RETURN_IF_ERROR(native_grad_output.Read());
-      const DeformConvGradients<typename Arguments::T, typename Arguments::Position> gradients = {
+      const DeformConvGradients<typename Arguments::NativeT, ComputeType<T>> gradients = {
           {grad_input.data(), grad_offset.data(), grad_mask.data()}, grad_filters.data()};
       params.batch = count;
       TF_RETURN_IF_ERROR(backend.Backward(params, arguments.sampled(), arguments.filters(),
@@ -349,7 +224,7 @@ class DeformConv2DGradOp : public DeformConv2DKernel {
   }
 
  private:
-  // Allocates the gradient of input `index`: in its shape if it is wanted, else empty.
+  // Allocates the gradient of argument `index`: in its shape if it is wanted, else empty.
   template <typename Gradient>
   absl::Status AllocateGradient(OpKernelContext* context, int index, Gradient* gradient) const {
     Tensor* output;
@@ -359,23 +234,19 @@ class DeformConv2DGradOp : public DeformConv2DKernel {
     return absl::OkStatus();
   }
 
-  bool wanted_[4];
+  bool wanted_[kArguments];
 };
 
 }  // namespace deform_conv
 
-// Registers both ops' kernels on `device` for one pair of types.
-#define DEFORM_CONV_REGISTER_PAIR(Backend, device, TfType, TfOffset) \
-  REGISTER_KERNEL_BUILDER(Name("DeformConv2D")                       \
-                              .Device(device)                        \
-                              .TypeConstraint<TfType>("T")           \
-                              .TypeConstraint<TfOffset>("Toffset"),  \
-                          DeformConv2DOp<Backend, TfType, TfOffset>) \
-  REGISTER_KERNEL_BUILDER(Name("DeformConv2DGrad")                   \
-                              .Device(device)                        \
-                              .TypeConstraint<TfType>("T")           \
-                              .TypeConstraint<TfOffset>("Toffset"),  \
-                          DeformConv2DGradOp<Backend, TfType, TfOffset>)
+// Registers both ops' kernels on `device` for one pair of TensorFlow's types.
+#define DEFORM_CONV_REGISTER_OP(Backend, device, name, Op, TfT, TfOffsetT)                     \
+  REGISTER_KERNEL_BUILDER(                                                                     \
+      Name(name).Device(device).TypeConstraint<TfT>("T").TypeConstraint<TfOffsetT>("Toffset"), \
+      Op<Backend, StoredType<TfT>, StoredType<TfOffsetT>>)
+#define DEFORM_CONV_REGISTER_PAIR(Backend, device, TfT, TfOffsetT)                          \
+  DEFORM_CONV_REGISTER_OP(Backend, device, "DeformConv2D", DeformConv2DOp, TfT, TfOffsetT); \
+  DEFORM_CONV_REGISTER_OP(Backend, device, "DeformConv2DGrad", DeformConv2DGradOp, TfT, TfOffsetT)
 
 // For every pair: offset and mask in the input's type, or in float beside a 16-bit one.
 #define DEFORM_CONV_REGISTER(Backend, device)                                   \

@@ -1,6 +1,6 @@
 // The ops' kernels on the CPU.
 
-#include "core/cpu_kernels.h"
+#include "core/cpu/kernels.h"
 #include "tensorflow/core/platform/threadpool.h"
 #include "tf/deform_conv2d_kernels.h"
 
@@ -12,8 +12,8 @@ using tensorflow::thread::ThreadPool;
 // On TensorFlow's own threads. 16-bit tensors are converted to float.
 class CpuBackend {
  public:
-  template <typename Stored>
-  using Native = ComputeType<Stored>;
+  template <typename T>
+  using NativeType = ComputeType<T>;
 
   explicit CpuBackend(OpKernelContext* context)
       : workers_(context->device()->tensorflow_cpu_worker_threads()->workers) {}
@@ -21,19 +21,19 @@ class CpuBackend {
   // What copies in native form may take: more than the tensors in cache, little beside the batch.
   int64_t copy_bytes() const { return (int64_t{8} << 20) * workers_->NumThreads(); }
 
-  template <typename Stored, typename T>
-  absl::Status ToNative(DataFormat format, const TensorExtent& extent, const Stored* from, T* to) {
-    const auto& kernels = SelectCpuLayoutKernels<Stored>();
+  template <typename T, typename NativeT>
+  absl::Status ToNative(DataFormat format, const TensorExtent& extent, const T* from, NativeT* to) {
+    const auto& kernels = SelectCpuLayoutKernels<T>();
     ForEachPixelRange(extent, [&](int64_t begin, int64_t end) {
       kernels.to_native(format, extent, from, begin, end, to);
     });
     return absl::OkStatus();
   }
 
-  template <typename Stored, typename T>
-  absl::Status FromNative(DataFormat format, const TensorExtent& extent, const T* from,
-                          Stored* to) {
-    const auto& kernels = SelectCpuLayoutKernels<Stored>();
+  template <typename T, typename NativeT>
+  absl::Status FromNative(DataFormat format, const TensorExtent& extent, const NativeT* from,
+                          T* to) {
+    const auto& kernels = SelectCpuLayoutKernels<T>();
     ForEachPixelRange(extent, [&](int64_t begin, int64_t end) {
       kernels.from_native(format, extent, from, begin, end, to);
     });

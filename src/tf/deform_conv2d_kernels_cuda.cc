@@ -3,7 +3,7 @@
 
 #include <limits>
 
-#include "core/deform_im2col_cuda.h"
+#include "core/cuda/general/kernels.h"
 #include "tf/deform_conv2d_kernels.h"
 #include "tf/stream_device.h"
 
@@ -32,30 +32,30 @@ class TensorFlowDevice : public StreamDevice {
 
 class CudaBackend {
  public:
-  template <typename Stored>
-  using Native = Stored;
+  template <typename T>
+  using NativeType = T;
 
   explicit CudaBackend(OpKernelContext* context) : device_(context) {}
 
   // A GPU is kept busy by whole batches only.
   int64_t copy_bytes() const { return std::numeric_limits<int64_t>::max(); }
 
-  template <typename Stored, typename T>
-  absl::Status ToNative(DataFormat format, const TensorExtent& extent, const Stored* from, T* to) {
-    return device_.StatusOf(ToNhwcCuda(format, extent, from, to, device_.stream()));
+  template <typename T, typename NativeT>
+  absl::Status ToNative(DataFormat format, const TensorExtent& extent, const T* from, NativeT* to) {
+    return device_.StatusOf(cuda::ToNhwc(format, extent, from, to, device_.stream()));
   }
 
-  template <typename Stored, typename T>
-  absl::Status FromNative(DataFormat format, const TensorExtent& extent, const T* from,
-                          Stored* to) {
-    return device_.StatusOf(FromNhwcCuda(format, extent, from, to, device_.stream()));
+  template <typename T, typename NativeT>
+  absl::Status FromNative(DataFormat format, const TensorExtent& extent, const NativeT* from,
+                          T* to) {
+    return device_.StatusOf(cuda::FromNhwc(format, extent, from, to, device_.stream()));
   }
 
   template <typename T>
   absl::Status Forward(const DeformConvParams& params,
                        const SampledTensors<T, ComputeType<T>>& tensors, const T* filters,
                        T* output) {
-    return device_.StatusOf(DeformConv2DForwardCuda<T>(params, tensors, filters, device_, output));
+    return device_.StatusOf(DeformConv2DForwardGpu<T>(params, tensors, filters, device_, output));
   }
 
   template <typename T>
@@ -64,7 +64,7 @@ class CudaBackend {
                         const T* grad_output, bool /*add_filters*/,  // batches come whole
                         const DeformConvGradients<T, ComputeType<T>>& gradients) {
     return device_.StatusOf(
-        DeformConv2DBackwardCuda<T>(params, tensors, filters, grad_output, device_, gradients));
+        DeformConv2DBackwardGpu<T>(params, tensors, filters, grad_output, device_, gradients));
   }
 
  private:

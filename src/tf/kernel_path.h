@@ -1,4 +1,4 @@
-// Which kernels the environment asks for.
+// Which implementations the environment asks for.
 
 #ifndef DEFORM_CONV_TF_KERNEL_PATH_H_
 #define DEFORM_CONV_TF_KERNEL_PATH_H_
@@ -9,7 +9,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/str_cat.h"
-#include "core/cuda_device.h"
+#include "core/gpu/device.h"
 
 namespace deform_conv {
 
@@ -23,13 +23,13 @@ constexpr NamedPath kNamedPaths[] = {
     {"fused", KernelPath::kFused},
 };
 
-// What it said when first asked: the fastest path where it was unset or empty; InvalidArgument
+// What it said when first asked: any implementation where it was unset or empty; InvalidArgument
 // where it said anything else.
 inline const absl::StatusOr<KernelPath>& PathOfEnvironment() {
   static const absl::StatusOr<KernelPath> path = []() -> absl::StatusOr<KernelPath> {
     const char* value = std::getenv("DEFORM_CONV_PATH");
     const std::string name = value == nullptr ? "" : value;
-    if (name.empty()) return KernelPath::kFastest;
+    if (name.empty()) return KernelPath::kAny;
     std::string allowed;
     for (const NamedPath& named : kNamedPaths) {
       if (name == named.name) return named.path;

@@ -11,8 +11,8 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
-#include "core/layout.h"
 #include "core/params.h"
+#include "core/types.h"
 
 namespace deform_conv {
 
@@ -22,9 +22,13 @@ struct OpAttributes {
   bool has_mask = false;
 };
 
-// The gradient op's attributes that say which gradients are wanted, by the index of the argument.
-constexpr const char* kWantAttributes[] = {"want_grad_input", "want_grad_filters",
-                                           "want_grad_offset", "want_grad_mask"};
+// The ops' arguments by the index of the input. A mask may be missing, and the gradient op has
+// grad_output last.
+enum Argument { kInput, kFilters, kOffset, kMask, kArguments };
+
+// The gradient op's attributes that say which gradients are wanted.
+constexpr const char* kWantAttributes[kArguments] = {"want_grad_input", "want_grad_filters",
+                                                     "want_grad_offset", "want_grad_mask"};
 
 // Where batch, height, width and channels stand in a shape of `format`.
 inline std::array<int, 4> AxesOf(DataFormat format) {
@@ -152,11 +156,11 @@ template <typename Dimensions>
 absl::Status MakeParamsOf(const OpAttributes& attributes, const Dimensions& dimensions,
                           DeformConvParams* params) {
   std::vector<int64_t> mask;
-  if (attributes.has_mask) mask = dimensions(3);
+  if (attributes.has_mask) mask = dimensions(kMask);
   DeformConvShapes shapes;
   const absl::Status status =
-      ToNativeShapes(attributes.format, dimensions(0), dimensions(1), dimensions(2),
-                     attributes.has_mask ? &mask : nullptr, &shapes);
+      ToNativeShapes(attributes.format, dimensions(kInput), dimensions(kFilters),
+                     dimensions(kOffset), attributes.has_mask ? &mask : nullptr, &shapes);
   if (!status.ok()) return status;
   const std::string error = MakeParams(attributes.conv, shapes, params);
   return error.empty() ? absl::OkStatus() : absl::InvalidArgumentError(error);

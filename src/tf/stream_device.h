@@ -8,7 +8,7 @@
 #include <string>
 
 #include "absl/status/status.h"
-#include "core/cuda_device.h"
+#include "core/gpu/device.h"
 #include "tensorflow/core/kernels/numeric_options_utils.h"
 #include "tensorflow/core/util/determinism.h"
 #include "tf/kernel_path.h"
@@ -34,16 +34,16 @@ absl::Status StreamGemmOf(stream_executor::Stream* stream, GemmForm form,
         const_cast<void*>(matrix.data), matrix.rows * matrix.stride * sizeof(T));
   };
   auto out = address({c.data, c.rows, c.cols, c.stride});
-  const int64_t depth = form == GemmForm::kTransposeA ? a.rows : a.cols;
+  const int64_t k = form == GemmForm::kTransposeA ? a.rows : a.cols;
   // BLAS is column-major: there, a row-major matrix is its transpose, and c^T = b^T a^T.
   return library->BlasGemm(
-      stream, transpose(GemmForm::kTransposeB), transpose(GemmForm::kTransposeA), c.cols, c.rows,
-      depth, static_cast<Factor>(1.0f), address(b), static_cast<int>(b.stride), address(a),
+      stream, transpose(GemmForm::kTransposeB), transpose(GemmForm::kTransposeA), c.cols, c.rows, k,
+      static_cast<Factor>(1.0f), address(b), static_cast<int>(b.stride), address(a),
       static_cast<int>(a.stride), static_cast<Factor>(accumulate ? 1.0f : 0.0f), &out,
       static_cast<int>(c.stride), tensorflow::GetNumericOptions(), blas::CallContext::kNone);
 }
 
-// CudaDevice::Gemm() on `stream`. Obeys TensorFlow's settings of TF32 and determinism.
+// GpuDevice::Gemm() on `stream`. Obeys TensorFlow's settings of TF32 and determinism.
 inline absl::Status StreamGemm(stream_executor::Stream* stream, ElementType type, GemmForm form,
                                const Matrix<const void>& a, const Matrix<const void>& b,
                                const Matrix<void>& c, bool accumulate) {
@@ -60,8 +60,8 @@ inline absl::Status StreamGemm(stream_executor::Stream* stream, ElementType type
   return absl::InternalError("unknown element type");
 }
 
-// All of a CudaDevice but its memory.
-class StreamDevice : public CudaDevice {
+// All of a GpuDevice but its memory.
+class StreamDevice : public GpuDevice {
  public:
   explicit StreamDevice(stream_executor::Stream* stream) : stream_(stream) {}
 

@@ -18,12 +18,12 @@
 #ifndef DEFORM_CONV_TF_XLA_CUSTOM_CALL_HANDLERS_H_
 #define DEFORM_CONV_TF_XLA_CUSTOM_CALL_HANDLERS_H_
 
-#include <exception>
-#include <new>
-#include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "core/deform_conv2d.h"
+#include "tf/exception_to_status.h"
+#include "tf/op_attributes.h"
 #include "tf/xla/custom_calls.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -36,11 +36,18 @@ struct TypeTag {
   using type = T;
 };
 
-// Calls work(TypeTag<T>()) for the T that `type` stands for; turns what goes wrong into an error.
+inline ffi::Error ErrorOf(const absl::Status& status) {
+  if (status.ok()) return ffi::Error::Success();
+  // XLA's codes are those of absl.
+  return ffi::Error(static_cast<ffi::ErrorCode>(status.code()), std::string(status.message()));
+}
+
+// Calls work(TypeTag<T>()), which returns an empty string or what went wrong, for the T that `type`
+// stands for.
 template <typename Backend, typename Work>
 ffi::Error ForType(ffi::DataType type, const Work& work) {
-  std::string error = "the custom calls take no such type";
-  try {
+  return ErrorOf(StatusOfExceptions([&] {
+    std::string error = "the custom calls take no such type";
     if (type == ffi::F32) {
       error = work(TypeTag<float>());
     } else if (type == ffi::F64) {
@@ -50,14 +57,8 @@ ffi::Error ForType(ffi::DataType type, const Work& work) {
       if (type == ffi::F16) error = work(TypeTag<Half>());
       if (type == ffi::BF16) error = work(TypeTag<BFloat16>());
     }
-  } catch (const std::bad_alloc&) {
-    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "out of memory for the op's workspace");
-  } catch (const std::invalid_argument& exception) {
-    return ffi::Error::InvalidArgument(exception.what());
-  } catch (const std::exception& exception) {
-    error = exception.what();
-  }
-  return error.empty() ? ffi::Error::Success() : ffi::Error::Internal(error);
+    return error.empty() ? absl::OkStatus() : absl::InternalError(error);
+  }));
 }
 
 template <typename T>
@@ -66,9 +67,9 @@ T* DataOf(const ffi::AnyBuffer& buffer) {
 }
 
 // The mask's data, or null where `masks` has none.
-template <typename T>
-const T* MaskOf(const ffi::RemainingArgs& masks) {
-  return masks.size() == 0 ? nullptr : DataOf<T>(*masks.get<ffi::AnyBuffer>(0));
+template <typename OffsetT>
+const OffsetT* OptionalMask(const ffi::RemainingArgs& masks) {
+  return masks.size() == 0 ? nullptr : DataOf<OffsetT>(*masks.get<ffi::AnyBuffer>(0));
 }
 
 template <typename Backend>
@@ -80,9 +81,8 @@ ffi::Error HandleForward(Backend& backend, ffi::Span<const int64_t> words,
   const DeformConvParams params = FromWords(words.begin());
   return ForType<Backend>(input.element_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
-    using Position = ComputeType<T>;
-    const SampledTensors<T, Position> tensors = {DataOf<T>(input), DataOf<Position>(offset),
-                                                 MaskOf<Position>(masks)};
+    const SampledTensors<T, ComputeType<T>> tensors = {
+        DataOf<T>(input), DataOf<ComputeType<T>>(offset), OptionalMask<ComputeType<T>>(masks)};
     return backend.template Forward<T>(params, tensors, DataOf<T>(filters), DataOf<T>(output));
   });
 }
@@ -93,20 +93,19 @@ ffi::Error HandleBackward(Backend& backend, ffi::Span<const int64_t> words, int6
                           const ffi::AnyBuffer& offset, const ffi::AnyBuffer& grad_output,
                           const ffi::RemainingArgs& masks, const ffi::RemainingRets& results) {
   const DeformConvParams params = FromWords(words.begin());
-  void* gradients[4] = {};
+  void* gradients[kArguments] = {};
   size_t next = 0;
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < kArguments; ++i) {
     if (wanted >> i & 1) gradients[i] = (*results.get<ffi::AnyBuffer>(next++))->untyped_data();
   }
   return ForType<Backend>(input.element_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
-    using Position = ComputeType<T>;
-    const SampledTensors<T, Position> tensors = {DataOf<T>(input), DataOf<Position>(offset),
-                                                 MaskOf<Position>(masks)};
-    const DeformConvGradients<T, Position> typed = {
-        {static_cast<T*>(gradients[0]), static_cast<Position*>(gradients[2]),
-         static_cast<Position*>(gradients[3])},
-        static_cast<T*>(gradients[1])};
+    const SampledTensors<T, ComputeType<T>> tensors = {
+        DataOf<T>(input), DataOf<ComputeType<T>>(offset), OptionalMask<ComputeType<T>>(masks)};
+    const DeformConvGradients<T, ComputeType<T>> typed = {
+        {static_cast<T*>(gradients[kInput]), static_cast<ComputeType<T>*>(gradients[kOffset]),
+         static_cast<ComputeType<T>*>(gradients[kMask])},
+        static_cast<T*>(gradients[kFilters])};
     return backend.template Backward<T>(params, tensors, DataOf<T>(filters), DataOf<T>(grad_output),
                                         typed);
   });

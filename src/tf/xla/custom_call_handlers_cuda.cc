@@ -57,7 +57,7 @@ class CudaBackend {
   std::string Forward(const DeformConvParams& params,
                       const SampledTensors<T, ComputeType<T>>& tensors, const T* filters,
                       T* output) {
-    return DeformConv2DForwardCuda<T>(params, tensors, filters, device_, output);
+    return DeformConv2DForwardGpu<T>(params, tensors, filters, device_, output);
   }
 
   template <typename T>
@@ -65,7 +65,7 @@ class CudaBackend {
                        const SampledTensors<T, ComputeType<T>>& tensors, const T* filters,
                        const T* grad_output,
                        const DeformConvGradients<T, ComputeType<T>>& gradients) {
-    return DeformConv2DBackwardCuda<T>(params, tensors, filters, grad_output, device_, gradients);
+    return DeformConv2DBackwardGpu<T>(params, tensors, filters, grad_output, device_, gradients);
   }
 
  private:

@@ -47,22 +47,22 @@ class DeformConv2DXlaOp : public XlaOpKernel {
     return MakeParamsOf(attributes_, dimensions, params);
   }
 
-  // The type that positions are computed in beside tensors of type `stored`.
-  static xla::PrimitiveType PositionType(xla::PrimitiveType stored) {
+  // The type that offset and mask are computed in beside tensors of type `stored`.
+  static xla::PrimitiveType XlaComputeType(xla::PrimitiveType stored) {
     return stored == xla::F64 ? xla::F64 : xla::F32;
   }
 
   // The type that input, filters and output are computed in.
   static xla::PrimitiveType NativeType(xla::PrimitiveType stored) {
-    return kDevice == XlaDevice::kGpu ? stored : PositionType(stored);
+    return kDevice == XlaDevice::kGpu ? stored : XlaComputeType(stored);
   }
 
   // Input `index`, in native form.
   xla::XlaOp Native(XlaOpKernelContext* context, int index) const {
-    const bool is_position = index == 2 || (index == 3 && has_mask());
+    const bool is_offset_or_mask = index == kOffset || (index == kMask && has_mask());
     const xla::PrimitiveType stored = context->input_xla_type(index);
     const xla::XlaOp value = xla::ConvertElementType(
-        context->Input(index), is_position ? PositionType(stored) : NativeType(stored));
+        context->Input(index), is_offset_or_mask ? XlaComputeType(stored) : NativeType(stored));
     return IsTransposed(index) ? xla::Transpose(value, {0, 2, 3, 1}) : value;
   }
 
@@ -100,7 +100,7 @@ class DeformConv2DXlaOp : public XlaOpKernel {
 
  private:
   bool IsTransposed(int index) const {
-    return index != 1 && attributes_.format == DataFormat::kNchw;  // filters never are
+    return index != kFilters && attributes_.format == DataFormat::kNchw;  // filters never are
   }
 
   OpAttributes attributes_;
@@ -115,15 +115,15 @@ class ForwardXlaOp : public DeformConv2DXlaOp<kDevice> {
     DeformConvParams params;
     OP_REQUIRES_OK(context, this->ReadShapes(context, &params));
     std::vector<xla::XlaOp> operands;
-    for (int i = 0; i < (this->has_mask() ? 4 : 3); ++i) {
+    for (int i = 0; i < (this->has_mask() ? kArguments : kMask); ++i) {
       operands.push_back(this->Native(context, i));
     }
-    const xla::PrimitiveType type = context->input_xla_type(0);
+    const xla::PrimitiveType type = context->input_xla_type(kInput);
     const xla::Shape result = this->RowMajor(
         this->NativeType(type), {params.batch, params.out_h, params.out_w, params.out_channels});
     const xla::XlaOp output =
         this->Call(context, kForwardCall, operands, result, this->Attributes(params));
-    context->SetOutput(0, this->Stored(output, 0, type));
+    context->SetOutput(0, this->Stored(output, kInput, type));
   }
 };
 
@@ -131,7 +131,7 @@ template <XlaDevice kDevice>
 class BackwardXlaOp : public DeformConv2DXlaOp<kDevice> {
  public:
   explicit BackwardXlaOp(OpKernelConstruction* context) : DeformConv2DXlaOp<kDevice>(context) {
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < kArguments; ++i) {
       OP_REQUIRES_OK(context, context->GetAttr(kWantAttributes[i], &wanted_[i]));
     }
   }
@@ -142,8 +142,9 @@ class BackwardXlaOp : public DeformConv2DXlaOp<kDevice> {
     std::vector<xla::XlaOp> arguments;
     for (int i = 0; i < context->num_inputs(); ++i) arguments.push_back(this->Native(context, i));
     // The mask, of which there may be none, comes last.
-    std::vector<xla::XlaOp> operands = {arguments[0], arguments[1], arguments[2], arguments.back()};
-    if (this->has_mask()) operands.push_back(arguments[3]);
+    std::vector<xla::XlaOp> operands = {arguments[kInput], arguments[kFilters], arguments[kOffset],
+                                        arguments.back()};
+    if (this->has_mask()) operands.push_back(arguments[kMask]);
 
     std::vector<xla::Shape> results;
     int64_t wanted_bits = 0;
@@ -171,7 +172,7 @@ class BackwardXlaOp : public DeformConv2DXlaOp<kDevice> {
   }
 
  private:
-  bool wanted_[4];
+  bool wanted_[kArguments];
 };
 
 // As kernels, not as XLA ops (REGISTER_XLA_OP): XLA makes kernels of those once, when it is first

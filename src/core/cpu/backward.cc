@@ -1,0 +1,260 @@
+// Backward on the CPU.
+//
+// Positions that lie near each other add to the same pixels of the input's gradient. So the work
+// is divided by what it adds to: a worker has a part of the channels of some images, and no other
+// adds to those. No lock is needed, and the order of additions is fixed.
+
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
+#include "core/cpu/packed_filters.h"
+#include "core/cpu/plan.h"
+#include "core/cpu/tile.h"
+#include "core/deform_conv2d.h"
+
+namespace deform_conv {
+namespace {
+
+template <typename T>
+class Backward {
+ public:
+  Backward(const DeformConvParams& params, const SampledTensors<T>& tensors, const T* filters,
+           const T* grad_output, const DeformConvGradients<T>& gradients, const CpuThreads& threads)
+      : params_(params),
+        tensors_(tensors),
+        filters_(filters),
+        grad_output_(grad_output),
+        gradients_(gradients),
+        threads_(threads) {}
+
+  void Run(bool add_filters) {
+    const SampledGradients<T>& sampled = gradients_.sampled;
+    RunOn(threads_, threads_.count, [&](int64_t i) {
+      Zero(sampled.input, params_.batch * params_.in_h * params_.in_w * params_.in_channels, i);
+      Zero(sampled.offset, params_.out_positions() * params_.offset_channels(), i);
+      Zero(sampled.mask, params_.out_positions() * params_.mask_channels(), i);
+      if (add_filters) return;
+      Zero(gradients_.filters, params_.taps() * params_.group_in_channels() * params_.out_channels,
+           i);
+    });
+    if (params_.out_positions() == 0) return;
+    PlanParts();
+    // Each part of the channels goes through rounds of its own; all parts have their r-th at once.
+    const PackedFilters<T> packed(params_, GemmForm::kTransposeB);  // for its sizes
+    std::vector<std::vector<std::vector<ChannelSlice>>> rounds;
+    size_t most_rounds = 0;
+    for (const ChannelSlice& part : parts_) {
+      rounds.push_back(
+          Rounds(CutForColumns<T>(params_, part), kPartialBytes, [&](const ChannelSlice& slice) {
+            return std::max<int64_t>(PartialSize(slice) * sizeof(T), packed.BytesOf(slice));
+          }));
+      most_rounds = std::max(most_rounds, rounds.back().size());
+    }
+    for (size_t r = 0; r < most_rounds; ++r) {
+      std::vector<std::vector<ChannelSlice>> slices;
+      for (const auto& of_part : rounds) {
+        slices.push_back(r < of_part.size() ? of_part[r] : std::vector<ChannelSlice>());
+      }
+      RunRound(slices);
+    }
+  }
+
+ private:
+  // Zeroes the i-th thread's share.
+  void Zero(T* data, int64_t size, int64_t i) const {
+    if (data == nullptr) return;
+    std::fill(data + PartBegin(size, i, threads_.count),
+              data + PartBegin(size, i + 1, threads_.count), T(0));
+  }
+
+  // Divides the images among workers, and the channels too unless the images alone keep every
+  // thread busy: channels cost sums of the positions' gradients, and samples located repeatedly.
+  void PlanParts() {
+    constexpr int64_t kImagesPerThread = 4;
+    const int64_t threads = threads_.count, batch = params_.batch;
+    const int64_t wanted =
+        batch >= kImagesPerThread * threads ? 1 : threads / std::gcd(threads, batch);
+    parts_ = Cut(AllChannels(params_), wanted);
+    image_ranges_ = std::min(batch, threads / static_cast<int64_t>(parts_.size()));
+  }
+
+  // Elements of the sum of a slice's filters' gradients.
+  int64_t PartialSize(const ChannelSlice& slice) const {
+    return slice.groups * params_.taps() * slice.width * params_.group_out_channels();
+  }
+
+  // What a worker keeps for a round.
+  struct Worker {
+    Worker(const DeformConvParams& params, const SampledTensors<T>& tensors, int64_t positions)
+        : tile(params, tensors, positions) {}
+    Tile<T> tile;
+    WorkspaceVector<T> packed_output;  // the tile's, of one group
+    WorkspaceVector<T> filters;        // sums, slice after slice, group after group
+    std::vector<T> offset, mask;       // sums of a band, unless the worker has the first part
+    int64_t begin = 0, end = 0;        // positions of its images
+  };
+
+  void RunRound(const std::vector<std::vector<ChannelSlice>>& slices) {
+    const int64_t parts = static_cast<int64_t>(parts_.size());
+    const int64_t image_positions = params_.out_h * params_.out_w;
+    const int64_t most_positions = CeilDiv(params_.batch, image_ranges_) * image_positions;
+    std::vector<ChannelSlice> all;
+    for (const auto& of_part : slices) all.insert(all.end(), of_part.begin(), of_part.end());
+    int64_t tile_positions = TilePositions<T>(params_, all, most_positions, 1);
+    int64_t band = most_positions;
+    if (parts > 1) {
+      // Their gradients by offset and mask are summed up band by band, of whole tiles.
+      const int64_t bytes = (params_.offset_channels() + params_.mask_channels()) * sizeof(T);
+      const int64_t most = std::max<int64_t>(kTileBytes / bytes, 1);
+      tile_positions = std::min(tile_positions, most);
+      band = most / tile_positions * tile_positions;
+    }
+
+    std::vector<PackedFilters<T>> packed(parts, PackedFilters<T>(params_, GemmForm::kTransposeB));
+    if (gradients_.sampled.any()) {
+      for (int64_t p = 0; p < parts; ++p) packed[p].Pack(slices[p], filters_, threads_);
+    }
+    std::vector<Worker> workers;
+    for (int64_t w = 0; w < parts * image_ranges_; ++w) {
+      workers.emplace_back(params_, tensors_, tile_positions);
+      const int64_t i = w / parts;
+      workers.back().begin = PartBegin(params_.batch, i, image_ranges_) * image_positions;
+      workers.back().end = PartBegin(params_.batch, i + 1, image_ranges_) * image_positions;
+    }
+    for (int64_t step = 0; step * band < most_positions; ++step) {
+      RunOn(threads_, static_cast<int64_t>(workers.size()), [&](int64_t w) {
+        Worker& worker = workers[w];
+        const int64_t begin = std::min(worker.begin + step * band, worker.end);
+        const int64_t end = std::min(begin + band, worker.end);
+        RunBand(slices[w % parts], packed[w % parts], w % parts == 0, begin, end, tile_positions,
+                worker);
+      });
+      if (parts == 1) continue;
+      for (int64_t w = 0; w < static_cast<int64_t>(workers.size()); ++w) {
+        if (w % parts == 0) continue;
+        const int64_t begin = workers[w].begin + step * band;
+        AddTo(gradients_.sampled.offset, begin * params_.offset_channels(), workers[w].offset);
+        AddTo(gradients_.sampled.mask, begin * params_.mask_channels(), workers[w].mask);
+      }
+    }
+    if (gradients_.filters == nullptr) return;
+    for (int64_t p = 0; p < parts; ++p) AddFilters(slices[p], p, workers);
+  }
+
+  static void AddTo(T* gradient, int64_t begin, const std::vector<T>& sum) {
+    for (size_t i = 0; i < sum.size(); ++i) gradient[begin + i] += sum[i];
+  }
+
+  // One worker's share of positions [begin, end): the tiles' gradients for `slices`.
+  void RunBand(const std::vector<ChannelSlice>& slices, const PackedFilters<T>& packed,
+               bool first_part, int64_t begin, int64_t end, int64_t tile_positions,
+               Worker& worker) {
+    SampledGradients<T> sampled = gradients_.sampled;
+    if (!first_part) {
+      // Sums of its own, addressed as the whole gradients are.
+      worker.offset.assign(sampled.offset ? (end - begin) * params_.offset_channels() : 0, T(0));
+      worker.mask.assign(sampled.mask ? (end - begin) * params_.mask_channels() : 0, T(0));
+      if (sampled.offset) sampled.offset = worker.offset.data() - begin * params_.offset_channels();
+      if (sampled.mask) sampled.mask = worker.mask.data() - begin * params_.mask_channels();
+    }
+    if (gradients_.filters != nullptr && worker.filters.empty()) {
+      int64_t size = 0;
+      for (const ChannelSlice& slice : slices) size += PartialSize(slice);
+      worker.filters.assign(size, T(0));
+    }
+    const int64_t panels = CeilDiv(params_.group_out_channels(), kernels_.gemm_panel);
+    for (int64_t at = begin; at < end; at += tile_positions) {
+      worker.tile.MoveTo(at, std::min(at + tile_positions, end));
+      int64_t packed_group = -1;
+      T* sum = worker.filters.data();
+      for (size_t i = 0; i < slices.size(); ++i) {
+        const ChannelSlice& slice = slices[i];
+        worker.tile.Take(slice);
+        if (sampled.any()) BackpropSamples(slice, i, packed, sampled, worker.tile);
+        if (gradients_.filters == nullptr) continue;
+        if (!sampled.any()) worker.tile.Im2Col();
+        for (int64_t j = 0; j < slice.groups; ++j) {
+          const int64_t group = slice.first_group + j;
+          const auto grad_output =
+              GroupOutput(params_, group, grad_output_, worker.tile.begin(), worker.tile.end());
+          if (group != packed_group) {
+            worker.packed_output.resize(panels * kernels_.gemm_panel * tile_positions);
+            kernels_.pack(grad_output, 0, grad_output.rows, worker.packed_output.data());
+            packed_group = group;
+          }
+          const Matrix<T> columns = worker.tile.GroupColumns(j);
+          kernels_.gemm(GemmForm::kTransposeA, AsConst(columns), worker.packed_output.data(),
+                        {sum, columns.cols, grad_output.cols, grad_output.cols},
+                        /*accumulate=*/true);
+          sum += columns.cols * grad_output.cols;
+        }
+      }
+    }
+  }
+
+  // Leaves the columns themselves in the tile, if the filters' gradient needs them.
+  void BackpropSamples(const ChannelSlice& slice, int64_t i, const PackedFilters<T>& packed,
+                       const SampledGradients<T>& sampled, Tile<T>& tile) {
+    for (int64_t j = 0; j < slice.groups; ++j) {
+      kernels_.gemm(
+          GemmForm::kPlain,
+          GroupOutput(params_, slice.first_group + j, grad_output_, tile.begin(), tile.end()),
+          packed.Group(slice, i, j), tile.GroupColumns(j), /*accumulate=*/false);
+    }
+    tile.Col2Im(/*replace=*/gradients_.filters != nullptr, sampled);
+  }
+
+  // Adds the workers' sums for a part's slices to the filters' gradient.
+  void AddFilters(const std::vector<ChannelSlice>& slices, int64_t part,
+                  const std::vector<Worker>& workers) {
+    std::vector<int64_t> begins(1, 0);
+    for (const ChannelSlice& slice : slices) begins.push_back(begins.back() + PartialSize(slice));
+    const int64_t parts = static_cast<int64_t>(parts_.size());
+    ForEachOn(threads_, static_cast<int64_t>(slices.size()), [&](int64_t i) {
+      for (int64_t w = part; w < static_cast<int64_t>(workers.size()); w += parts) {
+        if (workers[w].filters.empty()) continue;
+        const T* from = workers[w].filters.data() + begins[i];
+        for (int64_t j = 0; j < slices[i].groups; ++j) {
+          const int64_t group = slices[i].first_group + j;
+          for (int64_t tap = 0; tap < params_.taps(); ++tap) {
+            const Matrix<T> to = SliceFilters(params_, slices[i], group, tap, gradients_.filters);
+            for (int64_t c = 0; c < to.rows; ++c, from += to.cols) {
+              T* row = to.data + c * to.stride;
+              for (int64_t o = 0; o < to.cols; ++o) row[o] += from[o];
+            }
+          }
+        }
+      }
+    });
+  }
+
+  const CpuKernels<T>& kernels_ = SelectCpuKernels<T>();
+  const DeformConvParams& params_;
+  const SampledTensors<T>& tensors_;
+  const T* filters_;
+  const T* grad_output_;
+  const DeformConvGradients<T>& gradients_;
+  const CpuThreads& threads_;
+  std::vector<ChannelSlice> parts_;
+  int64_t image_ranges_ = 1;
+};
+
+}  // namespace
+
+template <typename T>
+void DeformConv2DBackwardCpu(const DeformConvParams& params, const SampledTensors<T>& tensors,
+                             const T* filters, const T* grad_output, const CpuThreads& threads,
+                             bool add_filters, const DeformConvGradients<T>& gradients) {
+  Backward<T>(params, tensors, filters, grad_output, gradients, threads).Run(add_filters);
+}
+
+#define DEFORM_CONV_INSTANTIATE(T)                                                            \
+  template void DeformConv2DBackwardCpu<T>(const DeformConvParams&, const SampledTensors<T>&, \
+                                           const T*, const T*, const CpuThreads&, bool,       \
+                                           const DeformConvGradients<T>&);
+DEFORM_CONV_INSTANTIATE(float)
+DEFORM_CONV_INSTANTIATE(double)
+#undef DEFORM_CONV_INSTANTIATE
+
+}  // namespace deform_conv

@@ -1,0 +1,151 @@
+// im2col on one CPU thread, vectorised over channels. The contract is in cpu/kernels.h. Included
+// only by kernels_isa.cc, which is compiled once per instruction set.
+
+#ifndef DEFORM_CONV_CORE_CPU_ISA_IM2COL_H_
+#define DEFORM_CONV_CORE_CPU_ISA_IM2COL_H_
+
+#include "core/cpu/isa/vector.h"
+#include "core/cpu/kernels.h"
+
+namespace deform_conv {
+namespace DEFORM_CONV_ISA {
+
+// Lambdas that are handed to an inlined function must be inlined too, or their captures would go
+// through memory.
+#define DEFORM_CONV_INLINE_LAMBDA __attribute__((always_inline))
+
+// Asks for the pixels that positions soon to come will be the first to sample, if their offsets are
+// small: hardware prefetchers see no pattern in samples.
+template <typename T>
+class InputPrefetcher {
+ public:
+  InputPrefetcher(const DeformConvParams& params, const ChannelRuns& runs,
+                  const TileSamples<T>& tile, const T* input)
+      : channels_(params.in_channels),
+        pixels_(params.batch * params.in_h * params.in_w),
+        step_(params.stride_h * params.stride_w),
+        wanted_(step_ < params.taps() ? step_ : params.taps()) {
+    // The lowest pixel without offsets, and so many below it.
+    constexpr int64_t kRowsAhead = 5;
+    const int64_t rows = (params.kernel_h - 1) * params.dilation_h - params.pad_top + kRowsAhead;
+    pixel_ = tile.begin * (params.in_h * params.in_w) / (params.out_h * params.out_w) +
+             rows * params.in_w;
+    if (pixel_ < 0) pixel_ = 0;
+    const ChannelRun& last = runs.end[-1];
+    from_ = input + runs.begin->channel;
+    size_ = last.channel + last.count - runs.begin->channel;
+  }
+
+  // To be called for each position of the tile in turn.
+  DEFORM_CONV_INLINE void Next() {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    for (int64_t i = 0; i < wanted_ && pixel_ + i < pixels_; ++i) {
+      const T* pixel = from_ + (pixel_ + i) * channels_;
+      for (int64_t c = 0; c < size_; c += kLine) __builtin_prefetch(pixel + c, 0, 2);
+    }
+    pixel_ += step_;
+  }
+
+ private:
+  const T* from_;
+  int64_t channels_, pixels_, step_, wanted_, pixel_, size_;
+};
+
+// Calls visit(run, row, tap, block, lane, top_left) for all that a tile reads: `row` is the
+// position's, counted from the tile's first; the sample is the block's lane; and `top_left` is
+// where the run's channels at its top left corner are in the input, in elements.
+template <typename T, typename Visit>
+DEFORM_CONV_INLINE void ForEachRead(const DeformConvParams& params, const ChannelRuns& runs,
+                                    const TileSamples<T>& tile, const T* input,
+                                    const Visit& visit) {
+  InputPrefetcher<T> prefetcher(params, runs, tile, input);
+  constexpr uint64_t kSize = SampleBlock<T>::kSize;
+  const int64_t taps = params.taps(), channels = params.in_channels, in_w = params.in_w;
+  const int64_t image_positions = params.out_h * params.out_w;
+  const int64_t groups = tile.end_group - tile.first_group;
+  const int64_t rows = tile.end - tile.begin;
+  const SampleBlock<T>* const blocks = tile.blocks;
+  int64_t n = tile.begin / image_positions;
+  int64_t rows_begin = 0;
+  while (rows_begin < rows) {  // image by image
+    const int64_t image_end = (n + 1) * image_positions - tile.begin;
+    const int64_t rows_end = image_end < rows ? image_end : rows;
+    for (const ChannelRun* next = runs.begin; next < runs.end; ++next) {
+      const ChannelRun run = *next;
+      const int64_t image = n * params.in_h * in_w * channels + run.channel;
+      for (int64_t row = rows_begin; row < rows_end; ++row) {
+        if (next == runs.begin) prefetcher.Next();
+        uint64_t sample = (row * groups + run.deform_group - tile.first_group) * taps;
+        for (int64_t tap = 0; tap < taps; ++tap, ++sample) {
+          const SampleBlock<T>& block = blocks[sample / kSize];
+          const uint64_t lane = sample % kSize;
+          const int64_t pixel = block.h_low[lane] * in_w + block.w_low[lane];
+          visit(run, row, tap, block, lane, image + pixel * channels);
+        }
+      }
+    }
+    rows_begin = rows_end;
+    ++n;
+  }
+}
+
+// Pointers to each corner of a sample, `outside` for those that lie outside the image.
+template <typename Element>
+struct Corners {
+  Element* at[kCorners];
+
+  DEFORM_CONV_INLINE Corners(Element* top_left, int64_t right, int64_t down, int32_t corners,
+                             Element* outside)
+      : at{top_left, top_left + right, top_left + down, top_left + down + right} {
+    for (int corner = 0; corner < kCorners; ++corner) {
+      at[corner] = corners >> corner & 1 ? at[corner] : outside;
+    }
+  }
+};
+
+// With `channels`, that many in each run; 0 if the compiler is not to know.
+template <int channels, typename T>
+void DeformIm2ColFor(const DeformConvParams& params, const ChannelRuns& runs,
+                     const TileSamples<T>& tile_samples, const T* input, const T* zeros,
+                     const Matrix<T>& columns_matrix) {
+  // Copies: nothing that is written through a pointer can change them.
+  const TileSamples<T> tile = tile_samples;
+  const Matrix<T> columns = columns_matrix;
+  const int64_t right = params.in_channels, down = params.in_w * params.in_channels;
+  ForEachRead(params, runs, tile, input,
+              [=](const ChannelRun& run, int64_t row, int64_t tap, const SampleBlock<T>& block,
+                  uint64_t lane, int64_t at) DEFORM_CONV_INLINE_LAMBDA {
+                T* to = columns.data + row * columns.stride + run.column + tap * run.tap_stride;
+                const int32_t corners = block.corners[lane];
+                const T top_left = block.weights[kTopLeft][lane];
+                const T top_right = block.weights[kTopRight][lane];
+                const T bottom_left = block.weights[kBottomLeft][lane];
+                const T bottom_right = block.weights[kBottomRight][lane];
+                const Corners<const T> from(input + at, right, down, corners, zeros);
+                const int64_t count = channels > 0 ? channels : run.count;
+                ForEachVector<T>(count, [=](int64_t i, auto lanes) DEFORM_CONV_INLINE_LAMBDA {
+                  constexpr int n = lanes();
+                  Store<n>(to + i, top_left * Load<n>(from.at[kTopLeft] + i) +
+                                       top_right * Load<n>(from.at[kTopRight] + i) +
+                                       bottom_left * Load<n>(from.at[kBottomLeft] + i) +
+                                       bottom_right * Load<n>(from.at[kBottomRight] + i));
+                });
+              });
+}
+
+template <typename T>
+void DeformIm2Col(const DeformConvParams& params, const ChannelRuns& runs,
+                  const TileSamples<T>& tile, const T* input, const T* zeros,
+                  const Matrix<T>& columns) {
+  // Grey and colour images: too few channels for the general loops to pay.
+  const int64_t count = runs.end - runs.begin == 1 ? runs.begin->count : 0;
+  const auto im2col = count == 1   ? DeformIm2ColFor<1, T>
+                      : count == 3 ? DeformIm2ColFor<3, T>
+                                   : DeformIm2ColFor<0, T>;
+  im2col(params, runs, tile, input, zeros, columns);
+}
+
+}  // namespace DEFORM_CONV_ISA
+}  // namespace deform_conv
+
+#endif  // DEFORM_CONV_CORE_CPU_ISA_IM2COL_H_

@@ -1,0 +1,111 @@
+// The single-threaded inner loops of the CPU, compiled once per instruction set and chosen at run
+// time. Everything above them (tiles, threads, workspace) is compiled once.
+
+#ifndef DEFORM_CONV_CORE_CPU_KERNELS_H_
+#define DEFORM_CONV_CORE_CPU_KERNELS_H_
+
+#include <cstdint>
+
+#include "core/bilinear.h"
+#include "core/matrix.h"
+#include "core/params.h"
+#include "core/sampling.h"
+#include "core/types.h"
+
+namespace deform_conv {
+
+// Neighbouring input channels that share a deformable group and a convolution group: what one
+// sample reads at once, and what lies together in the columns.
+struct ChannelRun {
+  int64_t channel, count;
+  int64_t deform_group;
+  int64_t column;      // where the run's channels for tap 0 begin in a row of columns
+  int64_t tap_stride;  // distance in the row from one tap to the next
+};
+
+// Samples as LocateSample() gives them, but with the weights times the mask, and weights and corner
+// 0 where no corner counts. Some side by side, so that vector code writes them, yet near each
+// other, so that one pointer is enough to read all of a sample.
+template <typename T>
+struct SampleBlock {
+  static constexpr int kSize = 16;
+  T weights[kCorners][kSize];
+  T h_fraction[kSize], w_fraction[kSize];
+  int32_t corners[kSize], h_low[kSize], w_low[kSize];
+};
+
+// What positions [begin, end) sample for deformable groups [first_group, end_group), numbered
+// [position - begin][group - first_group][tap].
+template <typename T>
+struct TileSamples {
+  int64_t begin, end;
+  int64_t first_group, end_group;
+  int32_t *h_bases, *w_bases;  // the positions without offsets; workspace of locate
+  SampleBlock<T>* blocks;
+};
+
+// The channels that im2col and col2im work on.
+struct ChannelRuns {
+  const ChannelRun* begin;
+  const ChannelRun* end;
+};
+
+// Inner loops for tensors in native form.
+template <typename T>
+struct CpuKernels {
+  // The result of a GEMM is computed in blocks of so many rows, and in panels of so many columns.
+  int64_t gemm_rows, gemm_panel;
+
+  // Writes the tile's samples.
+  void (*locate)(const DeformConvParams& params, const SampledTensors<T>& tensors,
+                 const TileSamples<T>& tile);
+
+  // Writes the tile's columns for the runs' channels, a row for each position.
+  //   zeros  as many as a run has channels, at least; read where a corner lies outside the image
+  void (*im2col)(const DeformConvParams& params, const ChannelRuns& runs,
+                 const TileSamples<T>& tile, const T* input, const T* zeros,
+                 const Matrix<T>& columns);
+
+  // Adds to `gradients` what the columns' gradient, in `columns`, means for the sampled tensors.
+  // With `replace`, writes the columns themselves over their gradient.
+  //   ignored  as large as `zeros`; receives what falls outside the image
+  void (*col2im)(const DeformConvParams& params, const ChannelRuns& runs,
+                 const TileSamples<T>& tile, const SampledTensors<T>& tensors, const T* zeros,
+                 T* ignored, bool replace, const Matrix<T>& columns,
+                 const SampledGradients<T>& gradients);
+
+  // Packs the second factor of a GEMM, [depth, columns]: for each panel of gemm_panel columns, its
+  // rows one after the other, so depth * gemm_panel elements per panel, in the last one too.
+  // `pack` writes rows [row_begin, row_begin + b.rows) of it from the rows of `b`, and
+  // `pack_transposed` columns [column_begin, column_begin + b.rows) from them.
+  void (*pack)(const Matrix<const T>& b, int64_t row_begin, int64_t depth, T* packed);
+  void (*pack_transposed)(const Matrix<const T>& b, int64_t column_begin, T* packed);
+
+  // c = a * b, or c += a * b, with `a` transposed if `form` is kTransposeA, and b packed.
+  void (*gemm)(GemmForm form, const Matrix<const T>& a, const T* packed, const Matrix<T>& c,
+               bool accumulate);
+};
+
+// Conversion of `Stored` tensors in either format from and to native form.
+template <typename Stored>
+struct CpuLayoutKernels {
+  using T = ComputeType<Stored>;
+
+  // Converts pixels [begin, end), counted over the whole batch.
+  void (*to_native)(DataFormat format, const TensorExtent& extent, const Stored* tensor,
+                    int64_t begin, int64_t end, T* native);
+  void (*from_native)(DataFormat format, const TensorExtent& extent, const T* native, int64_t begin,
+                      int64_t end, Stored* tensor);
+};
+
+// The kernels for this processor. T is float or double; Stored one of these, Half or BFloat16.
+// Environment variable DEFORM_CONV_CPU_ISA (baseline, avx2, avx512) asks for a lower set than the
+// processor has, for tests and comparisons.
+template <typename T>
+const CpuKernels<T>& SelectCpuKernels();
+template <typename Stored>
+const CpuLayoutKernels<Stored>& SelectCpuLayoutKernels();
+
+}  // namespace deform_conv
+
+#endif  // DEFORM_CONV_CORE_CPU_KERNELS_H_

@@ -1,0 +1,90 @@
+// The filters that a slice of channels meets, and their packed form for the GEMM.
+
+#ifndef DEFORM_CONV_CORE_CPU_PACKED_FILTERS_H_
+#define DEFORM_CONV_CORE_CPU_PACKED_FILTERS_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "core/cpu/kernels.h"
+#include "core/cpu/plan.h"
+#include "core/cpu/threads.h"
+#include "core/cpu/workspace_vector.h"
+#include "core/integer_math.h"
+#include "core/matrix.h"
+#include "core/params.h"
+
+namespace deform_conv {
+
+// The rows for one tap, [slice.width, group_out_channels], of what a slice's channels meet in
+// convolution group `group`: within filters or a gradient of filters.
+template <typename T>
+Matrix<T> SliceFilters(const DeformConvParams& params, const ChannelSlice& slice, int64_t group,
+                       int64_t tap, T* filters) {
+  // Where the slice's channels begin within the group's.
+  const int64_t first_channel =
+      slice.begin + (group - slice.first_group) * slice.width - group * params.group_in_channels();
+  return RowsOf(GroupFilters(params, group, filters),
+                tap * params.group_in_channels() + first_channel, slice.width);
+}
+
+// Slices that are worked on together, and their filters, packed for a GEMM as they are or, to give
+// the columns' gradient, transposed.
+template <typename T>
+class PackedFilters {
+ public:
+  PackedFilters(const DeformConvParams& params, GemmForm form) : params_(params), form_(form) {}
+
+  // Bytes that one slice takes.
+  int64_t BytesOf(const ChannelSlice& slice) const {
+    return slice.groups * GroupSize(slice) * static_cast<int64_t>(sizeof(T));
+  }
+
+  // Packs the filters of `slices`, which must outlive this.
+  void Pack(const std::vector<ChannelSlice>& slices, const T* filters, const CpuThreads& threads) {
+    begins_.assign(1, 0);
+    for (const ChannelSlice& slice : slices) {
+      begins_.push_back(begins_.back() + slice.groups * GroupSize(slice));
+    }
+    packed_.resize(begins_.back());
+    ForEachOn(threads, static_cast<int64_t>(slices.size()), [&](int64_t i) {
+      for (int64_t j = 0; j < slices[i].groups; ++j) PackGroup(slices[i], i, j, filters);
+    });
+  }
+
+  // The packed filters of the i-th slice's j-th group.
+  const T* Group(const ChannelSlice& slice, int64_t i, int64_t j) const {
+    return packed_.data() + begins_[i] + j * GroupSize(slice);
+  }
+
+ private:
+  int64_t GroupSize(const ChannelSlice& slice) const {
+    const int64_t rows = params_.taps() * slice.width, cols = params_.group_out_channels();
+    return form_ == GemmForm::kTransposeB ? RoundUp(rows, kernels_.gemm_panel) * cols
+                                          : rows * RoundUp(cols, kernels_.gemm_panel);
+  }
+
+  void PackGroup(const ChannelSlice& slice, int64_t i, int64_t j, const T* filters) {
+    T* packed = packed_.data() + begins_[i] + j * GroupSize(slice);
+    for (int64_t tap = 0; tap < params_.taps(); ++tap) {
+      const Matrix<const T> rows =
+          SliceFilters(params_, slice, slice.first_group + j, tap, filters);
+      const int64_t row = tap * slice.width;
+      if (form_ == GemmForm::kTransposeB) {
+        kernels_.pack_transposed(rows, row, packed);
+      } else {
+        kernels_.pack(rows, row, params_.taps() * slice.width, packed);
+      }
+    }
+  }
+
+  const CpuKernels<T>& kernels_ = SelectCpuKernels<T>();
+  const DeformConvParams& params_;
+  const GemmForm form_;
+  WorkspaceVector<T> packed_;
+  std::vector<int64_t> begins_;
+};
+
+}  // namespace deform_conv
+
+#endif  // DEFORM_CONV_CORE_CPU_PACKED_FILTERS_H_

@@ -1,0 +1,104 @@
+#include "core/cpu/plan.h"
+
+#include <algorithm>
+
+#include "core/cpu/threads.h"
+#include "core/integer_math.h"
+
+namespace deform_conv {
+namespace {
+
+// A tile's positions, about: enough for its GEMMs to make up for reading the packed filters from
+// the last-level cache.
+constexpr int64_t kTilePositions = 96;
+// The length of a row of columns, about: a tile of them takes 330 KB, within a second-level cache,
+// and slices are wide enough for the work per sample to outweigh finding it.
+constexpr int64_t kRowSize = 1152;
+
+}  // namespace
+
+ChannelSlice AllChannels(const DeformConvParams& params) {
+  return {0, params.in_channels, 0, params.groups, params.group_in_channels()};
+}
+
+std::vector<ChannelSlice> Cut(const ChannelSlice& slice, int64_t count) {
+  std::vector<ChannelSlice> slices;
+  if (slice.groups > 1) {
+    count = std::clamp<int64_t>(count, 1, slice.groups);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t first = PartBegin(slice.groups, i, count);
+      const int64_t last = PartBegin(slice.groups, i + 1, count);
+      slices.push_back({slice.begin + first * slice.width, slice.begin + last * slice.width,
+                        slice.first_group + first, last - first, slice.width});
+    }
+    return slices;
+  }
+  const int64_t lines = std::max<int64_t>(slice.width / kSliceAlignment, 1);
+  count = std::clamp<int64_t>(count, 1, lines);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t begin = slice.begin + PartBegin(lines, i, count) * kSliceAlignment;
+    const int64_t end =
+        i + 1 == count ? slice.end : slice.begin + PartBegin(lines, i + 1, count) * kSliceAlignment;
+    slices.push_back({begin, end, slice.first_group, 1, end - begin});
+  }
+  return slices;
+}
+
+template <typename T>
+std::vector<ChannelSlice> CutForColumns(const DeformConvParams& params, const ChannelSlice& whole) {
+  const int64_t filter_bytes = params.taps() * params.group_out_channels() * sizeof(T);
+  const int64_t channels =
+      std::max(std::min(kRowSize / params.taps(), kPartialBytes / filter_bytes), kSliceAlignment);
+  const auto cuts = [&](int64_t size) {
+    return std::max<int64_t>((size + channels / 2) / channels, 1);
+  };
+  if (whole.width <= channels) return Cut(whole, cuts(whole.channels()));
+  std::vector<ChannelSlice> slices;
+  for (const ChannelSlice& group : Cut(whole, whole.groups)) {
+    for (const ChannelSlice& slice : Cut(group, cuts(group.width))) slices.push_back(slice);
+  }
+  return slices;
+}
+
+std::vector<ChannelRun> RunsOf(const DeformConvParams& params, const ChannelSlice& slice) {
+  std::vector<ChannelRun> runs;
+  const int64_t deform_width = params.deform_group_channels();
+  for (int64_t channel = slice.begin; channel < slice.end; channel += runs.back().count) {
+    const int64_t group = (channel - slice.begin) / slice.width;
+    const int64_t in_group = channel - slice.begin - group * slice.width;
+    const int64_t g = channel / deform_width;
+    const int64_t count = std::min((g + 1) * deform_width - channel, slice.width - in_group);
+    const int64_t column = group * params.taps() * slice.width + in_group;
+    runs.push_back({channel, count, g, column, slice.width});
+  }
+  return runs;
+}
+
+template <typename T>
+int64_t TilePositions(const DeformConvParams& params, const std::vector<ChannelSlice>& slices,
+                      int64_t positions, int64_t wanted) {
+  constexpr int64_t kSampleBytes = sizeof(SampleBlock<T>) / SampleBlock<T>::kSize;
+  const int64_t deform_width = params.deform_group_channels();
+  // Of what a tile holds for each position: output channels, columns, samples.
+  int64_t position_bytes = params.group_out_channels() * sizeof(T);
+  for (const ChannelSlice& slice : slices) {
+    const int64_t deform_groups = (slice.end - 1) / deform_width - slice.begin / deform_width + 1;
+    position_bytes =
+        std::max({position_bytes, params.taps() * slice.channels() * int64_t{sizeof(T)},
+                  params.taps() * deform_groups * kSampleBytes});
+  }
+  const int64_t most = std::clamp<int64_t>(kTileBytes / position_bytes, 1, kTilePositions);
+  const int64_t tiles = RoundUp(CeilDiv(positions, most), wanted);
+  return std::min(RoundUp(CeilDiv(positions, tiles), SelectCpuKernels<T>().gemm_rows), most);
+}
+
+#define DEFORM_CONV_INSTANTIATE(T)                                                             \
+  template std::vector<ChannelSlice> CutForColumns<T>(const DeformConvParams&,                 \
+                                                      const ChannelSlice&);                    \
+  template int64_t TilePositions<T>(const DeformConvParams&, const std::vector<ChannelSlice>&, \
+                                    int64_t, int64_t);
+DEFORM_CONV_INSTANTIATE(float)
+DEFORM_CONV_INSTANTIATE(double)
+#undef DEFORM_CONV_INSTANTIATE
+
+}  // namespace deform_conv

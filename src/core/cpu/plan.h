@@ -1,0 +1,80 @@
+// How the CPU cuts a convolution: channels into slices, slices into rounds, positions into tiles.
+//
+// The columns of a tile's slice stay in cache between im2col and GEMM; no larger column buffer
+// exists. Packed filters and partial sums are bounded too: where the filters are large, the tensors
+// are gone over in several rounds.
+
+#ifndef DEFORM_CONV_CORE_CPU_PLAN_H_
+#define DEFORM_CONV_CORE_CPU_PLAN_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "core/cpu/kernels.h"
+#include "core/params.h"
+
+namespace deform_conv {
+
+// Bounds on what a thread allocates: packed filters, sums of their gradients, and for each thing of
+// a tile or band, such as its columns. A slice or a position that takes more alone exceeds them.
+constexpr int64_t kPackedBytes = int64_t{3} << 20;
+constexpr int64_t kPartialBytes = int64_t{3} << 20;
+constexpr int64_t kTileBytes = int64_t{1} << 19;
+
+// --- Channels ---
+
+// Channels are cut into slices at multiples of so many: a cache line.
+constexpr int64_t kSliceAlignment = 16;
+
+// A range of input channels to work on: whole convolution groups, or a part of one group.
+struct ChannelSlice {
+  int64_t begin, end;
+  int64_t first_group, groups;
+  int64_t width;  // channels of each group that are in the slice
+
+  int64_t channels() const { return end - begin; }
+};
+
+ChannelSlice AllChannels(const DeformConvParams& params);
+
+// Cuts a slice into `count` nearly equal ones if it has enough groups, or enough aligned channels
+// within its one group; otherwise into fewer.
+std::vector<ChannelSlice> Cut(const ChannelSlice& slice, int64_t count);
+
+// Cuts a slice so that a row of columns fits a cache, and in narrower ones if the filters are
+// large: between groups if they are narrow, within them otherwise. T is the type of the columns.
+template <typename T>
+std::vector<ChannelSlice> CutForColumns(const DeformConvParams& params, const ChannelSlice& whole);
+
+// The runs that im2col and col2im read for a slice.
+std::vector<ChannelRun> RunsOf(const DeformConvParams& params, const ChannelSlice& slice);
+
+// Puts `slices` into rounds, in order, so that `bytes_of` adds up to at most `bound` in each that
+// has more than one slice.
+template <typename BytesOf>
+std::vector<std::vector<ChannelSlice>> Rounds(const std::vector<ChannelSlice>& slices,
+                                              int64_t bound, const BytesOf& bytes_of) {
+  std::vector<std::vector<ChannelSlice>> rounds;
+  int64_t bytes = bound + 1;
+  for (const ChannelSlice& slice : slices) {
+    bytes += bytes_of(slice);
+    if (bytes > bound) {
+      rounds.emplace_back();
+      bytes = bytes_of(slice);
+    }
+    rounds.back().push_back(slice);
+  }
+  return rounds;
+}
+
+// --- Positions ---
+
+// The positions of a tile. At least `wanted` tiles come of it where there are enough positions, and
+// their GEMMs have whole blocks of rows.
+template <typename T>
+int64_t TilePositions(const DeformConvParams& params, const std::vector<ChannelSlice>& slices,
+                      int64_t positions, int64_t wanted);
+
+}  // namespace deform_conv
+
+#endif  // DEFORM_CONV_CORE_CPU_PLAN_H_

@@ -1,0 +1,33 @@
+// The CPU threads that a caller grants, and how work is shared among them.
+
+#ifndef DEFORM_CONV_CORE_CPU_THREADS_H_
+#define DEFORM_CONV_CORE_CPU_THREADS_H_
+
+#include <algorithm>
+#include <cstdint>
+#include <functional>
+
+namespace deform_conv {
+
+// The threads to compute on.
+struct CpuThreads {
+  int count = 1;
+  // Calls work(i) for each i in [0, count), side by side, and returns when all are done. Unused if
+  // `count` is 1.
+  std::function<void(int count, const std::function<void(int)>& work)> run;
+};
+
+// The i-th of `parts` nearly equal parts of [0, total) begins here.
+constexpr int64_t PartBegin(int64_t total, int64_t i, int64_t parts) {
+  return total / parts * i + std::min(total % parts, i);
+}
+
+// Calls work(i) for each i in [0, count), side by side. Passes an exception of `work` on.
+void RunOn(const CpuThreads& threads, int64_t count, const std::function<void(int64_t)>& work);
+
+// Calls work(i) for each i in [0, count). Whichever thread is free takes the next.
+void ForEachOn(const CpuThreads& threads, int64_t count, const std::function<void(int64_t)>& work);
+
+}  // namespace deform_conv
+
+#endif  // DEFORM_CONV_CORE_CPU_THREADS_H_

@@ -1,0 +1,145 @@
+#include <type_traits>
+
+#include "core/cuda/general/kernels.h"
+#include "core/cuda/general/samples.cuh"
+
+namespace deform_conv {
+namespace cuda {
+namespace {
+
+// Adds `kSize` neighbouring numbers to memory. The order among threads is not fixed, so sums differ
+// by rounding from run to run.
+template <int kSize, typename Number>
+__device__ __forceinline__ void AtomicAdd(Number* to, const Number (&values)[kSize]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  constexpr bool kFours = std::is_same_v<Number, float> && kSize % 4 == 0;
+#else
+  constexpr bool kFours = false;
+#endif
+  if constexpr (kFours) {
+#pragma unroll
+    for (int i = 0; i < kSize; i += 4) {
+      atomicAdd(reinterpret_cast<float4*>(to + i),
+                make_float4(values[i], values[i + 1], values[i + 2], values[i + 3]));
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) atomicAdd(to + i, values[i]);
+  }
+}
+
+// Writes a sample's gradients by offset and mask, given the products of the columns' gradient with
+// each corner, summed over channels.
+template <typename OffsetT>
+__device__ __forceinline__ void WriteGradients(const LocatedSample<OffsetT>& sample,
+                                               const OffsetT (&products)[kCorners],
+                                               const SampledGradients<OffsetT>& gradients) {
+  // Where no corner counts every gradient is 0, also beside an infinite mask.
+  OffsetT grad_dy = 0, grad_dx = 0, grad_mask = 0;
+  if (sample.corners != 0) {
+    grad_dy = sample.mask * BilinearDerivativeH(sample.w_fraction, products);
+    grad_dx = sample.mask * BilinearDerivativeW(sample.h_fraction, products);
+#pragma unroll
+    for (int corner = 0; corner < kCorners; ++corner) {
+      grad_mask += sample.weights[corner] * products[corner];
+    }
+  }
+  if (gradients.offset != nullptr) {
+    gradients.offset[2 * sample.index] = grad_dy;
+    gradients.offset[2 * sample.index + 1] = grad_dx;
+  }
+  if (gradients.mask != nullptr) gradients.mask[sample.index] = grad_mask;
+}
+
+// With `replace`, writes each sample over the gradient of its column once that has been read.
+template <typename T, int kSize>
+__global__ void __launch_bounds__(kThreadsPerBlock)
+    Col2ImKernel(DeformConvParams params, SampledTensors<T, ComputeType<T>> tensors, int64_t begin,
+                 int64_t sample_count, Lanes lanes, bool replace, T* __restrict__ columns,
+                 SampledGradients<ComputeType<T>> gradients) {
+  __shared__ LocatedSample<ComputeType<T>> samples[kSamplesPerBlock];
+  const int count = LocateBlock(params, tensors, begin, sample_count, samples);
+
+  const bool want_products = gradients.offset != nullptr || gradients.mask != nullptr;
+  const int channels = static_cast<int>(params.deform_group_channels());
+  // Every thread makes every round, so that whole warps take part in the shuffles.
+  for (int round = 0; round < count; round += lanes.rows()) {
+    const int s = round + lanes.row();
+    const bool active = s < count;
+    const LocatedSample<ComputeType<T>>& sample = samples[active ? s : 0];
+    const int corners = sample.corners;
+    const int64_t pixel = sample.top_left * params.in_channels + sample.channel;
+    ComputeType<T> products[kCorners] = {};
+    const int channels_end = active && (corners != 0 || replace) ? channels : 0;
+    for (int c = lanes.lane() * kSize; c < channels_end; c += lanes.count() * kSize) {
+      T* column = columns + ColumnOf(params, sample.column, sample.channel + c);
+      const Vector<T, kSize> grad = Load<T, kSize>(column);
+      ComputeType<T> grads[kSize], sums[kSize] = {};
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) grads[i] = static_cast<ComputeType<T>>(grad.elements[i]);
+#pragma unroll
+      for (int corner = 0; corner < kCorners; ++corner) {
+        if (!(corners >> corner & 1)) continue;
+        const int64_t at = pixel + CornerDistance(params, corner) * params.in_channels + c;
+        const ComputeType<T> weight = sample.mask * sample.weights[corner];
+        if (want_products || replace) {
+          const Vector<T, kSize> values = Load<T, kSize>(tensors.input + at);
+#pragma unroll
+          for (int i = 0; i < kSize; ++i) {
+            const ComputeType<T> value = static_cast<ComputeType<T>>(values.elements[i]);
+            products[corner] += grads[i] * value;
+            sums[i] += weight * value;
+          }
+        }
+        if (gradients.input != nullptr) {
+          ComputeType<T> terms[kSize];
+#pragma unroll
+          for (int i = 0; i < kSize; ++i) terms[i] = weight * grads[i];
+          AtomicAdd<kSize>(gradients.input + at, terms);
+        }
+      }
+      if (replace) Store(column, sums);
+    }
+    if (!want_products) continue;
+#pragma unroll
+    for (int corner = 0; corner < kCorners; ++corner) {
+      for (int distance = lanes.count() / 2; distance > 0; distance /= 2) {
+        products[corner] += __shfl_xor_sync(0xffffffffu, products[corner], distance);
+      }
+    }
+    if (active && lanes.lane() == 0) WriteGradients(sample, products, gradients);
+  }
+}
+
+}  // namespace
+
+template <typename T>
+std::string Col2Im(const DeformConvParams& params, const SampledTensors<T, ComputeType<T>>& tensors,
+                   int64_t begin, int64_t end, bool replace, T* columns,
+                   const SampledGradients<ComputeType<T>>& gradients, void* stream) {
+  using Element = CudaType<T>;
+  constexpr int kSize = kVec16Size<T>;
+  const int64_t samples = (end - begin) * params.mask_channels();
+  if (samples == 0) return "";
+  const bool vectorize = CanVectorize<T>(params) && IsAligned(tensors.input) &&
+                         IsAligned(columns) && IsAligned(gradients.input);
+  const auto kernel = vectorize ? Col2ImKernel<Element, kSize> : Col2ImKernel<Element, 1>;
+  kernel<<<Blocks(samples, kSamplesPerBlock), kThreadsPerBlock, 0, StreamOf(stream)>>>(
+      params, AsCuda(tensors), begin, samples,
+      LanesFor(params.deform_group_channels(), vectorize ? kSize : 1), replace, AsCuda(columns),
+      gradients);
+  return LaunchError("Col2ImKernel");
+}
+
+#define DEFORM_CONV_INSTANTIATE(T)                                                                 \
+  template std::string Col2Im<T>(const DeformConvParams&,                                          \
+                                 const SampledTensors<T, ComputeType<T>>&, int64_t, int64_t, bool, \
+                                 T*, const SampledGradients<ComputeType<T>>&, void*);
+DEFORM_CONV_INSTANTIATE(float)
+DEFORM_CONV_INSTANTIATE(double)
+DEFORM_CONV_INSTANTIATE(Half)
+DEFORM_CONV_INSTANTIATE(BFloat16)
+#undef DEFORM_CONV_INSTANTIATE
+
+}  // namespace cuda
+}  // namespace deform_conv

@@ -1,0 +1,226 @@
+#include <algorithm>
+#include <cub/device/device_radix_sort.cuh>
+
+#include "core/cuda/general/kernels.h"
+#include "core/cuda/general/samples.cuh"
+
+namespace deform_conv {
+namespace cuda {
+namespace {
+
+// A bin is what corners of several samples add to: the channels of one deformable group in one
+// pixel, of the images that the positions at hand lie in.
+//
+// `keys` and `entries` are to be sorted together: entry 4 * sample + corner has its bin as key, or
+// `bins` if the corner does not count.
+template <typename T, typename OffsetT>
+__global__ void __launch_bounds__(kThreadsPerBlock)
+    ListCornersKernel(DeformConvParams params, SampledTensors<T, OffsetT> tensors, int64_t begin,
+                      int64_t sample_count, int64_t first_pixel, uint32_t bins,
+                      uint32_t* __restrict__ keys,      // [samples, corners]
+                      uint32_t* __restrict__ entries,   // [samples, corners]
+                      OffsetT* __restrict__ weights) {  // [samples, corners]
+  const int64_t i = int64_t{blockIdx.x} * kThreadsPerBlock + threadIdx.x;
+  if (i >= sample_count) return;
+  const LocatedSample<OffsetT> sample = Locate(params, tensors, begin, i);
+  const int64_t g = sample.channel / params.deform_group_channels();
+#pragma unroll
+  for (int corner = 0; corner < kCorners; ++corner) {
+    const int64_t pixel = sample.top_left + CornerDistance(params, corner) - first_pixel;
+    const bool counts = sample.corners >> corner & 1;
+    keys[kCorners * i + corner] =
+        counts ? static_cast<uint32_t>(pixel * params.deform_groups + g) : bins;
+    entries[kCorners * i + corner] = static_cast<uint32_t>(kCorners * i + corner);
+    weights[kCorners * i + corner] = sample.mask * sample.weights[corner];
+  }
+}
+
+// From sorted keys, where each bin's entries begin: those of bin b are [begins[b], begins[b + 1]).
+__global__ void __launch_bounds__(kThreadsPerBlock)
+    FindBinsKernel(uint32_t count, uint32_t bins, const uint32_t* __restrict__ keys,
+                   uint32_t* __restrict__ begins) {  // [bins + 1]
+  const uint32_t i = blockIdx.x * kThreadsPerBlock + threadIdx.x;
+  if (i > count) return;
+  const uint32_t first = i == 0 ? 0 : keys[i - 1] + 1;
+  const uint32_t last = i == count ? bins : keys[i];
+  for (uint32_t bin = first; bin <= last && bin <= bins; ++bin) begins[bin] = i;
+}
+
+template <int kSize, typename Number>
+__device__ __forceinline__ void AddTo(Number* to, const Number (&numbers)[kSize]) {
+  constexpr int kMost = kVec16Size<Number>;
+  constexpr int kPart = kSize < kMost ? kSize : kMost;
+#pragma unroll
+  for (int i = 0; i < kSize; i += kPart) {
+    Vector<Number, kPart> sums = Load<Number, kPart>(to + i);
+#pragma unroll
+    for (int k = 0; k < kPart; ++k) sums.elements[k] += numbers[i + k];
+    *reinterpret_cast<Vector<Number, kPart>*>(to + i) = sums;
+  }
+}
+
+// Adds to each bin what its entries bring, in their order.
+template <typename T, int kSize>
+__global__ void __launch_bounds__(kThreadsPerBlock)
+    GatherKernel(DeformConvParams params, uint32_t bins, Lanes lanes,
+                 const uint32_t* __restrict__ begins, const uint32_t* __restrict__ entries,
+                 const ComputeType<T>* __restrict__ weights,
+                 const T* __restrict__ columns,              // of the positions at hand
+                 ComputeType<T>* __restrict__ grad_input) {  // of their first image
+  const uint32_t bin = blockIdx.x * lanes.rows() + lanes.row();
+  if (bin >= bins) return;
+  const uint32_t begin = begins[bin], end = begins[bin + 1];
+  if (begin == end) return;
+  const uint32_t deform_groups = static_cast<uint32_t>(params.deform_groups);
+  const uint32_t taps = static_cast<uint32_t>(params.taps());
+  const uint32_t pixel = bin / deform_groups, g = bin - pixel * deform_groups;
+  const int channels = static_cast<int>(params.deform_group_channels());
+  const int first_channel = static_cast<int>(g) * channels;
+  ComputeType<T>* pixel_sums = grad_input + int64_t{pixel} * params.in_channels + first_channel;
+  for (int c = lanes.lane() * kSize; c < channels; c += lanes.count() * kSize) {
+    ComputeType<T> sums[kSize] = {};
+#pragma unroll 4
+    for (uint32_t i = begin; i < end; ++i) {
+      const uint32_t entry = entries[i];
+      const ComputeType<T> weight = weights[entry];
+      const uint32_t sample = entry / kCorners;
+      const uint32_t row = sample / (deform_groups * taps);
+      const uint32_t tap = sample - (row * deform_groups + g) * taps;
+      const int64_t tap_column =
+          int64_t{row} * taps * params.in_channels + tap * params.group_in_channels();
+      const Vector<T, kSize> grads =
+          Load<T, kSize>(columns + ColumnOf(params, tap_column, first_channel + c));
+#pragma unroll
+      for (int k = 0; k < kSize; ++k) {
+        sums[k] += weight * static_cast<ComputeType<T>>(grads.elements[k]);
+      }
+    }
+    AddTo(pixel_sums + c, sums);
+  }
+}
+
+// --- Launching ---
+
+// Positions are worked on so many at a time that this many entries exist.
+constexpr int64_t kMostEntries = int64_t{1} << 23;
+
+// How the positions are cut, and the most that exist at a time.
+struct SortPlan {
+  int64_t step;  // positions worked on at a time
+  int64_t entries, bins;
+  int key_bits;  // as few as bins need
+
+  SortPlan(const DeformConvParams& params, int64_t positions) {
+    const int64_t entries_of_position = kCorners * params.mask_channels();
+    step = std::min(std::max<int64_t>(kMostEntries / entries_of_position, 1), positions);
+    entries = step * entries_of_position;
+    const int64_t images = std::min((step - 1) / (params.out_h * params.out_w) + 2, params.batch);
+    bins = images * params.in_h * params.in_w * params.deform_groups;
+    key_bits = 1;
+    while (bins >> key_bits != 0) ++key_bits;
+  }
+};
+
+std::string CubError(cudaError_t error) {
+  return error == cudaSuccess ? "" : std::string("cub: ") + cudaGetErrorString(error);
+}
+
+// Memory for one step. Of keys and entries, unsorted ones first, sorted ones second.
+template <typename OffsetT>
+struct SortWorkspace {
+  uint32_t *keys, *entries, *begins;
+  OffsetT* weights;
+  void* sort_memory;
+  size_t sort_bytes = 0;
+
+  std::string Allocate(const SortPlan& plan, GpuDevice& device) {
+    uint32_t* none = nullptr;
+    std::string error = CubError(cub::DeviceRadixSort::SortPairs(
+        nullptr, sort_bytes, none, none, none, none, static_cast<int>(plan.entries), 0,
+        plan.key_bits, StreamOf(device.stream())));
+    const auto allocate = [&](int64_t bytes, auto** memory) {
+      if (error.empty()) error = device.Allocate(bytes, reinterpret_cast<void**>(memory));
+    };
+    allocate(2 * plan.entries * sizeof(uint32_t), &keys);
+    allocate(2 * plan.entries * sizeof(uint32_t), &entries);
+    allocate(plan.entries * sizeof(OffsetT), &weights);
+    allocate((plan.bins + 1) * sizeof(uint32_t), &begins);
+    allocate(sort_bytes, &sort_memory);
+    return error;
+  }
+};
+
+}  // namespace
+
+std::string Col2ImSortedMisfit(const DeformConvParams& params) {
+  const int64_t image_pixels = params.in_h * params.in_w;
+  const int64_t bins = image_pixels * params.deform_groups;
+  if (bins < UINT32_MAX && kCorners * params.mask_channels() < INT32_MAX) return "";
+  return "images of " + std::to_string(image_pixels) + " pixels with " +
+         std::to_string(params.deform_groups) + " deformable groups are too large to be sorted";
+}
+
+template <typename T>
+std::string Col2ImSorted(const DeformConvParams& params,
+                         const SampledTensors<T, ComputeType<T>>& tensors, int64_t begin,
+                         int64_t end, const T* columns, ComputeType<T>* grad_input,
+                         GpuDevice& device) {
+  if (begin == end) return "";
+  const int64_t image_positions = params.out_h * params.out_w;
+  const int64_t image_pixels = params.in_h * params.in_w;
+  const SortPlan plan(params, end - begin);
+  if (plan.bins >= UINT32_MAX || plan.entries >= INT32_MAX) {
+    return "images of " + std::to_string(image_pixels) + " pixels with " +
+           std::to_string(params.deform_groups) +
+           " deformable groups are too large for deterministic gradients";
+  }
+  SortWorkspace<ComputeType<T>> memory;
+  std::string error = memory.Allocate(plan, device);
+  if (!error.empty()) return error;
+
+  const cudaStream_t stream = StreamOf(device.stream());
+  constexpr int kSize = kVec16Size<T>;
+  const bool vectorize = CanVectorize<T>(params) && IsAligned(columns) && IsAligned(grad_input);
+  const auto gather = vectorize ? GatherKernel<CudaType<T>, kSize> : GatherKernel<CudaType<T>, 1>;
+  const Lanes lanes = LanesFor(params.deform_group_channels(), vectorize ? kSize : 1);
+  const int64_t bins_per_block = kThreadsPerBlock >> lanes.count_log2;
+  for (int64_t from = begin; from < end; from += plan.step) {
+    const int64_t to = std::min(from + plan.step, end);
+    const int64_t samples = (to - from) * params.mask_channels();
+    const int count = static_cast<int>(kCorners * samples);
+    const int64_t first_image = from / image_positions;
+    const int64_t images = (to - 1) / image_positions + 1 - first_image;
+    const uint32_t bins = static_cast<uint32_t>(images * image_pixels * params.deform_groups);
+    uint32_t* const sorted_keys = memory.keys + plan.entries;
+    uint32_t* const sorted_entries = memory.entries + plan.entries;
+    ListCornersKernel<<<Blocks(samples, kThreadsPerBlock), kThreadsPerBlock, 0, stream>>>(
+        params, AsCuda(tensors), from, samples, first_image * image_pixels, bins, memory.keys,
+        memory.entries, memory.weights);
+    error = CubError(cub::DeviceRadixSort::SortPairs(
+        memory.sort_memory, memory.sort_bytes, memory.keys, sorted_keys, memory.entries,
+        sorted_entries, count, 0, plan.key_bits, stream));
+    if (!error.empty()) return error;
+    FindBinsKernel<<<Blocks(int64_t{count} + 1, kThreadsPerBlock), kThreadsPerBlock, 0, stream>>>(
+        static_cast<uint32_t>(count), bins, sorted_keys, memory.begins);
+    gather<<<Blocks(bins, bins_per_block), kThreadsPerBlock, 0, stream>>>(
+        params, bins, lanes, memory.begins, sorted_entries, memory.weights,
+        AsCuda(columns + (from - begin) * params.taps() * params.in_channels),
+        grad_input + first_image * image_pixels * params.in_channels);
+    error = LaunchError("GatherKernel");
+    if (!error.empty()) return error;
+  }
+  return "";
+}
+
+#define DEFORM_CONV_INSTANTIATE(T)                                                                 \
+  template std::string Col2ImSorted<T>(const DeformConvParams&,                                    \
+                                       const SampledTensors<T, ComputeType<T>>&, int64_t, int64_t, \
+                                       const T*, ComputeType<T>*, GpuDevice&);
+DEFORM_CONV_INSTANTIATE(float)
+DEFORM_CONV_INSTANTIATE(double)
+DEFORM_CONV_INSTANTIATE(Half)
+DEFORM_CONV_INSTANTIATE(BFloat16)
+#undef DEFORM_CONV_INSTANTIATE
+
+}  // namespace cuda
+}  // namespace deform_conv

@@ -1,0 +1,63 @@
+// im2col, col2im and layout conversion on every GPU: their launchers. For C++ without CUDA's
+// headers; `stream` is a cudaStream_t.
+//
+// Each returns an empty string, or which kernel could not be launched and why. T is float, double,
+// Half or BFloat16. Work on nothing launches nothing.
+
+#ifndef DEFORM_CONV_CORE_CUDA_GENERAL_KERNELS_H_
+#define DEFORM_CONV_CORE_CUDA_GENERAL_KERNELS_H_
+
+#include <cstdint>
+#include <string>
+
+#include "core/gpu/device.h"
+#include "core/params.h"
+#include "core/sampling.h"
+#include "core/types.h"
+
+namespace deform_conv {
+namespace cuda {
+
+// Writes the columns [end - begin, taps * in_channels] of positions [begin, end), all channels.
+template <typename T>
+std::string Im2Col(const DeformConvParams& params, const SampledTensors<T, ComputeType<T>>& tensors,
+                   int64_t begin, int64_t end, T* columns, void* stream);
+
+// From the columns' gradient at positions [begin, end), in `columns`: adds to gradients.input, in
+// an order that is not fixed, and writes gradients.offset and gradients.mask at these positions.
+// With `replace`, also writes the columns themselves over their gradient: what the filters'
+// gradient needs next is at hand here.
+template <typename T>
+std::string Col2Im(const DeformConvParams& params, const SampledTensors<T, ComputeType<T>>& tensors,
+                   int64_t begin, int64_t end, bool replace, T* columns,
+                   const SampledGradients<ComputeType<T>>& gradients, void* stream);
+
+// Adds to grad_input what Col2Im adds, but in an order that is always the same: the corners of all
+// samples are sorted by pixel, and each pixel gathers its own. `columns` is left as it is.
+template <typename T>
+std::string Col2ImSorted(const DeformConvParams& params,
+                         const SampledTensors<T, ComputeType<T>>& tensors, int64_t begin,
+                         int64_t end, const T* columns, ComputeType<T>* grad_input,
+                         GpuDevice& device);
+// Why it cannot do that even image by image, or an empty string.
+std::string Col2ImSortedMisfit(const DeformConvParams& params);
+
+// Converts a tensor in `format` to NHWC, and back.
+template <typename From, typename To>
+std::string ToNhwc(DataFormat format, const TensorExtent& extent, const From* from, To* to,
+                   void* stream);
+template <typename From, typename To>
+std::string FromNhwc(DataFormat format, const TensorExtent& extent, const From* from, To* to,
+                     void* stream);
+
+// to[i] += from[i]
+template <typename From, typename To>
+std::string Add(int64_t count, const From* from, To* to, void* stream);
+
+// Sets memory to zero bytes.
+std::string Zero(void* memory, int64_t bytes, void* stream);
+
+}  // namespace cuda
+}  // namespace deform_conv
+
+#endif  // DEFORM_CONV_CORE_CUDA_GENERAL_KERNELS_H_

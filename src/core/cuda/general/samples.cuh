@@ -1,0 +1,116 @@
+// Samples as the general kernels see them: located in shared memory, and laid out over the threads
+// of a block. For .cu files only.
+
+#ifndef DEFORM_CONV_CORE_CUDA_GENERAL_SAMPLES_CUH_
+#define DEFORM_CONV_CORE_CUDA_GENERAL_SAMPLES_CUH_
+
+#include "core/bilinear.h"
+#include "core/cuda/launch.cuh"
+#include "core/cuda/types.cuh"
+#include "core/params.h"
+#include "core/sampling.h"
+
+namespace deform_conv {
+namespace cuda {
+
+// Each thread of a block locates one sample; then the block's rows of lanes work through them.
+constexpr int kSamplesPerBlock = kThreadsPerBlock;
+
+// OffsetT sample as a block keeps it in shared memory.
+template <typename OffsetT>
+struct LocatedSample : ImageSample<OffsetT, int64_t> {
+  OffsetT mask;
+  int64_t top_left;  // pixel of the batch
+  int64_t column;    // where the tap's first column of group 0 is, in elements
+  int64_t index;     // (position * deform_groups + g) * taps + tap, of the whole batch
+  int channel;       // the deformable group's first
+};
+
+// Locates sample `i` of those that positions [begin, ...) take.
+template <typename T, typename OffsetT>
+__device__ LocatedSample<OffsetT> Locate(const DeformConvParams& params,
+                                         const SampledTensors<T, OffsetT>& tensors, int64_t begin,
+                                         int64_t i) {
+  const int64_t taps = params.taps();
+  const int64_t per_position = params.mask_channels();
+  const int64_t row = i / per_position;
+  const int g_tap = static_cast<int>(i - row * per_position);
+  const int g = g_tap / static_cast<int>(taps);
+  const int tap = g_tap - g * static_cast<int>(taps);
+  const int ky = tap / static_cast<int>(params.kernel_w);
+  const int kx = tap - ky * static_cast<int>(params.kernel_w);
+  const int64_t position = begin + row;
+  const int64_t n_y = position / params.out_w;
+  const int64_t x = position - n_y * params.out_w;
+  const int64_t n = n_y / params.out_h;
+  const int64_t y = n_y - n * params.out_h;
+
+  LocatedSample<OffsetT> sample;
+  sample.index = position * per_position + g_tap;
+  sample.column = row * taps * params.in_channels + tap * params.group_in_channels();
+  sample.channel = static_cast<int>(g * params.deform_group_channels());
+  static_cast<ImageSample<OffsetT, int64_t>&>(sample) = LocateSample<OffsetT, int64_t>(
+      y * params.stride_h - params.pad_top + ky * params.dilation_h,
+      x * params.stride_w - params.pad_left + kx * params.dilation_w,
+      tensors.offset[2 * sample.index], tensors.offset[2 * sample.index + 1], params.in_h,
+      params.in_w);
+  sample.top_left = (n * params.in_h + sample.h_low) * params.in_w + sample.w_low;
+  sample.mask = tensors.mask == nullptr ? OffsetT(1) : tensors.mask[sample.index];
+  return sample;
+}
+
+// Locates this block's samples of the `sample_count` that positions [begin, ...) take. Returns how
+// many the block has.
+template <typename T, typename OffsetT>
+__device__ __forceinline__ int LocateBlock(const DeformConvParams& params,
+                                           const SampledTensors<T, OffsetT>& tensors, int64_t begin,
+                                           int64_t sample_count,
+                                           LocatedSample<OffsetT> (&samples)[kSamplesPerBlock]) {
+  const int64_t first = int64_t{blockIdx.x} * kSamplesPerBlock;
+  const int count = static_cast<int>(sample_count - first < kSamplesPerBlock ? sample_count - first
+                                                                             : kSamplesPerBlock);
+  if (threadIdx.x < count) {
+    samples[threadIdx.x] = Locate(params, tensors, begin, first + threadIdx.x);
+  }
+  __syncthreads();
+  return count;
+}
+
+// Where channel `channel` of a sample's tap stands among the columns.
+__device__ __forceinline__ int64_t ColumnOf(const DeformConvParams& params, int64_t tap_column,
+                                            int channel) {
+  if (params.groups == 1) return tap_column + channel;
+  const int width = static_cast<int>(params.group_in_channels());
+  const int group = channel / width;
+  return tap_column + group * params.taps() * width + (channel - group * width);
+}
+
+// Distance of each corner from the top left one, in pixels.
+__device__ __forceinline__ int64_t CornerDistance(const DeformConvParams& params, int corner) {
+  return (corner >= kBottomLeft ? params.in_w : 0) + (corner & 1);
+}
+
+// How a block's threads are laid over samples and channels: rows of `lanes` threads, each row on a
+// sample, its lanes side by side on the channels. OffsetT row never leaves its warp.
+struct Lanes {
+  int count_log2;
+
+  __device__ int count() const { return 1 << count_log2; }
+  __device__ int lane() const { return threadIdx.x & (count() - 1); }
+  __device__ int row() const { return threadIdx.x >> count_log2; }
+  __device__ int rows() const { return kThreadsPerBlock >> count_log2; }
+};
+
+inline Lanes LanesFor(int64_t channels, int vector_size) {
+  const int64_t vectors = (channels + vector_size - 1) / vector_size;
+  Lanes lanes{0};
+  while ((1 << lanes.count_log2) < kWarp && (int64_t{1} << lanes.count_log2) < vectors) {
+    ++lanes.count_log2;
+  }
+  return lanes;
+}
+
+}  // namespace cuda
+}  // namespace deform_conv
+
+#endif  // DEFORM_CONV_CORE_CUDA_GENERAL_SAMPLES_CUH_

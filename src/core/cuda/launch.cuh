@@ -1,0 +1,67 @@
+// Launching kernels, on the host. For .cu files only.
+
+#ifndef DEFORM_CONV_CORE_CUDA_LAUNCH_CUH_
+#define DEFORM_CONV_CORE_CUDA_LAUNCH_CUH_
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <string>
+
+#include "core/integer_math.h"
+
+namespace deform_conv {
+namespace cuda {
+
+constexpr int kWarp = 32;
+// Of every kernel that says nothing else.
+constexpr int kThreadsPerBlock = 256;
+
+inline cudaStream_t StreamOf(void* stream) { return static_cast<cudaStream_t>(stream); }
+
+// Thread blocks for `work` pieces, `per_block` each.
+inline unsigned Blocks(int64_t work, int64_t per_block) {
+  return static_cast<unsigned>(CeilDiv(work, per_block));
+}
+
+// What went wrong with the last launch, or an empty string.
+inline std::string LaunchError(const char* kernel) {
+  const cudaError_t error = cudaGetLastError();
+  if (error == cudaSuccess) return "";
+  return std::string("CUDA kernel ") + kernel + ": " + cudaGetErrorString(error);
+}
+
+// Lets blocks of `kernel` have so much dynamic shared memory.
+template <typename Kernel>
+std::string AllowSharedBytes(const char* name, Kernel kernel, int64_t bytes) {
+  const cudaError_t error = cudaFuncSetAttribute(
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  if (error == cudaSuccess) return "";
+  return std::string("shared memory of CUDA kernel ") + name + ": " + cudaGetErrorString(error);
+}
+
+// The current GPU. All zeros where there is none.
+struct Gpu {
+  int major, minor;  // compute capability
+  int multiprocessors;
+};
+
+inline Gpu CurrentGpu() {
+  Gpu gpu;
+  int device;
+  const auto get = [&](cudaDeviceAttr attribute, int* value) {
+    return cudaDeviceGetAttribute(value, attribute, device) == cudaSuccess;
+  };
+  if (cudaGetDevice(&device) == cudaSuccess && get(cudaDevAttrComputeCapabilityMajor, &gpu.major) &&
+      get(cudaDevAttrComputeCapabilityMinor, &gpu.minor) &&
+      get(cudaDevAttrMultiProcessorCount, &gpu.multiprocessors)) {
+    return gpu;
+  }
+  cudaGetLastError();  // forgets the error
+  return {};
+}
+
+}  // namespace cuda
+}  // namespace deform_conv
+
+#endif  // DEFORM_CONV_CORE_CUDA_LAUNCH_CUH_

@@ -1,0 +1,95 @@
+// Shared memory of the region scatter kernel. For .cu files only.
+
+#ifndef DEFORM_CONV_CORE_CUDA_SM90_REGION_SCATTER_LAYOUT_CUH_
+#define DEFORM_CONV_CORE_CUDA_SM90_REGION_SCATTER_LAYOUT_CUH_
+
+#include <cstdint>
+
+#include "core/cuda/launch.cuh"
+#include "core/cuda/sm80/swizzle.cuh"
+#include "core/cuda/sm90/patch.cuh"
+#include "core/cuda/sm90/patch_lane.cuh"
+#include "core/cuda/sm90/patch_samples.cuh"
+#include "core/cuda/types.cuh"
+
+namespace deform_conv {
+namespace cuda {
+
+// Where things are in a thread block's shared memory, in bytes.
+//
+//   scatter matrix  pixels by positions, operand A; absent where the input's gradient is not wanted
+//   transposed      TF32: the columns' gradient of a tap, RowOfChannel() by positions, operand B;
+//                   likewise absent
+//   stages          the columns' gradients of taps ahead. In 16 bits they are operand B, positions
+//                   by channels; in TF32, vec16 by vec16, all threads' side by side
+//   samples         [positions, taps]: PatchSample
+template <typename T, int kChannels, bool kInput>
+struct RegionLayout {
+  static constexpr bool k16Bits = sizeof(T) == 2;
+  // With two buffers, a tap's matrix is written while that of the tap before is multiplied.
+  static constexpr int kMatrices = k16Bits ? 2 : 1;
+  static constexpr int kMatrixBytes = kRegionPixels * kPatchPositions * static_cast<int>(sizeof(T));
+  // In 16 bits, one is multiplied, and two are on their way.
+  static constexpr int kStages = k16Bits ? 3 : 1;
+  static constexpr int kStageBytes =
+      k16Bits ? kPatchPositions * kRowBytes
+              : kPatchPositions * kChannels * static_cast<int>(sizeof(T));
+
+  static constexpr int kTransposed = kInput ? kMatrices * kMatrixBytes : 0;
+  static constexpr int kFirstStage = kTransposed + (kInput && !k16Bits ? kStageBytes : 0);
+  static constexpr int kSamples = kFirstStage + kStages * kStageBytes;
+
+  static int64_t Bytes(int64_t taps) {
+    return kSamples + taps * kPatchPositions * static_cast<int64_t>(sizeof(PatchSample));
+  }
+
+  // Where the thread's first vec16 lies in a stage, and its vec16 j; in 16 bits to be combined by
+  // xor.
+  static __device__ __forceinline__ uint32_t FirstVec16(int p) {
+    return k16Bits ? SwizzledOffset(p, PatchLane<T, kChannels>::First())
+                   : ReadThread() * kVec16Bytes;
+  }
+  static __device__ __forceinline__ uint32_t Vec16At(uint32_t first, int j) {
+    return k16Bits ? first ^ j * (kLanesOfPosition * kVec16Bytes)
+                   : first + j * kThreadsPerBlock * kVec16Bytes;
+  }
+};
+
+// Where in TF32's transposed operand a lane's first number is, in bytes, and where number i of its
+// vec16 j is.
+template <int kChannels>
+__device__ __forceinline__ uint32_t FirstTransposed(int p) {
+  constexpr int kRow = kRowSize<float>, kSize = kVec16Size<float>;
+  return p / kRow * (kChannels * kRowBytes) +
+         SwizzledOffset(PatchLane<float, kChannels>::First(), p % kRow / kSize) +
+         p % kSize * static_cast<int>(sizeof(float));
+}
+template <int kChannels>
+__device__ __forceinline__ uint32_t TransposedAt(uint32_t first, int j, int i) {
+  // RowOfChannel(vec16 * 4 + i) is vec16 + i * kRows; the swizzle of odd j's rows differs from the
+  // first's in one bit, that of i's does not.
+  constexpr int kRows = kChannels / kVec16Size<float>;
+  static_assert(kRows % kSwizzledRows == 0);
+  return (first ^ (j % 2 * 4 * kVec16Bytes)) +
+         (PatchLane<float, kChannels>::Distance(j) + i * kRows) * kRowBytes;
+}
+
+__device__ __forceinline__ void StoreVec16(uint32_t address, const uint4& vec16) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(vec16.x),
+               "r"(vec16.y), "r"(vec16.z), "r"(vec16.w)
+               : "memory");
+}
+
+__device__ __forceinline__ uint4 LoadVec16(uint32_t address) {
+  uint4 vec16;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(vec16.x), "=r"(vec16.y), "=r"(vec16.z), "=r"(vec16.w)
+               : "r"(address)
+               : "memory");
+  return vec16;
+}
+
+}  // namespace cuda
+}  // namespace deform_conv
+
+#endif  // DEFORM_CONV_CORE_CUDA_SM90_REGION_SCATTER_LAYOUT_CUH_

@@ -1,0 +1,56 @@
+#include "core/gpu/chunk_plan.h"
+
+#include <algorithm>
+
+#include "core/integer_math.h"
+
+namespace deform_conv {
+namespace {
+
+// The size of parts, nearly equal ones, of at most `most`, into which `number` is cut.
+int64_t PartOf(int64_t number, int64_t most) {
+  return number == 0 ? 1 : CeilDiv(number, CeilDiv(number, most));
+}
+
+int64_t MostPositions(const DeformConvParams& params, int64_t stored_bytes, int64_t columns_bytes) {
+  return std::max<int64_t>(columns_bytes / ColumnsBytes(params, 1, stored_bytes), 1);
+}
+
+// The images of a micro-batch where a few occupy the GPU: so few that their columns, and the float
+// sums beside them, are smaller than the columns of all; but all where they are small anyway, since
+// every micro-batch costs launches.
+int64_t MostImages(const DeformConvParams& params, const ElementBytes& bytes) {
+  constexpr int64_t kFew = 64, kSmallBytes = int64_t{32} << 20;
+  const int64_t columns = ColumnsBytes(params, params.out_h * params.out_w, bytes.stored);
+  const int64_t sums = params.in_h * params.in_w * params.in_channels * bytes.summed;
+  if (params.batch * (columns + sums) <= kSmallBytes) return params.batch;
+  return std::clamp<int64_t>(params.batch * columns / (columns + sums), 1, kFew);
+}
+
+}  // namespace
+
+int64_t ColumnsBytes(const DeformConvParams& params, int64_t positions, int64_t stored_bytes) {
+  return positions * params.taps() * params.in_channels * stored_bytes;
+}
+
+int64_t PositionsOfChunk(const DeformConvParams& params, int64_t stored_bytes,
+                         int64_t columns_bytes) {
+  return PartOf(params.out_positions(), MostPositions(params, stored_bytes, columns_bytes));
+}
+
+ChunkPlan PlanBackward(const DeformConvParams& params, const ElementBytes& bytes,
+                       int64_t columns_bytes, const ChunkPreference& preference) {
+  const int64_t image = params.out_h * params.out_w;
+  const int64_t most = MostPositions(params, bytes.stored, columns_bytes);
+  if (image <= most) {
+    int64_t most_images = image == 0 ? params.batch : most / image;
+    if (preference.few_images) most_images = std::min(most_images, MostImages(params, bytes));
+    const int64_t images = PartOf(params.batch, most_images);
+    return {images, std::max<int64_t>(images * image, 1)};
+  }
+  const int64_t band = preference.rows * params.out_w;
+  const int64_t step = preference.rows > 1 && band <= most ? band : 1;
+  return {1, PartOf(CeilDiv(image, step), most / step) * step};
+}
+
+}  // namespace deform_conv

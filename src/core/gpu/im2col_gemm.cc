@@ -1,0 +1,41 @@
+#include "core/gpu/im2col_gemm.h"
+
+#include <algorithm>
+
+#include "core/cuda/general/kernels.h"
+#include "core/gpu/chunk_plan.h"
+#include "core/gpu/gemm.h"
+#include "core/return_if_error.h"
+
+namespace deform_conv {
+
+template <typename T>
+std::string Im2ColGemm(const ForwardCall<T>& call) {
+  const DeformConvParams& params = call.params;
+  const int64_t positions = params.out_positions();
+  if (positions == 0) return "";
+  const int64_t chunk = PositionsOfChunk(params, sizeof(T), call.device.columns_bytes());
+  T* columns;
+  DEFORM_CONV_RETURN_IF_ERROR(call.device.Allocate(ColumnsBytes(params, chunk, sizeof(T)),
+                                                   reinterpret_cast<void**>(&columns)));
+  for (int64_t begin = 0; begin < positions; begin += chunk) {
+    const int64_t end = std::min(begin + chunk, positions);
+    DEFORM_CONV_RETURN_IF_ERROR(
+        cuda::Im2Col<T>(params, call.tensors, begin, end, columns, call.device.stream()));
+    for (int64_t group = 0; group < params.groups; ++group) {
+      DEFORM_CONV_RETURN_IF_ERROR(Gemm(call.device, GemmForm::kPlain,
+                                       GroupColumns(params, group, columns, end - begin),
+                                       GroupFilters(params, group, call.filters),
+                                       GroupOutput(params, group, call.output, begin, end),
+                                       /*accumulate=*/false));
+    }
+  }
+  return "";
+}
+
+template std::string Im2ColGemm<float>(const ForwardCall<float>&);
+template std::string Im2ColGemm<double>(const ForwardCall<double>&);
+template std::string Im2ColGemm<Half>(const ForwardCall<Half>&);
+template std::string Im2ColGemm<BFloat16>(const ForwardCall<BFloat16>&);
+
+}  // namespace deform_conv

@@ -1,0 +1,57 @@
+// The lists of implementations: the one place that a new one is added to.
+
+#ifndef DEFORM_CONV_CORE_GPU_IMPLEMENTATIONS_H_
+#define DEFORM_CONV_CORE_GPU_IMPLEMENTATIONS_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "core/gpu/chunk_plan.h"
+#include "core/gpu/device.h"
+#include "core/gpu/implementation.h"
+#include "core/params.h"
+#include "core/sampling.h"
+#include "core/types.h"
+
+namespace deform_conv {
+
+// --- Forward ---
+
+template <typename T>
+struct ForwardCall {
+  const DeformConvParams& params;
+  const SampledTensors<T, ComputeType<T>>& tensors;
+  const T* filters;
+  T* output;
+  GpuDevice& device;
+};
+
+template <typename T>
+const std::vector<Implementation<ForwardCall<T>>>& ForwardImplementations();
+
+// --- Backward: from the columns' gradient to those of input, offset and mask ---
+
+template <typename T>
+struct Col2ImCall {
+  const DeformConvParams& params;
+  const SampledTensors<T, ComputeType<T>>& tensors;
+  int64_t begin, end;  // positions
+  // The columns' gradient of these positions; with `replace`, the columns themselves afterwards.
+  T* columns;
+  bool replace;
+  // That of the input is added to, the others are written at these positions.
+  SampledGradients<ComputeType<T>> gradients;
+  GpuDevice& device;
+};
+
+template <typename T>
+struct Col2ImImplementation : Implementation<Col2ImCall<T>> {
+  ChunkPreference chunks;
+};
+
+template <typename T>
+const std::vector<Col2ImImplementation<T>>& Col2ImImplementations();
+
+}  // namespace deform_conv
+
+#endif  // DEFORM_CONV_CORE_GPU_IMPLEMENTATIONS_H_

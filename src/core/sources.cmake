@@ -1,0 +1,47 @@
+# The core's sources, by what compiles them. CMakeLists.txt and benchmarks/gpu_core.py read this
+# file: one path a line, from here.
+
+set(CORE_SOURCES
+  params.cc
+)
+
+set(CORE_CPU_SOURCES
+  cpu/backward.cc
+  cpu/forward.cc
+  cpu/kernels.cc
+  cpu/plan.cc
+  cpu/threads.cc
+)
+
+# Compiled once per instruction set.
+set(CORE_CPU_ISA_SOURCES
+  cpu/isa/kernels_isa.cc
+)
+
+# C++ without CUDA's headers.
+set(CORE_GPU_SOURCES
+  gpu/backward.cc
+  gpu/chunk_plan.cc
+  gpu/forward.cc
+  gpu/im2col_gemm.cc
+  gpu/implementations.cc
+)
+
+# For every GPU.
+set(CORE_CUDA_SOURCES
+  cuda/general/col2im.cu
+  cuda/general/col2im_sorted.cu
+  cuda/general/im2col.cu
+  cuda/general/layout.cu
+)
+
+# In the instructions of compute capability 9.0 alone.
+set(CORE_CUDA_SM90_SOURCES
+  cuda/sm90/implicit_gemm.cu
+  cuda/sm90/region_scatter.cu
+)
+
+# The CUDA half behind a C interface.
+set(CORE_C_API_SOURCES
+  c_api/deform_conv2d_cuda.cc
+)
