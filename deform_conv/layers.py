@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from utils.deform_conv_wrapper import deform_conv2d, xla_kernels_loaded
+from .ops import deform_conv2d, xla_kernels_loaded
 
 if keras.backend.backend() != "tensorflow":
     raise ImportError(
