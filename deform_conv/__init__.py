@@ -6,9 +6,11 @@ from deform_conv.layers import DeformableConv2D
 
 import importlib
 
-from .ops import deform_conv2d, xla_kernels_loaded
+__version__ = "0.1.0"  # first: the loader of the library reads it
 
-__version__ = "0.1.0"
+from ._library import xla_kernels_loaded
+from .ops import deform_conv2d
+
 __all__ = ["__version__", "deform_conv2d", "deformable", "layers", "xla_kernels_loaded"]
 
 

@@ -2,71 +2,15 @@
 
 import contextlib
 import operator
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
-from tensorflow.python.ops import control_flow_util
 
-_BUILD = Path(__file__).resolve().parent.parent / "build"
-_LIBRARY = "libdeform_conv"
+from ._library import check_xla, process
+from ._reference import deform_conv2d_reference
 
-
-def _load_library(path: Path):
-    """Loads the library of the ops."""
-    if not path.is_file():
-        raise ImportError(f"{path} not found: build it with ./compile.sh", name=_LIBRARY)
-    version_file = path.with_name("tensorflow_version.txt")
-    built_for = version_file.read_text().strip() if version_file.is_file() else None
-    misfit = ImportError(
-        f"{path} was built for TensorFlow {built_for or '(unknown)'} and does not fit "
-        f"{tf.__version__}; a library fits one minor version only. Build it again with "
-        "./compile.sh",
-        name=_LIBRARY,
-    )
-    # A library of another version may load and yet disagree on the layout of TensorFlow's types.
-    if built_for and built_for.split(".")[:2] != tf.__version__.split(".")[:2]:
-        raise misfit
-    try:
-        return tf.load_op_library(str(path))
-    except tf.errors.OpError as error:
-        raise misfit from error
-
-
-def _load_xla_library(path: Path) -> str | None:
-    """Loads the library of the ops' XLA kernels; returns why that cannot be done, or None."""
-    if not path.is_file():
-        return f"{path} not found"
-    try:
-        tf.load_library(str(path))
-    except (tf.errors.OpError, OSError, RuntimeError) as error:
-        return f"{path} does not load: {error}"
-    return None
-
-
-_library = Path(os.environ.get("DEFORM_CONV_LIBRARY", _BUILD / f"{_LIBRARY}.so"))
-_ops = _load_library(_library)
-# Everything but jit_compile works without it.
-_xla_problem = _load_xla_library(_library.with_name(f"{_library.stem}_xla.so"))
-
-
-def xla_kernels_loaded() -> bool:
-    """Whether XLA (`jit_compile=True`) can compile `deform_conv2d` in this process."""
-    return _xla_problem is None
-
-
-def _check_xla() -> None:
-    """Raises where XLA is to compile the op and cannot. TensorFlow would not say what to do."""
-    if _xla_problem is None:
-        return
-    if control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
-        raise RuntimeError(
-            f"jit_compile=True needs the XLA kernels of deform_conv2d, but {_xla_problem}. "
-            "Build them with ./compile.sh, or leave jit_compile out"
-        )
-
+_ops = process.ops
 
 # Positions and sums are in float32 for 16-bit types, so these may have float32 offsets and masks.
 _OFFSET_DTYPES = {
@@ -144,7 +88,7 @@ def deform_conv2d(
     """
     if data_format not in ("NHWC", "NCHW"):
         raise ValueError(f"data_format must be 'NHWC' or 'NCHW'; received {data_format!r}")
-    _check_xla()
+    check_xla()
     with tf.name_scope(name or "DeformConv2D"):
         input = tf.convert_to_tensor(input, name="input")
         if input.dtype not in _OFFSET_DTYPES:
@@ -242,7 +186,28 @@ def _attributes(op) -> dict:
     }
 
 
-@tf.RegisterGradient("DeformConv2D")
+def _gradient_of(op_type: str):
+    """Makes a function the gradient of an op, in place of an earlier one.
+
+    TensorFlow takes one function for each op and keeps it. So it is given one that calls the
+    newest, for a reload or a copy of this module to take effect.
+    """
+
+    def register(function):
+        gradients = process.gradients
+        if op_type not in gradients:
+
+            @tf.RegisterGradient(op_type)
+            def newest(op, *grad_outputs):
+                return gradients[op_type](op, *grad_outputs)
+
+        gradients[op_type] = function
+        return function
+
+    return register
+
+
+@_gradient_of("DeformConv2D")
 def _deform_conv2d_grad(op, grad_output):
     """Gradients of the op's inputs: input, filters, offset and, if there is one, mask."""
     wanted = [
@@ -274,12 +239,9 @@ def _deform_conv2d_grad(op, grad_output):
     return gradients
 
 
-@tf.RegisterGradient("DeformConv2DGrad")
+@_gradient_of("DeformConv2DGrad")
 def _deform_conv2d_grad_grad(op, *grad_gradients):
     """Second order: differentiates the gradients of the pure TensorFlow reference."""
-    # The reference is needed only here, and imports nothing of this module.
-    from ._reference import deform_conv2d_reference
-
     # Shapes whose rank is known, and tensors that are watched under the same name as they are used
     # (in a tf.compat.v1 loop, op.inputs is another one each time it is read).
     *arguments, grad_output = [tf.ensure_shape(tensor, [None] * 4) for tensor in op.inputs]

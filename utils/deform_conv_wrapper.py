@@ -1,4 +1,4 @@
-"""`deform_conv2d` of the package `deform_conv`, where a checkout's folder is on the Python path.
+"""Re-exports `deform_conv2d` of the package `deform_conv`.
 
 from utils.deform_conv_wrapper import deform_conv2d
 """
