@@ -7,13 +7,18 @@ import shutil
 import subprocess
 import sys
 
+import keras
+import numpy as np
 import pytest
-from conftest import PROJECT
+import tensorflow as tf
+from conftest import PROJECT, relative_error
 
 import deform_conv
+import deform_conv.layers
 from utils import deform_conv_wrapper
 
 PACKAGE = PROJECT / "deform_conv"
+DATA = PROJECT / "tests" / "data"
 OPS_LIBRARY, XLA_LIBRARY = "libdeform_conv.so", "libdeform_conv_xla.so"
 
 # What the programs below begin with.
@@ -146,6 +151,16 @@ def test_no_module_needs_the_packages_name_or_utils(file):
         else:
             continue
         assert not {name.partition(".")[0] for name in absolute} & {"deform_conv", "utils"}
+
+
+def test_layer_saved_under_its_former_module_loads():
+    # Written when the layer was utils.deform_conv_layer.DeformableConv2D.
+    images = np.linspace(-1, 1, 2 * 9 * 10 * 4, dtype=np.float32).reshape(2, 9, 10, 4)
+    with tf.device("CPU:0"):
+        model = keras.models.load_model(DATA / "layer_of_utils.keras")
+        output = model(images)
+    assert type(model.layers[-1]) is deform_conv.layers.DeformableConv2D
+    assert relative_error(output, np.load(DATA / "layer_of_utils_output.npy")) <= 1e-6
 
 
 # --- Where it finds the library ---
