@@ -111,7 +111,7 @@ def tensorflow_functions(
     import tensorflow as tf
 
     # Here, so that run() can tell of a missing library.
-    from utils.deform_conv_wrapper import deform_conv2d
+    from deform_conv import deform_conv2d
 
     def tensor(key, array):
         if data_format == "NCHW" and key != "filters":
@@ -385,7 +385,7 @@ def main() -> None:
 
     import tensorflow as tf
 
-    import utils.deform_conv_wrapper  # noqa: F401  fails early where the library is missing
+    import deform_conv  # noqa: F401  fails early where the library is missing
 
     compared = "".join(f", {name} {version}" for name, version in peers.versions().items())
     machine = (

@@ -48,7 +48,7 @@ Call = Callable[..., list[tf.Tensor]]
 
 def call_of(name: str, measurement: str) -> Call:
     # Here, so that run() can tell of a missing library.
-    from utils.deform_conv_wrapper import deform_conv2d
+    from deform_conv import deform_conv2d
 
     def convolve(*arguments):
         if name == "deform_conv2d":

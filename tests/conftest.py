@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from utils.deform_conv_wrapper import deform_conv2d
+from deform_conv import deform_conv2d
 
 PROJECT = Path(__file__).resolve().parent.parent
 GOLDEN_FILE = Path(__file__).parent / "data" / "torchvision_0_29.npz"

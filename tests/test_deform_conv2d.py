@@ -9,8 +9,8 @@ import pytest
 import tensorflow as tf
 from conftest import GOLDEN_FILE, Case, in_format, random_case, relative_error, run
 
-from utils.deform_conv_reference import deform_conv2d_reference
-from utils.deform_conv_wrapper import deform_conv2d
+from deform_conv import deform_conv2d
+from deform_conv._reference import deform_conv2d_reference
 
 pytestmark = pytest.mark.usefixtures("device")
 

@@ -9,8 +9,8 @@ import pytest
 import tensorflow as tf
 from conftest import relative_error
 
-from utils.deform_conv_layer import DeformableConv2D
-from utils.deform_conv_wrapper import deform_conv2d, xla_kernels_loaded
+from deform_conv import deform_conv2d, xla_kernels_loaded
+from deform_conv.layers import DeformableConv2D
 
 pytestmark = pytest.mark.usefixtures("device")
 

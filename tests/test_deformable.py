@@ -7,8 +7,8 @@ import tensorflow as tf
 from conftest import relative_error
 from keras import layers
 
-from utils.deform_conv_layer import DeformableConv2D
-from utils.deformable import deformable
+from deform_conv import deformable
+from deform_conv.layers import DeformableConv2D
 
 pytestmark = pytest.mark.usefixtures("device")
 

@@ -214,7 +214,7 @@ def test_evaluation_prints_the_table(trained):
 
 def test_sampling_locations_are_those_of_the_op(rng):
     """A ramp image read at the locations gives what the op samples."""
-    from utils.deform_conv_wrapper import deform_conv2d
+    from deform_conv import deform_conv2d
 
     for stride in (1, 2):
         out = -(-28 // stride)

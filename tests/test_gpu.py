@@ -10,8 +10,8 @@ import pytest
 import tensorflow as tf
 from conftest import PROJECT, random_case, relative_error, run
 
-from utils.deform_conv_reference import deform_conv2d_reference
-from utils.deform_conv_wrapper import deform_conv2d
+from deform_conv import deform_conv2d
+from deform_conv._reference import deform_conv2d_reference
 
 pytestmark = pytest.mark.gpu
 
@@ -162,7 +162,7 @@ def test_threads_do_not_disturb_each_other(rng):
 ALONG_A_PATH = """
 import sys
 import numpy as np, tensorflow as tf
-from utils.deform_conv_wrapper import deform_conv2d
+from deform_conv import deform_conv2d
 if "jit" in sys.argv:
     deform_conv2d = tf.function(deform_conv2d, jit_compile=True)
 rng = np.random.default_rng(1)

@@ -8,8 +8,8 @@ import pytest
 import tensorflow as tf
 from conftest import PROJECT, random_case, relative_error, run, second_derivatives
 
-from utils.deform_conv_reference import deform_conv2d_reference
-from utils.deform_conv_wrapper import deform_conv2d
+from deform_conv import deform_conv2d
+from deform_conv._reference import deform_conv2d_reference
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -285,7 +285,7 @@ def test_recomputed_gradients_equal_stored_ones(rng):
 LOAD_AND_RUN = """
 import sys
 import tensorflow as tf
-from utils import deform_conv_wrapper
+import deform_conv
 tf.config.experimental.enable_tensor_float_32_execution(False)
 module = tf.saved_model.load(sys.argv[1])
 image = tf.Variable(tf.ones((1, 5, 5, 2)))

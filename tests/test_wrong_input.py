@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from utils.deform_conv_wrapper import deform_conv2d
+from deform_conv import deform_conv2d
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -143,7 +143,7 @@ def test_python_numbers_and_arrays_are_converted():
 
 def test_gradient_op_checks_its_own_input():
     """Nobody calls it by hand, but it must not read out of bounds if somebody does."""
-    from utils.deform_conv_wrapper import _ops
+    from deform_conv.ops import _ops
 
     tensors = {name: tf.zeros(shape) for name, shape in FITTING.items()}
     tensors["mask"] = [tensors["mask"]]
@@ -158,7 +158,7 @@ def test_gradient_op_checks_its_own_input():
 
 
 def test_gradient_op_with_two_masks_is_refused_while_the_graph_is_built():
-    from utils.deform_conv_wrapper import _ops
+    from deform_conv.ops import _ops
 
     tensors = {name: tf.zeros(shape) for name, shape in FITTING.items()}
     tensors["mask"] = [tensors["mask"]] * 2

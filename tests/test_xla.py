@@ -11,9 +11,9 @@ import pytest
 import tensorflow as tf
 from conftest import PROJECT, random_case, relative_error, run, second_derivatives
 
-from utils.deform_conv_layer import DeformableConv2D
-from utils.deform_conv_reference import deform_conv2d_reference
-from utils.deform_conv_wrapper import deform_conv2d
+from deform_conv import deform_conv2d
+from deform_conv._reference import deform_conv2d_reference
+from deform_conv.layers import DeformableConv2D
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -129,7 +129,7 @@ def test_jitted_fit_learns_what_fit_does(device, rng):
 LATE = """
 import keras, numpy as np, tensorflow as tf
 np.testing.assert_allclose(tf.function(lambda x: 2 * x, jit_compile=True)(tf.ones(3)), 2)
-from utils.deform_conv_layer import DeformableConv2D
+from deform_conv.layers import DeformableConv2D
 model = keras.Sequential([keras.Input((5, 5, 2)), DeformableConv2D(3, 3)])
 model.compile("adam", "mse", jit_compile=True)
 model.fit(tf.ones((4, 5, 5, 2)), tf.ones((4, 3, 3, 3)), verbose=0)
@@ -148,8 +148,8 @@ def test_library_may_be_loaded_after_xla_was_used():
 
 WITHOUT = """
 import keras, tensorflow as tf
-from utils.deform_conv_layer import DeformableConv2D
-from utils.deform_conv_wrapper import deform_conv2d, xla_kernels_loaded
+from deform_conv.layers import DeformableConv2D
+from deform_conv import deform_conv2d, xla_kernels_loaded
 assert not xla_kernels_loaded()
 model = keras.Sequential([keras.Input((5, 5, 2)), DeformableConv2D(3, 3)])
 model.compile("adam", "mse", jit_compile="auto")

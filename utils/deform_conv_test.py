@@ -25,8 +25,8 @@ def relative_error(actual: tf.Tensor, expected: tf.Tensor) -> float:
 
 def main() -> None:
     # Here, so that run() can tell of a missing library.
-    from utils.deform_conv_reference import deform_conv2d_reference
-    from utils.deform_conv_wrapper import deform_conv2d
+    from deform_conv import deform_conv2d
+    from deform_conv._reference import deform_conv2d_reference
 
     # A GPU would otherwise round the matrix product's arguments to 11 bits.
     tf.config.experimental.enable_tensor_float_32_execution(False)

@@ -60,7 +60,7 @@ def _convolution(
     if model_name == REGULAR:
         return keras.layers.Conv2D(filters, KERNEL_SIZE, **arguments)
     # Needs the compiled library, which the regular network does without.
-    from utils.deform_conv_layer import DeformableConv2D
+    from deform_conv.layers import DeformableConv2D
 
     modulated = model_name == DEFORM_MODULATED
     return DeformableConv2D(filters, KERNEL_SIZE, modulated=modulated, **arguments)

@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 
 import keras
 
-from utils.deform_conv_layer import DeformableConv2D
+from .layers import DeformableConv2D
 
 _OPTIONS = (
     "deform_groups",

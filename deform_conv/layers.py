@@ -8,7 +8,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from utils.deform_conv_wrapper import deform_conv2d, xla_kernels_loaded
+from ._library import xla_kernels_loaded
+from .ops import deform_conv2d
 
 if keras.backend.backend() != "tensorflow":
     raise ImportError(

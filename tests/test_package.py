@@ -1,0 +1,314 @@
+"""The package `deform_conv` as users import it: by its name, in a copy, again and again."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import PROJECT, relative_error
+
+import deform_conv
+import deform_conv.layers
+from utils import deform_conv_wrapper
+
+PACKAGE = PROJECT / "deform_conv"
+DATA = PROJECT / "tests" / "data"
+OPS_LIBRARY, XLA_LIBRARY = "libdeform_conv.so", "libdeform_conv_xla.so"
+
+# What the programs below begin with.
+CHECK = """
+import importlib, os, sys
+import tensorflow as tf
+
+def first_and_second_order(function):
+    tf.random.set_seed(1)
+    shapes = (1, 5, 6, 2), (3, 3, 2, 4), (1, 5, 6, 18)
+    tensors = [tf.random.normal(shape, dtype=tf.float64) for shape in shapes]
+    with tf.GradientTape() as outer:
+        outer.watch(tensors)
+        with tf.GradientTape() as inner:
+            inner.watch(tensors)
+            output = function(*tensors)
+            loss = tf.reduce_sum(output**2)
+        gradients = inner.gradient(loss, tensors)
+        norm = tf.add_n([tf.reduce_sum(gradient**3) for gradient in gradients])
+    return [output, *gradients, *outer.gradient(norm, tensors)]
+
+def check(package):
+    reference = importlib.import_module("._reference", package.__name__).deform_conv2d_reference
+    results = (first_and_second_order(f) for f in (package.deform_conv2d, reference))
+    for actual, expected in zip(*results):
+        assert tf.norm(actual - expected) <= 1e-10 * tf.norm(expected)
+
+def check_layer(package):
+    layer = package.layers.DeformableConv2D(3, 3, modulated=True)
+    assert layer(tf.ones((1, 5, 6, 2))).shape == (1, 3, 4, 3)
+    return layer
+
+def failed_import(name):
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        return str(error)
+    raise AssertionError(f"{name} was imported")
+"""
+
+
+def run_in(folder, program, **environment):
+    """Runs a program that finds modules in `folder` first."""
+    inherited = {name: of for name, of in os.environ.items() if name != "DEFORM_CONV_LIBRARY"}
+    completed = subprocess.run(
+        [sys.executable, "-c", CHECK + program],
+        cwd=folder,
+        env=inherited | {name: str(of) for name, of in environment.items()},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert completed.returncode == 0, completed.stderr
+
+
+def copy_package(folder, version=None):
+    shutil.copytree(PACKAGE, folder, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    if version:
+        text = (folder / "__init__.py").read_text()
+        changed = re.sub(r'__version__ = ".*?"', f'__version__ = "{version}"', text)
+        (folder / "__init__.py").write_text(changed)
+
+
+def copy_build(folder, *names):
+    folder.mkdir(exist_ok=True)
+    for name in names or (OPS_LIBRARY, XLA_LIBRARY, "tensorflow_version.txt"):
+        shutil.copy(PROJECT / "build" / name, folder)
+
+
+# --- Its names ---
+
+
+def test_a_users_own_utils_does_not_hide_it(tmp_path):
+    (tmp_path / "utils.py").write_text("whose = 'the user'")
+    program = """
+import utils
+from deform_conv.layers import DeformableConv2D
+assert utils.whose == "the user"
+assert DeformableConv2D(3, 3)(tf.ones((1, 5, 6, 2))).shape == (1, 3, 4, 3)
+"""
+    run_in(tmp_path, program, PYTHONPATH=PROJECT)
+
+
+def test_wrapper_in_utils_is_the_same_function():
+    assert deform_conv_wrapper.deform_conv2d is deform_conv.deform_conv2d
+    assert deform_conv_wrapper.__all__ == ["deform_conv2d"]
+
+
+def test_without_keras_the_op_works(tmp_path):
+    # TensorFlow imports Keras where it can.
+    program = """
+sys.modules["keras"] = None
+import deform_conv
+check(deform_conv)
+assert "keras" in failed_import("deform_conv.layers")
+"""
+    run_in(tmp_path, program, PYTHONPATH=PROJECT)
+
+
+def test_what_needs_keras_is_imported_when_it_is_asked_for(tmp_path):
+    program = """
+import deform_conv
+assert {"deformable", "layers"} <= set(dir(deform_conv))
+assert not {"deform_conv.convert", "deform_conv.layers"} & set(sys.modules)
+assert deform_conv.layers is sys.modules["deform_conv.layers"]
+assert deform_conv.deformable is sys.modules["deform_conv.convert"].deformable
+from deform_conv import *
+assert layers.DeformableConv2D
+"""
+    run_in(tmp_path, program, PYTHONPATH=PROJECT)
+
+
+def test_unknown_name_raises_attribute_error():
+    with pytest.raises(AttributeError, match="module 'deform_conv' has no attribute 'conv3d'"):
+        deform_conv.conv3d  # noqa: B018
+
+
+def test_version_is_that_of_the_citation():
+    (version,) = re.findall(r"^version: (.*)$", (PROJECT / "CITATION.cff").read_text(), re.M)
+    assert deform_conv.__version__ == version
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.glob("*.py")), ids=lambda file: file.name)
+def test_no_module_needs_the_packages_name_or_utils(file):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            absolute = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            absolute = [node.module]
+        else:
+            continue
+        assert not {name.partition(".")[0] for name in absolute} & {"deform_conv", "utils"}
+
+
+def test_layer_saved_under_its_former_module_loads():
+    # Written when the layer was utils.deform_conv_layer.DeformableConv2D.
+    images = np.linspace(-1, 1, 2 * 9 * 10 * 4, dtype=np.float32).reshape(2, 9, 10, 4)
+    with tf.device("CPU:0"):
+        model = keras.models.load_model(DATA / "layer_of_utils.keras")
+        output = model(images)
+    assert type(model.layers[-1]) is deform_conv.layers.DeformableConv2D
+    assert relative_error(output, np.load(DATA / "layer_of_utils_output.npy")) <= 1e-6
+
+
+# --- Where it finds the library ---
+
+
+def test_renamed_copy_finds_the_build_beside_it(tmp_path):
+    copy_package(tmp_path / "renamed")
+    copy_build(tmp_path / "build")
+    program = """
+import renamed
+check(renamed)
+check_layer(renamed)
+assert renamed.xla_kernels_loaded()
+assert "deform_conv" not in sys.modules
+"""
+    run_in(tmp_path, program, DEFORM_CONV_LIBRARY="")  # as good as none
+
+
+def test_library_beside_the_package_wins_over_the_build(tmp_path):
+    copy_package(tmp_path / "installed")
+    copy_build(tmp_path / "build")
+    beside = tmp_path / "installed" / OPS_LIBRARY
+    beside.write_bytes(b"not a library")
+    run_in(tmp_path, f"assert {str(beside)!r} in failed_import('installed')")
+
+
+def test_environment_variable_wins_over_both(tmp_path):
+    copy_package(tmp_path / "local")
+    copy_build(tmp_path)
+    (tmp_path / "build").mkdir()
+    for folder in ("local", "build"):
+        (tmp_path / folder / OPS_LIBRARY).write_bytes(b"not a library")
+    # A path relative to the current folder will do.
+    run_in(tmp_path, "import local; check(local)", DEFORM_CONV_LIBRARY=OPS_LIBRARY)
+
+
+# --- Imported more than once ---
+
+
+def test_every_module_can_be_reloaded(tmp_path):
+    program = """
+import deform_conv
+from deform_conv import _library, _reference, convert, layers, ops
+before = check_layer(deform_conv)
+for module in (deform_conv, _library, _reference, ops, layers, convert, deform_conv):
+    importlib.reload(module)
+check(deform_conv)
+after = check_layer(deform_conv)
+assert type(before) is not type(after)
+import keras
+for layer in (before, after):
+    config = keras.saving.serialize_keras_object(layer)
+    assert config["registered_name"] == "deform_conv>DeformableConv2D"
+    assert type(keras.saving.deserialize_keras_object(config)) is type(after)
+"""
+    run_in(tmp_path, program, PYTHONPATH=PROJECT)
+
+
+def test_changed_gradient_takes_effect_with_a_reload(tmp_path):
+    copy_package(tmp_path / "edited")
+    copy_build(tmp_path / "build")
+    program = """
+import edited
+check(edited)
+with open("edited/ops.py", "a") as file:
+    file.write('''
+@_gradient_of("DeformConv2D")
+def _zeros(op, grad_output):
+    return [tf.zeros_like(tensor) for tensor in op.inputs]
+''')
+importlib.reload(edited.ops)
+gradients = first_and_second_order(edited.deform_conv2d)[1:4]
+assert all(tf.reduce_all(gradient == 0) for gradient in gradients)
+"""
+    run_in(tmp_path, program)
+
+
+def test_two_copies_in_one_process_share_the_library(tmp_path):
+    # Files of their own: links to one file would be one library.
+    for name in ("first", "second"):
+        copy_package(tmp_path / name / f"{name}_copy")
+        copy_build(tmp_path / name / "build")
+    program = """
+sys.path += ["first", "second"]
+import first_copy, second_copy
+assert first_copy.deform_conv2d is not second_copy.deform_conv2d
+for package in (first_copy, second_copy):
+    check(package)
+layer, other = (check_layer(package) for package in (first_copy, second_copy))
+import keras
+config = keras.saving.serialize_keras_object(layer)
+assert config["registered_name"] == "deform_conv>DeformableConv2D"
+assert type(keras.saving.deserialize_keras_object(config)) is type(other)
+with open("/proc/self/maps") as maps:
+    loaded = {line.split()[-1] for line in maps if "libdeform_conv" in line}
+assert loaded and not [path for path in loaded if "second" in path], loaded
+"""
+    run_in(tmp_path, program)
+
+
+def test_another_version_beside_it_is_refused(tmp_path):
+    copy_package(tmp_path / "old", version="0.0.9")
+    copy_package(tmp_path / "new", version="0.2.0")
+    program = f"""
+assert "not found" in failed_import("new")  # which leaves nothing behind
+os.symlink({str(PROJECT / "build")!r}, "build")
+import old
+message = failed_import("new")
+assert "deform_conv 0.2.0" in message and "deform_conv 0.0.9" in message, message
+check(old)
+"""
+    run_in(tmp_path, program)
+
+
+@pytest.mark.parametrize("remedy", ["build", "variable"])
+def test_import_works_after_one_that_failed(remedy, tmp_path):
+    copy_package(tmp_path / "local")
+    (tmp_path / "broken.so").write_bytes(b"not a library")
+    program = f"""
+message = failed_import("local")
+for place in ("local", "build"):
+    assert f"{{os.getcwd()}}/{{place}}/libdeform_conv.so" in message, message
+assert "not found: build it with ./compile.sh" in message
+os.environ["DEFORM_CONV_LIBRARY"] = "broken.so"
+message = failed_import("local")
+assert message.startswith(f"{{os.getcwd()}}/broken.so was built for TensorFlow (unknown)"), message
+if {remedy!r} == "build":
+    del os.environ["DEFORM_CONV_LIBRARY"]
+    os.symlink({str(PROJECT / "build")!r}, "build")
+else:
+    os.environ["DEFORM_CONV_LIBRARY"] = {str(PROJECT / "build" / OPS_LIBRARY)!r}
+import local
+check(local)
+"""
+    run_in(tmp_path, program)
+
+
+def test_kernels_for_xla_that_were_missing_are_loaded_with_a_reload(tmp_path):
+    copy_package(tmp_path / "local")
+    copy_build(tmp_path / "build", OPS_LIBRARY)
+    program = f"""
+import local
+assert not local.xla_kernels_loaded()
+check(local)
+os.symlink({str(PROJECT / "build" / XLA_LIBRARY)!r}, "build/{XLA_LIBRARY}")
+importlib.reload(local._library)
+assert local.xla_kernels_loaded()
+compiled = tf.function(local.deform_conv2d, jit_compile=True)
+compiled(tf.ones((1, 5, 6, 2)), tf.ones((3, 3, 2, 4)), tf.ones((1, 5, 6, 18)))
+"""
+    run_in(tmp_path, program)
