@@ -43,7 +43,7 @@ ANY_CHANNELS = (
     layer(2, 24, 24, 9, 9, groups=24, deform_groups=3, masked=True),
     layer(37, 40, 10, 7, 5, groups=5, deform_groups=2, masked=True),
 )
-# Channels in eights, as the fused kernels want them: whole blocks of the depth and parts of one,
+# Channels in eights, as the fused kernels want them: whole K blocks and parts of one,
 # output channels of one tile, several, and parts of one; few positions and ragged ones.
 EIGHTS = (
     layer(1, 8, 8, 13, 17),

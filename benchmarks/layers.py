@@ -66,8 +66,8 @@ class Layer(NamedTuple):
     def multiply_adds(self) -> int:
         """Of the product of columns and filters."""
         out_h, out_w = self.out_size
-        depth = self.taps * self.channels // self.groups
-        return self.batch * out_h * out_w * depth * self.out_channels
+        k = self.taps * self.channels // self.groups
+        return self.batch * out_h * out_w * k * self.out_channels
 
 
 # The MNIST network's.

@@ -120,6 +120,28 @@ def test_library_exports_nothing_of_its_own_and_imports_nothing_of_cuda():
     assert [name for name in imported if re.match("cuda|cublas|cudnn|cu[A-Z]", name)] == []
 
 
+# --- The sources ---
+
+CORE = PROJECT / "src" / "core"
+
+
+def test_every_source_of_the_core_is_in_one_list():
+    listed = re.findall(r"^  (\S+)$", (CORE / "sources.cmake").read_text(), re.M)
+    sources = [file for file in CORE.rglob("*") if file.suffix in (".cc", ".cu")]
+    assert sorted(listed) == sorted(str(file.relative_to(CORE)) for file in sources)
+
+
+def test_core_includes_nothing_of_tensorflow_and_cudas_headers_only_for_nvcc():
+    """So kernels compile in seconds, and TensorFlow's CUDA is not mixed with that of nvcc."""
+    for file in CORE.rglob("*.*"):
+        included = re.findall(r'^#include [<"](.*)[>"]', file.read_text(), re.M)
+        assert not [name for name in included if re.match("tensorflow/|tsl/|xla/|absl/", name)], (
+            file
+        )
+        if file.suffix not in (".cu", ".cuh") and file.parent.name != "c_api":
+            assert not [name for name in included if re.match("cuda|cublas|cub/", name)], file
+
+
 # --- The loader ---
 
 

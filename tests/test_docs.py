@@ -1,5 +1,6 @@
 """The Python of each page is a program that runs, and whose assertions hold."""
 
+import itertools
 import os
 import re
 import subprocess
@@ -45,3 +46,35 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
         if not target.startswith("http"):
             assert ((PROJECT / page).parent / target).exists(), target
+
+
+def files_of_the_map() -> dict[str, set]:
+    """What each entry in the first columns of src/README.md stands for, below core/ and tf/."""
+    entries = {}
+    for section in re.split(r"^## ", (PROJECT / "src" / "README.md").read_text(), flags=re.M):
+        folder = PROJECT / "src" / section.partition("/")[0]
+        for row in re.findall(r"^\| (`.*?) \|", section, re.M):
+            before = ""
+            for name in re.findall(r"`([^`]+)`", row):
+                # In a row, a name without a folder is in that of the one before it.
+                path = name if "/" in name else f"{before}{name}"
+                before = path[: path.rfind("/") + 1]
+                # `name{.h,_cpu.cc}` is several names, and a bare one has any suffix.
+                parts = [part.strip("{}").split(",") for part in re.split(r"({.*?})", path)]
+                patterns = ["".join(choice) for choice in itertools.product(*parts)]
+                globs = [
+                    pattern + ("**/*" if pattern.endswith("/") else ".*" * ("." not in pattern))
+                    for pattern in patterns
+                ]
+                for pattern in globs:
+                    found = {file for file in folder.glob(pattern) if file.is_file()}
+                    entries[f"{folder.name}/{pattern}"] = found
+    return entries
+
+
+def test_map_names_every_source_file_and_no_other():
+    entries = files_of_the_map()
+    assert [entry for entry, files in entries.items() if not files] == []
+    mapped = set().union(*entries.values())
+    sources = {file for file in (PROJECT / "src").rglob("*.*") if file.name != "README.md"}
+    assert sorted(str(file) for file in sources - mapped) == []

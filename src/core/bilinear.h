@@ -29,10 +29,10 @@ struct AxisSample {
   T fraction;
 };
 
-// Positions and sizes below this can be computed with in int32_t.
+// Coordinates and sizes below this fit int32_t arithmetic.
 constexpr int64_t kInt32Limit = int64_t{1} << 29;
 
-// Locates position `base + offset` on an axis of `size` pixels. Int is int64_t, or int32_t where
+// Locates coordinate `base + offset` on an axis of `size` pixels. Int is int64_t, or int32_t where
 // base and size are within kInt32Limit.
 //
 // The whole and the fractional part of the offset are taken apart before the base is added, so the
@@ -69,12 +69,12 @@ template <typename T, typename Int>
 struct ImageSample {
   T weights[kCorners];
   T h_fraction, w_fraction;
-  int32_t corners;   // a bit for each corner that lies in the image; 0 if the sample is 0
-  Int h_low, w_low;  // the top left corner, which may lie outside
+  int32_t corner_bits;  // a bit for each corner that lies in the image; 0 if the sample is 0
+  Int h_low, w_low;     // the top left corner, which may lie outside
 };
 
-// Locates position (h_base, w_base) + (dy, dx) in an image of in_h x in_w pixels. Where no corner
-// counts, `corners` alone has a meaning.
+// Locates (h_base + dy, w_base + dx) in an image of in_h x in_w pixels. Where no corner
+// counts, `corner_bits` alone has a meaning.
 template <typename T, typename Int>
 DEFORM_CONV_INLINE ImageSample<T, Int> LocateSample(Int h_base, Int w_base, T dy, T dx, Int in_h,
                                                     Int in_w) {
@@ -84,8 +84,8 @@ DEFORM_CONV_INLINE ImageSample<T, Int> LocateSample(Int h_base, Int w_base, T dy
   const int32_t inside = h.inside & w.inside;
   const int32_t top = inside & (h.low >= 0 ? 1 : 0), bottom = inside & (h.low + 1 < in_h ? 1 : 0);
   const int32_t left = w.low >= 0 ? 1 : 0, right = w.low + 1 < in_w ? 1 : 0;
-  sample.corners = (top & left) << kTopLeft | (top & right) << kTopRight |
-                   (bottom & left) << kBottomLeft | (bottom & right) << kBottomRight;
+  sample.corner_bits = (top & left) << kTopLeft | (top & right) << kTopRight |
+                       (bottom & left) << kBottomLeft | (bottom & right) << kBottomRight;
   sample.h_low = h.low;
   sample.w_low = w.low;
   sample.h_fraction = h.fraction;

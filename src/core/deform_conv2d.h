@@ -42,6 +42,7 @@ void DeformConv2DBackwardCpu(const DeformConvParams& params, const SampledTensor
 // --- GPU ---
 
 // Both functions put all work on device.stream() and return an empty string, or what went wrong.
+// They pass on what `device` throws.
 // T is float, double, Half or BFloat16, and all pointers are the device's.
 
 // As DeformConv2DForwardCpu.

@@ -28,7 +28,7 @@ Matrix<T> RowsOf(const Matrix<T>& matrix, int64_t begin, int64_t count) {
   return {matrix.data + begin * matrix.stride, count, matrix.cols, matrix.stride};
 }
 
-// Which of the two factors is transposed.
+// Which operand is transposed.
 enum class GemmForm { kPlain, kTransposeA, kTransposeB };
 
 // --- Convolution groups ---

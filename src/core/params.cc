@@ -22,7 +22,7 @@ std::string Message(const Parts&... parts) {
 
 bool Known(int64_t size) { return size != kUnknown; }
 
-// One spatial axis: what its part of the output depends on.
+// What the output size of one spatial axis depends on.
 struct Axis {
   const char* name;  // "height" or "width"
   int64_t in, kernel, stride, dilation;
@@ -95,8 +95,8 @@ std::string CheckAttributes(const DeformConvAttributes& attributes) {
 }
 
 std::string CheckExtents(const DeformConvShapes& shapes) {
-  const auto& [batch, in_h, in_w, in_channels] = shapes.input;
-  const auto& [kernel_h, kernel_w, group_channels, out_channels] = shapes.filters;
+  const int64_t in_h = shapes.input[1], in_w = shapes.input[2];
+  const int64_t kernel_h = shapes.filters[0], kernel_w = shapes.filters[1];
   if (in_h > kMaxExtent || in_w > kMaxExtent) {
     return Message("input must be at most ", kMaxExtent, " high and wide; received ", in_h, "x",
                    in_w);
@@ -176,7 +176,7 @@ void FillFrom(const std::array<int64_t, 4>& shape, DeformConvParams* params) {
   if (!Known(params->out_w)) params->out_w = shape[2];
 }
 
-std::string CheckChannels(const DeformConvShapes& shapes, DeformConvParams* params) {
+std::string DeriveGroups(const DeformConvShapes& shapes, DeformConvParams* params) {
   const int64_t channels = shapes.input[3], group_channels = shapes.filters[2];
   const int64_t out_channels = shapes.filters[3];
   params->groups = kUnknown;
@@ -212,7 +212,7 @@ std::string MakeParams(const DeformConvAttributes& attributes, const DeformConvS
   error = CheckExtents(shapes);
   if (!error.empty()) return error;
   *params = GivenSizes(attributes, shapes);
-  error = CheckChannels(shapes, params);
+  error = DeriveGroups(shapes, params);
   if (!error.empty()) return error;
   error = SizeOutput(attributes, params);
   if (!error.empty()) return error;

@@ -15,7 +15,7 @@ constexpr int64_t kUnknown = -1;
 
 enum class Padding { kSame, kValid, kExplicit };
 
-// What the caller chooses. Everything is in rows-then-columns order, whatever the data format.
+// What the caller chooses. Height comes before width, whatever the data format.
 struct DeformConvAttributes {
   int64_t stride_h = 1, stride_w = 1;
   int64_t dilation_h = 1, dilation_w = 1;
@@ -47,16 +47,21 @@ struct DeformConvParams {
 
   // constexpr, so that they can be called in kernels too.
   constexpr int64_t taps() const { return kernel_h * kernel_w; }
-  constexpr int64_t out_positions() const { return batch * out_h * out_w; }
+  constexpr int64_t image_pixels() const { return in_h * in_w; }
+  constexpr int64_t image_positions() const { return out_h * out_w; }
+  constexpr int64_t out_positions() const { return batch * image_positions(); }
   constexpr int64_t group_in_channels() const { return in_channels / groups; }
   constexpr int64_t group_out_channels() const { return out_channels / groups; }
   constexpr int64_t deform_group_channels() const { return in_channels / deform_groups; }
   // Numbers per output position in the offset and in the mask.
   constexpr int64_t offset_channels() const { return 2 * deform_groups * taps(); }
   constexpr int64_t mask_channels() const { return deform_groups * taps(); }
+  // Elements of the filters and of an image of the input.
+  constexpr int64_t filters_size() const { return taps() * group_in_channels() * out_channels; }
+  constexpr int64_t image_size() const { return image_pixels() * in_channels; }
 };
 
-// Checks the attributes and shapes and derives `params` from them: the one place for either.
+// Checks the attributes and shapes and derives `params` from them. Both are done here only.
 //
 // Returns an empty string, or what is wrong, naming the argument, the rule and what was received.
 // Unknown dimensions pass every check that they are part of, and leave kUnknown wherever `params`

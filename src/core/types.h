@@ -1,4 +1,4 @@
-// Element types and data formats of tensors, and what the core computes in: NHWC, in ComputeType.
+// Element types, the type computed in beside each, and data formats.
 
 #ifndef DEFORM_CONV_CORE_TYPES_H_
 #define DEFORM_CONV_CORE_TYPES_H_
@@ -38,7 +38,7 @@ struct ElementTypeOf<BFloat16> {
   static constexpr ElementType value = ElementType::kBFloat16;
 };
 
-// The type of positions and sums beside elements of type T: double for double, else float.
+// The type of coordinates and sums beside elements of type T: double for double, else float.
 template <typename T>
 struct ComputeTypeOf {
   using type = float;
@@ -49,6 +49,13 @@ struct ComputeTypeOf<double> {
 };
 template <typename T>
 using ComputeType = typename ComputeTypeOf<T>::type;
+
+// Calls a macro with each of the types that templates are instantiated for: those that tensors are
+// stored in, those that the CPU computes in, and those whose products tensor cores compute, with
+// float as TF32.
+#define DEFORM_CONV_FOR_ELEMENT_TYPES(macro) macro(float) macro(double) macro(Half) macro(BFloat16)
+#define DEFORM_CONV_FOR_COMPUTE_TYPES(macro) macro(float) macro(double)
+#define DEFORM_CONV_FOR_TENSOR_CORE_TYPES(macro) macro(float) macro(Half) macro(BFloat16)
 
 // --- Data formats ---
 

@@ -57,7 +57,7 @@ class DeformConv2DKernel : public OpKernel {
   }
 
   void Compute(OpKernelContext* context) override {
-    OP_REQUIRES_OK(context, StatusOfExceptions([&] { return ComputeStatus(context); }));
+    OP_REQUIRES_OK(context, ExceptionToStatus([&] { return ComputeStatus(context); }));
   }
 
  protected:
@@ -171,9 +171,7 @@ class DeformConv2DGradOp : public DeformConv2DKernel {
 
  public:
   explicit DeformConv2DGradOp(OpKernelConstruction* context) : DeformConv2DKernel(context) {
-    for (int i = 0; i < kArguments; ++i) {
-      OP_REQUIRES_OK(context, context->GetAttr(kWantAttributes[i], &wanted_[i]));
-    }
+    OP_REQUIRES_OK(context, ReadWanted(context, wanted_));
   }
 
  protected:
@@ -243,7 +241,7 @@ class DeformConv2DGradOp : public DeformConv2DKernel {
 #define DEFORM_CONV_REGISTER_OP(Backend, device, name, Op, TfT, TfOffsetT)                     \
   REGISTER_KERNEL_BUILDER(                                                                     \
       Name(name).Device(device).TypeConstraint<TfT>("T").TypeConstraint<TfOffsetT>("Toffset"), \
-      Op<Backend, StoredType<TfT>, StoredType<TfOffsetT>>)
+      Op<Backend, CoreType<TfT>, CoreType<TfOffsetT>>)
 #define DEFORM_CONV_REGISTER_PAIR(Backend, device, TfT, TfOffsetT)                          \
   DEFORM_CONV_REGISTER_OP(Backend, device, "DeformConv2D", DeformConv2DOp, TfT, TfOffsetT); \
   DEFORM_CONV_REGISTER_OP(Backend, device, "DeformConv2DGrad", DeformConv2DGradOp, TfT, TfOffsetT)

@@ -1,5 +1,7 @@
 // The ops' kernels on the CPU.
 
+#include <functional>
+
 #include "core/cpu/kernels.h"
 #include "tensorflow/core/platform/threadpool.h"
 #include "tf/deform_conv2d_kernels.h"

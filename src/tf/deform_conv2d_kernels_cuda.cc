@@ -2,6 +2,8 @@
 // Compiled without CUDA's headers, which would be another version than TensorFlow's.
 
 #include <limits>
+#include <utility>
+#include <vector>
 
 #include "core/cuda/general/kernels.h"
 #include "tf/deform_conv2d_kernels.h"
@@ -42,13 +44,13 @@ class CudaBackend {
 
   template <typename T, typename NativeT>
   absl::Status ToNative(DataFormat format, const TensorExtent& extent, const T* from, NativeT* to) {
-    return device_.StatusOf(cuda::ToNhwc(format, extent, from, to, device_.stream()));
+    return device_.StatusOf(cuda::ToNative(format, extent, from, to, device_.stream()));
   }
 
   template <typename T, typename NativeT>
   absl::Status FromNative(DataFormat format, const TensorExtent& extent, const NativeT* from,
                           T* to) {
-    return device_.StatusOf(cuda::FromNhwc(format, extent, from, to, device_.stream()));
+    return device_.StatusOf(cuda::FromNative(format, extent, from, to, device_.stream()));
   }
 
   template <typename T>

@@ -13,7 +13,7 @@ namespace deform_conv {
 
 // Calls work(), which returns a status, and turns an exception into one.
 template <typename Work>
-absl::Status StatusOfExceptions(const Work& work) {
+absl::Status ExceptionToStatus(const Work& work) {
   try {
     return work();
   } catch (const std::bad_alloc&) {

@@ -23,8 +23,8 @@ constexpr NamedPath kNamedPaths[] = {
     {"fused", KernelPath::kFused},
 };
 
-// What it said when first asked: any implementation where it was unset or empty; InvalidArgument
-// where it said anything else.
+// The path that the variable named when first read. Unset or empty is kAny; anything else is
+// InvalidArgument.
 inline const absl::StatusOr<KernelPath>& PathOfEnvironment() {
   static const absl::StatusOr<KernelPath> path = []() -> absl::StatusOr<KernelPath> {
     const char* value = std::getenv("DEFORM_CONV_PATH");

@@ -16,23 +16,22 @@ namespace deform_conv {
 
 // TensorFlow's element types as the core names them.
 template <typename TfT>
-struct StoredTypeOf {
+struct CoreTypeOf {
   using type = TfT;
 };
 template <>
-struct StoredTypeOf<Eigen::half> {
+struct CoreTypeOf<Eigen::half> {
   using type = Half;
 };
 template <>
-struct StoredTypeOf<Eigen::bfloat16> {
+struct CoreTypeOf<Eigen::bfloat16> {
   using type = BFloat16;
 };
 template <typename TfT>
-using StoredType = typename StoredTypeOf<TfT>::type;
+using CoreType = typename CoreTypeOf<TfT>::type;
 
-// A tensor in native form, NHWC in NativeT, some images at a time: the tensor's own elements where
-// they have that form, or else a converted copy. Without a tensor,
-// data() is null and the rest does nothing.
+// A tensor's own elements where they are in native form, or else a converted copy. Without a
+// tensor, data() is null and the rest does nothing.
 template <typename Backend, typename T, typename NativeT>
 class NativeTensor {
  public:
@@ -41,7 +40,7 @@ class NativeTensor {
 
   // `tensor` must outlive this object.
   void Attach(const tensorflow::Tensor& tensor) {
-    stored_ = reinterpret_cast<T*>(const_cast<char*>(tensor.tensor_data().data()));
+    tensor_ = reinterpret_cast<T*>(const_cast<char*>(tensor.tensor_data().data()));
     const std::array<int, 4> axes = AxesOf(format_);
     extent_ = {tensor.dim_size(axes[0]), tensor.dim_size(axes[1]) * tensor.dim_size(axes[2]),
                tensor.dim_size(axes[3])};
@@ -51,7 +50,7 @@ class NativeTensor {
   int64_t images() const { return extent_.batch; }
   // What the copy of an image takes.
   int64_t copy_bytes() const {
-    return stored_ == nullptr || native_ ? 0 : ImageSize() * static_cast<int64_t>(sizeof(NativeT));
+    return tensor_ == nullptr || native_ ? 0 : ImageSize() * static_cast<int64_t>(sizeof(NativeT));
   }
 
   // Makes room for so many images at a time.
@@ -81,7 +80,7 @@ class NativeTensor {
 
   // The chosen images in native form.
   NativeT* data() const {
-    if (stored_ == nullptr) return nullptr;
+    if (tensor_ == nullptr) return nullptr;
     if constexpr (std::is_same_v<T, NativeT>) {
       if (native_) return Chosen();
     }
@@ -90,12 +89,12 @@ class NativeTensor {
 
  private:
   int64_t ImageSize() const { return extent_.pixels * extent_.channels; }
-  T* Chosen() const { return stored_ + begin_ * ImageSize(); }
+  T* Chosen() const { return tensor_ + begin_ * ImageSize(); }
 
   tensorflow::OpKernelContext* context_;
   Backend& backend_;
   DataFormat format_;
-  T* stored_ = nullptr;
+  T* tensor_ = nullptr;
   TensorExtent extent_{0, 0, 0};  // of the chosen images
   int64_t begin_ = 0;
   bool native_ = false;

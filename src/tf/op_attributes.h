@@ -30,6 +30,15 @@ enum Argument { kInput, kFilters, kOffset, kMask, kArguments };
 constexpr const char* kWantAttributes[kArguments] = {"want_grad_input", "want_grad_filters",
                                                      "want_grad_offset", "want_grad_mask"};
 
+template <typename Context>
+absl::Status ReadWanted(Context* context, bool (&wanted)[kArguments]) {
+  for (int i = 0; i < kArguments; ++i) {
+    const absl::Status status = context->GetAttr(kWantAttributes[i], &wanted[i]);
+    if (!status.ok()) return status;
+  }
+  return absl::OkStatus();
+}
+
 // Where batch, height, width and channels stand in a shape of `format`.
 inline std::array<int, 4> AxesOf(DataFormat format) {
   if (format == DataFormat::kNchw) return {0, 2, 3, 1};

@@ -9,6 +9,7 @@
 
 #include "absl/status/status.h"
 #include "core/gpu/device.h"
+#include "core/matrix.h"
 #include "tensorflow/core/kernels/numeric_options_utils.h"
 #include "tensorflow/core/util/determinism.h"
 #include "tf/kernel_path.h"
@@ -19,7 +20,7 @@
 
 namespace deform_conv {
 
-template <typename T, typename Factor>
+template <typename T, typename Scalar>
 absl::Status StreamGemmOf(stream_executor::Stream* stream, GemmForm form,
                           const Matrix<const void>& a, const Matrix<const void>& b,
                           const Matrix<void>& c, bool accumulate) {
@@ -38,8 +39,8 @@ absl::Status StreamGemmOf(stream_executor::Stream* stream, GemmForm form,
   // BLAS is column-major: there, a row-major matrix is its transpose, and c^T = b^T a^T.
   return library->BlasGemm(
       stream, transpose(GemmForm::kTransposeB), transpose(GemmForm::kTransposeA), c.cols, c.rows, k,
-      static_cast<Factor>(1.0f), address(b), static_cast<int>(b.stride), address(a),
-      static_cast<int>(a.stride), static_cast<Factor>(accumulate ? 1.0f : 0.0f), &out,
+      static_cast<Scalar>(1.0f), address(b), static_cast<int>(b.stride), address(a),
+      static_cast<int>(a.stride), static_cast<Scalar>(accumulate ? 1.0f : 0.0f), &out,
       static_cast<int>(c.stride), tensorflow::GetNumericOptions(), blas::CallContext::kNone);
 }
 

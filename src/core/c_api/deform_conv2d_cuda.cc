@@ -144,7 +144,8 @@ const char* Call(const DeformConvProblem& problem, void* stream, const Run& run)
   static thread_local std::string error;
   DeformConvParams params;
   error = ParamsOf(problem, &params);
-  if (problem.path < 0 || problem.path > static_cast<int64_t>(KernelPath::kFused)) {
+  if (error.empty() &&
+      (problem.path < 0 || problem.path > static_cast<int64_t>(KernelPath::kFused))) {
     error = "path must be from 0 to 2; received " + std::to_string(problem.path);
   }
   if (error.empty()) {

@@ -10,8 +10,12 @@
 
 #include "core/cpu/packed_filters.h"
 #include "core/cpu/plan.h"
+#include "core/cpu/threads.h"
 #include "core/cpu/tile.h"
+#include "core/cpu/workspace_vector.h"
 #include "core/deform_conv2d.h"
+#include "core/integer_math.h"
+#include "core/matrix.h"
 
 namespace deform_conv {
 namespace {
@@ -31,12 +35,11 @@ class Backward {
   void Run(bool add_filters) {
     const SampledGradients<T>& sampled = gradients_.sampled;
     RunOn(threads_, threads_.count, [&](int64_t i) {
-      Zero(sampled.input, params_.batch * params_.in_h * params_.in_w * params_.in_channels, i);
+      Zero(sampled.input, params_.batch * params_.image_size(), i);
       Zero(sampled.offset, params_.out_positions() * params_.offset_channels(), i);
       Zero(sampled.mask, params_.out_positions() * params_.mask_channels(), i);
       if (add_filters) return;
-      Zero(gradients_.filters, params_.taps() * params_.group_in_channels() * params_.out_channels,
-           i);
+      Zero(gradients_.filters, params_.filters_size(), i);
     });
     if (params_.out_positions() == 0) return;
     PlanParts();
@@ -44,7 +47,7 @@ class Backward {
     const PackedFilters<T> packed(params_, GemmForm::kTransposeB);  // for its sizes
     std::vector<std::vector<std::vector<ChannelSlice>>> rounds;
     size_t most_rounds = 0;
-    for (const ChannelSlice& part : parts_) {
+    for (const ChannelSlice& part : channel_parts_) {
       rounds.push_back(
           Rounds(CutForColumns<T>(params_, part), kPartialBytes, [&](const ChannelSlice& slice) {
             return std::max<int64_t>(PartialSize(slice) * sizeof(T), packed.BytesOf(slice));
@@ -61,7 +64,7 @@ class Backward {
   }
 
  private:
-  // Zeroes the i-th thread's share.
+  // Zeroes the i-th thread's part.
   void Zero(T* data, int64_t size, int64_t i) const {
     if (data == nullptr) return;
     std::fill(data + PartBegin(size, i, threads_.count),
@@ -75,8 +78,8 @@ class Backward {
     const int64_t threads = threads_.count, batch = params_.batch;
     const int64_t wanted =
         batch >= kImagesPerThread * threads ? 1 : threads / std::gcd(threads, batch);
-    parts_ = Cut(AllChannels(params_), wanted);
-    image_ranges_ = std::min(batch, threads / static_cast<int64_t>(parts_.size()));
+    channel_parts_ = Cut(AllChannels(params_), wanted);
+    image_ranges_ = std::min(batch, threads / static_cast<int64_t>(channel_parts_.size()));
   }
 
   // Elements of the sum of a slice's filters' gradients.
@@ -96,15 +99,15 @@ class Backward {
   };
 
   void RunRound(const std::vector<std::vector<ChannelSlice>>& slices) {
-    const int64_t parts = static_cast<int64_t>(parts_.size());
-    const int64_t image_positions = params_.out_h * params_.out_w;
+    const int64_t parts = static_cast<int64_t>(channel_parts_.size());
+    const int64_t image_positions = params_.image_positions();
     const int64_t most_positions = CeilDiv(params_.batch, image_ranges_) * image_positions;
     std::vector<ChannelSlice> all;
     for (const auto& of_part : slices) all.insert(all.end(), of_part.begin(), of_part.end());
     int64_t tile_positions = TilePositions<T>(params_, all, most_positions, 1);
     int64_t band = most_positions;
     if (parts > 1) {
-      // Their gradients by offset and mask are summed up band by band, of whole tiles.
+      // Their gradients of offset and mask are summed up band by band, of whole tiles.
       const int64_t bytes = (params_.offset_channels() + params_.mask_channels()) * sizeof(T);
       const int64_t most = std::max<int64_t>(kTileBytes / bytes, 1);
       tile_positions = std::min(tile_positions, most);
@@ -146,7 +149,7 @@ class Backward {
     for (size_t i = 0; i < sum.size(); ++i) gradient[begin + i] += sum[i];
   }
 
-  // One worker's share of positions [begin, end): the tiles' gradients for `slices`.
+  // One worker's gradients for `slices` at positions [begin, end), tile by tile.
   void RunBand(const std::vector<ChannelSlice>& slices, const PackedFilters<T>& packed,
                bool first_part, int64_t begin, int64_t end, int64_t tile_positions,
                Worker& worker) {
@@ -210,7 +213,7 @@ class Backward {
                   const std::vector<Worker>& workers) {
     std::vector<int64_t> begins(1, 0);
     for (const ChannelSlice& slice : slices) begins.push_back(begins.back() + PartialSize(slice));
-    const int64_t parts = static_cast<int64_t>(parts_.size());
+    const int64_t parts = static_cast<int64_t>(channel_parts_.size());
     ForEachOn(threads_, static_cast<int64_t>(slices.size()), [&](int64_t i) {
       for (int64_t w = part; w < static_cast<int64_t>(workers.size()); w += parts) {
         if (workers[w].filters.empty()) continue;
@@ -236,7 +239,7 @@ class Backward {
   const T* grad_output_;
   const DeformConvGradients<T>& gradients_;
   const CpuThreads& threads_;
-  std::vector<ChannelSlice> parts_;
+  std::vector<ChannelSlice> channel_parts_;
   int64_t image_ranges_ = 1;
 };
 
@@ -253,8 +256,7 @@ void DeformConv2DBackwardCpu(const DeformConvParams& params, const SampledTensor
   template void DeformConv2DBackwardCpu<T>(const DeformConvParams&, const SampledTensors<T>&, \
                                            const T*, const T*, const CpuThreads&, bool,       \
                                            const DeformConvGradients<T>&);
-DEFORM_CONV_INSTANTIATE(float)
-DEFORM_CONV_INSTANTIATE(double)
+DEFORM_CONV_FOR_COMPUTE_TYPES(DEFORM_CONV_INSTANTIATE)
 #undef DEFORM_CONV_INSTANTIATE
 
 }  // namespace deform_conv

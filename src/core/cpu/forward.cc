@@ -7,17 +7,20 @@
 
 #include "core/cpu/packed_filters.h"
 #include "core/cpu/plan.h"
+#include "core/cpu/threads.h"
 #include "core/cpu/tile.h"
 #include "core/deform_conv2d.h"
+#include "core/integer_math.h"
+#include "core/matrix.h"
 
 namespace deform_conv {
 namespace {
 
-// Adds the slices' products to the tile's output, or writes those of a group's first channels.
+// Writes the tile's output of each group's first slice, and adds that of the others.
 template <typename T>
-void ForwardTile(const DeformConvParams& params, const std::vector<ChannelSlice>& slices,
-                 const PackedFilters<T>& packed, Tile<T>& tile, T* output) {
-  const CpuKernels<T>& kernels = SelectCpuKernels<T>();
+void ForwardTile(const DeformConvParams& params, const CpuKernels<T>& kernels,
+                 const std::vector<ChannelSlice>& slices, const PackedFilters<T>& packed,
+                 Tile<T>& tile, T* output) {
   for (size_t i = 0; i < slices.size(); ++i) {
     const ChannelSlice& slice = slices[i];
     tile.Take(slice);
@@ -35,6 +38,7 @@ void ForwardTile(const DeformConvParams& params, const std::vector<ChannelSlice>
 template <typename T>
 void Forward(const DeformConvParams& params, const SampledTensors<T>& tensors, const T* filters,
              const CpuThreads& threads, T* output) {
+  const CpuKernels<T>& kernels = SelectCpuKernels<T>();
   const int64_t positions = params.out_positions();
   const std::vector<ChannelSlice> all = CutForColumns<T>(params, AllChannels(params));
   const int64_t tile_positions = TilePositions<T>(params, all, positions, threads.count);
@@ -49,7 +53,7 @@ void Forward(const DeformConvParams& params, const SampledTensors<T>& tensors, c
       Tile<T> tile(params, tensors, tile_positions);
       for (int64_t t = next_tile++; t < tiles; t = next_tile++) {
         tile.MoveTo(t * tile_positions, std::min((t + 1) * tile_positions, positions));
-        ForwardTile(params, slices, packed, tile, output);
+        ForwardTile(params, kernels, slices, packed, tile, output);
       }
     });
   }
@@ -66,8 +70,7 @@ void DeformConv2DForwardCpu(const DeformConvParams& params, const SampledTensors
 #define DEFORM_CONV_INSTANTIATE(T)                                                           \
   template void DeformConv2DForwardCpu<T>(const DeformConvParams&, const SampledTensors<T>&, \
                                           const T*, const CpuThreads&, T*);
-DEFORM_CONV_INSTANTIATE(float)
-DEFORM_CONV_INSTANTIATE(double)
+DEFORM_CONV_FOR_COMPUTE_TYPES(DEFORM_CONV_INSTANTIATE)
 #undef DEFORM_CONV_INSTANTIATE
 
 }  // namespace deform_conv

@@ -23,24 +23,24 @@ struct ChannelRun {
   int64_t tap_stride;  // distance in the row from one tap to the next
 };
 
-// Samples as LocateSample() gives them, but with the weights times the mask, and weights and corner
-// 0 where no corner counts. Some side by side, so that vector code writes them, yet near each
-// other, so that one pointer is enough to read all of a sample.
+// Samples as LocateSample() gives them. The weights are times the mask. Where no corner counts, the
+// weights, h_low and w_low are 0. Sixteen samples lie side by side, for vector code to write them,
+// and close together, for one pointer to reach them.
 template <typename T>
 struct SampleBlock {
   static constexpr int kSize = 16;
   T weights[kCorners][kSize];
   T h_fraction[kSize], w_fraction[kSize];
-  int32_t corners[kSize], h_low[kSize], w_low[kSize];
+  int32_t corner_bits[kSize], h_low[kSize], w_low[kSize];
 };
 
-// What positions [begin, end) sample for deformable groups [first_group, end_group), numbered
-// [position - begin][group - first_group][tap].
+// What positions [begin, end) sample for deformable groups [first_deform_group, end_deform_group),
+// numbered [position - begin][group - first_deform_group][tap].
 template <typename T>
 struct TileSamples {
   int64_t begin, end;
-  int64_t first_group, end_group;
-  int32_t *h_bases, *w_bases;  // the positions without offsets; workspace of locate
+  int64_t first_deform_group, end_deform_group;
+  int32_t *h_bases, *w_bases;  // coordinates without offsets; workspace of locate
   SampleBlock<T>* blocks;
 };
 
@@ -74,37 +74,37 @@ struct CpuKernels {
                  T* ignored, bool replace, const Matrix<T>& columns,
                  const SampledGradients<T>& gradients);
 
-  // Packs the second factor of a GEMM, [depth, columns]: for each panel of gemm_panel columns, its
-  // rows one after the other, so depth * gemm_panel elements per panel, in the last one too.
-  // `pack` writes rows [row_begin, row_begin + b.rows) of it from the rows of `b`, and
-  // `pack_transposed` columns [column_begin, column_begin + b.rows) from them.
-  void (*pack)(const Matrix<const T>& b, int64_t row_begin, int64_t depth, T* packed);
-  void (*pack_transposed)(const Matrix<const T>& b, int64_t column_begin, T* packed);
+  // Packs operand B of a GEMM, [k, n]: for each panel of gemm_panel columns, its rows one after the
+  // other, so k * gemm_panel elements per panel, in the last one too. `pack` writes rows
+  // [row_begin, row_begin + b.rows) of it from the rows of `b`, and `pack_transposed` writes
+  // n in [n_begin, n_begin + b.rows) from them.
+  void (*pack)(const Matrix<const T>& b, int64_t row_begin, int64_t k, T* packed);
+  void (*pack_transposed)(const Matrix<const T>& b, int64_t n_begin, T* packed);
 
   // c = a * b, or c += a * b, with `a` transposed if `form` is kTransposeA, and b packed.
   void (*gemm)(GemmForm form, const Matrix<const T>& a, const T* packed, const Matrix<T>& c,
                bool accumulate);
 };
 
-// Conversion of `Stored` tensors in either format from and to native form.
-template <typename Stored>
+// Conversion of tensors of T in either format from and to native form.
+template <typename T>
 struct CpuLayoutKernels {
-  using T = ComputeType<Stored>;
+  using NativeT = ComputeType<T>;
 
   // Converts pixels [begin, end), counted over the whole batch.
-  void (*to_native)(DataFormat format, const TensorExtent& extent, const Stored* tensor,
-                    int64_t begin, int64_t end, T* native);
-  void (*from_native)(DataFormat format, const TensorExtent& extent, const T* native, int64_t begin,
-                      int64_t end, Stored* tensor);
+  void (*to_native)(DataFormat format, const TensorExtent& extent, const T* tensor, int64_t begin,
+                    int64_t end, NativeT* native);
+  void (*from_native)(DataFormat format, const TensorExtent& extent, const NativeT* native,
+                      int64_t begin, int64_t end, T* tensor);
 };
 
-// The kernels for this processor. T is float or double; Stored one of these, Half or BFloat16.
+// The kernels for this processor. T is float or double; for layout also Half or BFloat16.
 // Environment variable DEFORM_CONV_CPU_ISA (baseline, avx2, avx512) asks for a lower set than the
 // processor has, for tests and comparisons.
 template <typename T>
 const CpuKernels<T>& SelectCpuKernels();
-template <typename Stored>
-const CpuLayoutKernels<Stored>& SelectCpuLayoutKernels();
+template <typename T>
+const CpuLayoutKernels<T>& SelectCpuLayoutKernels();
 
 }  // namespace deform_conv
 

@@ -40,7 +40,7 @@ class PackedFilters {
     return slice.groups * GroupSize(slice) * static_cast<int64_t>(sizeof(T));
   }
 
-  // Packs the filters of `slices`, which must outlive this.
+  // Packs the filters of `slices`.
   void Pack(const std::vector<ChannelSlice>& slices, const T* filters, const CpuThreads& threads) {
     begins_.assign(1, 0);
     for (const ChannelSlice& slice : slices) {

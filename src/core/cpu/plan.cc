@@ -4,16 +4,17 @@
 
 #include "core/cpu/threads.h"
 #include "core/integer_math.h"
+#include "core/types.h"
 
 namespace deform_conv {
 namespace {
 
-// A tile's positions, about: enough for its GEMMs to make up for reading the packed filters from
+// The most positions of a tile: enough for its GEMMs to make up for reading the packed filters from
 // the last-level cache.
-constexpr int64_t kTilePositions = 96;
-// The length of a row of columns, about: a tile of them takes 330 KB, within a second-level cache,
-// and slices are wide enough for the work per sample to outweigh finding it.
-constexpr int64_t kRowSize = 1152;
+constexpr int64_t kMostTilePositions = 96;
+// About the length of a row of columns. A tile of such rows takes 442 KB in float, within a
+// second-level cache. Slices are wide enough for the work per sample to outweigh locating it.
+constexpr int64_t kColumnsRowSize = 1152;
 
 }  // namespace
 
@@ -47,8 +48,8 @@ std::vector<ChannelSlice> Cut(const ChannelSlice& slice, int64_t count) {
 template <typename T>
 std::vector<ChannelSlice> CutForColumns(const DeformConvParams& params, const ChannelSlice& whole) {
   const int64_t filter_bytes = params.taps() * params.group_out_channels() * sizeof(T);
-  const int64_t channels =
-      std::max(std::min(kRowSize / params.taps(), kPartialBytes / filter_bytes), kSliceAlignment);
+  const int64_t channels = std::max(
+      std::min(kColumnsRowSize / params.taps(), kPartialBytes / filter_bytes), kSliceAlignment);
   const auto cuts = [&](int64_t size) {
     return std::max<int64_t>((size + channels / 2) / channels, 1);
   };
@@ -87,7 +88,7 @@ int64_t TilePositions(const DeformConvParams& params, const std::vector<ChannelS
         std::max({position_bytes, params.taps() * slice.channels() * int64_t{sizeof(T)},
                   params.taps() * deform_groups * kSampleBytes});
   }
-  const int64_t most = std::clamp<int64_t>(kTileBytes / position_bytes, 1, kTilePositions);
+  const int64_t most = std::clamp<int64_t>(kTileBytes / position_bytes, 1, kMostTilePositions);
   const int64_t tiles = RoundUp(CeilDiv(positions, most), wanted);
   return std::min(RoundUp(CeilDiv(positions, tiles), SelectCpuKernels<T>().gemm_rows), most);
 }
@@ -97,8 +98,7 @@ int64_t TilePositions(const DeformConvParams& params, const std::vector<ChannelS
                                                       const ChannelSlice&);                    \
   template int64_t TilePositions<T>(const DeformConvParams&, const std::vector<ChannelSlice>&, \
                                     int64_t, int64_t);
-DEFORM_CONV_INSTANTIATE(float)
-DEFORM_CONV_INSTANTIATE(double)
+DEFORM_CONV_FOR_COMPUTE_TYPES(DEFORM_CONV_INSTANTIATE)
 #undef DEFORM_CONV_INSTANTIATE
 
 }  // namespace deform_conv

@@ -1,8 +1,8 @@
 // How the CPU cuts a convolution: channels into slices, slices into rounds, positions into tiles.
 //
-// The columns of a tile's slice stay in cache between im2col and GEMM; no larger column buffer
-// exists. Packed filters and partial sums are bounded too: where the filters are large, the tensors
-// are gone over in several rounds.
+// The columns of a tile's slice stay in cache between im2col and GEMM; no more columns exist.
+// Packed filters and partial sums are bounded too: where the filters are large, the tensors are
+// gone over in several rounds.
 
 #ifndef DEFORM_CONV_CORE_CPU_PLAN_H_
 #define DEFORM_CONV_CORE_CPU_PLAN_H_
@@ -15,8 +15,8 @@
 
 namespace deform_conv {
 
-// Bounds on what a thread allocates: packed filters, sums of their gradients, and for each thing of
-// a tile or band, such as its columns. A slice or a position that takes more alone exceeds them.
+// Bounds on what a thread allocates: packed filters, sums of the filters' gradient, and each buffer
+// of a tile or band. A single slice or position that needs more exceeds them.
 constexpr int64_t kPackedBytes = int64_t{3} << 20;
 constexpr int64_t kPartialBytes = int64_t{3} << 20;
 constexpr int64_t kTileBytes = int64_t{1} << 19;
@@ -41,8 +41,9 @@ ChannelSlice AllChannels(const DeformConvParams& params);
 // within its one group; otherwise into fewer.
 std::vector<ChannelSlice> Cut(const ChannelSlice& slice, int64_t count);
 
-// Cuts a slice so that a row of columns fits a cache, and in narrower ones if the filters are
-// large: between groups if they are narrow, within them otherwise. T is the type of the columns.
+// Cuts a slice so that a tile's columns fit the second-level cache. Large filters give narrower
+// slices. Cuts between groups if the groups are narrow, within them otherwise. T is the type of the
+// columns.
 template <typename T>
 std::vector<ChannelSlice> CutForColumns(const DeformConvParams& params, const ChannelSlice& whole);
 
@@ -69,8 +70,8 @@ std::vector<std::vector<ChannelSlice>> Rounds(const std::vector<ChannelSlice>& s
 
 // --- Positions ---
 
-// The positions of a tile. At least `wanted` tiles come of it where there are enough positions, and
-// their GEMMs have whole blocks of rows.
+// The positions of a tile. There are at least `wanted` tiles if there are enough positions. Tiles
+// have whole blocks of GEMM rows.
 template <typename T>
 int64_t TilePositions(const DeformConvParams& params, const std::vector<ChannelSlice>& slices,
                       int64_t positions, int64_t wanted);

@@ -48,7 +48,7 @@ class Tile {
       columns_.resize(positions_ * stride_);
     }
     const int64_t first = runs_.front().deform_group, end = runs_.back().deform_group + 1;
-    if (located_.first_group == first && located_.end_group == end) return;
+    if (located_.first_deform_group == first && located_.end_deform_group == end) return;
     MakeRoomForSamples(first, end);
     kernels_.locate(params_, tensors_, located_);
   }
@@ -75,14 +75,14 @@ class Tile {
   Matrix<T> Columns() {
     return {columns_.data(), end() - begin(), params_.taps() * slice_.channels(), stride_};
   }
-  void MakeRoomForSamples(int64_t first_group, int64_t end_group) {
-    const int64_t count = positions_ * (end_group - first_group) * params_.taps();
+  void MakeRoomForSamples(int64_t first_deform_group, int64_t end_deform_group) {
+    const int64_t count = positions_ * (end_deform_group - first_deform_group) * params_.taps();
     if (static_cast<int64_t>(bases_.size()) < 2 * count) {
       bases_.resize(2 * count);
       blocks_.resize(CeilDiv<SampleBlock<T>::kSize>(count));
     }
-    located_.first_group = first_group;
-    located_.end_group = end_group;
+    located_.first_deform_group = first_deform_group;
+    located_.end_deform_group = end_deform_group;
     located_.h_bases = bases_.data();
     located_.w_bases = bases_.data() + count;
     located_.blocks = blocks_.data();

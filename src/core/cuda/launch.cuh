@@ -1,4 +1,4 @@
-// Launching kernels, on the host. For .cu files only.
+// Threads, and launching kernels. For .cu files only.
 
 #ifndef DEFORM_CONV_CORE_CUDA_LAUNCH_CUH_
 #define DEFORM_CONV_CORE_CUDA_LAUNCH_CUH_
@@ -14,7 +14,7 @@ namespace deform_conv {
 namespace cuda {
 
 constexpr int kWarp = 32;
-// Of every kernel that says nothing else.
+// Threads of a block, unless a kernel says otherwise.
 constexpr int kThreadsPerBlock = 256;
 
 inline cudaStream_t StreamOf(void* stream) { return static_cast<cudaStream_t>(stream); }

@@ -1,6 +1,6 @@
-// Backward on a GPU: for each micro-batch a GEMM gives the columns' gradient, an implementation of
-// col2im takes it apart into those of input, offset and mask and leaves the columns behind, and a
-// GEMM with them gives that of the filters.
+// Backward on a GPU, for each chunk of positions: GEMMs give the columns' gradient; col2im gives
+// the gradients of input, offset and mask, and leaves the columns; GEMMs with the columns give the
+// filters' gradient. Where only that is wanted, im2col gives the columns.
 
 #include <algorithm>
 #include <type_traits>
@@ -35,7 +35,8 @@ class BackwardGpu {
   std::string Run(const Tensors& tensors, const T* grad_output, const Gradients& gradients) {
     if (!gradients.sampled.any() && gradients.filters == nullptr) return "";
     if (gradients.sampled.any()) {
-      // What is added to is the input's gradient itself, or a copy that is no less aligned.
+      // Misfits look only at whether pointers are null and aligned. A float copy is aligned no less
+      // than the gradient.
       const SampledGradients<ComputeType<T>> sampled = {
           reinterpret_cast<ComputeType<T>*>(gradients.sampled.input), gradients.sampled.offset,
           gradients.sampled.mask};
@@ -50,15 +51,10 @@ class BackwardGpu {
                          col2im_ == nullptr ? ChunkPreference() : col2im_->chunks);
     DEFORM_CONV_RETURN_IF_ERROR(AllocateWorkspace(gradients));
     DEFORM_CONV_RETURN_IF_ERROR(BackpropBatch(tensors, grad_output, gradients));
-    return StoreSum(filters_sum_, FiltersSize(), gradients.filters);
+    return StoreSum(filters_sum_, params_.filters_size(), gradients.filters);
   }
 
  private:
-  int64_t FiltersSize() const {
-    return params_.taps() * params_.group_in_channels() * params_.out_channels;
-  }
-  int64_t ImageSize() const { return params_.in_h * params_.in_w * params_.in_channels; }
-
   // --- Workspace ---
 
   std::string AllocateWorkspace(const Gradients& gradients) {
@@ -68,16 +64,18 @@ class BackwardGpu {
           ColumnsBytes(params_, plan_.positions, sizeof(T)), reinterpret_cast<void**>(&columns_)));
     }
     // With one chunk, the GEMM writes the filters' gradient; with more, they are summed up.
-    if (gradients.filters != nullptr && (plan_.positions < positions || positions == 0)) {
-      DEFORM_CONV_RETURN_IF_ERROR(AllocateSum(gradients.filters, FiltersSize(), &filters_sum_));
-      DEFORM_CONV_RETURN_IF_ERROR(ZeroSum(filters_sum_, FiltersSize()));
+    sum_chunks_ = plan_.positions < positions || positions == 0;
+    if (gradients.filters != nullptr && sum_chunks_) {
+      DEFORM_CONV_RETURN_IF_ERROR(
+          AllocateSum(gradients.filters, params_.filters_size(), &filters_sum_));
+      DEFORM_CONV_RETURN_IF_ERROR(ZeroSum(filters_sum_, params_.filters_size()));
     }
     // One copy, for the micro-batch that is at work.
     if (!kSumsAreCopies) return "";
-    return AllocateSum(gradients.sampled.input, plan_.images * ImageSize(), &input_sum_);
+    return AllocateSum(gradients.sampled.input, plan_.images * params_.image_size(), &input_copy_);
   }
 
-  // Where to add to what is a gradient in the end: the gradient itself, or the copy.
+  // Gives the memory to sum a gradient up in: the gradient itself, or a float copy.
   std::string AllocateSum(T* gradient, int64_t size, ComputeType<T>** sum) {
     if (gradient == nullptr) return "";
     if constexpr (kSumsAreCopies) {
@@ -95,8 +93,8 @@ class BackwardGpu {
 
   std::string StoreSum(const ComputeType<T>* sum, int64_t size, T* gradient) {
     if (sum == nullptr || !kSumsAreCopies) return "";
-    return cuda::FromNhwc<ComputeType<T>, T>(DataFormat::kNhwc, {1, size, 1}, sum, gradient,
-                                             device_.stream());
+    return cuda::FromNative<ComputeType<T>, T>(DataFormat::kNhwc, {1, size, 1}, sum, gradient,
+                                               device_.stream());
   }
 
   // --- Micro-batches and chunks ---
@@ -106,8 +104,9 @@ class BackwardGpu {
     for (int64_t image = 0; image < params_.batch; image += plan_.images) {
       DeformConvParams params = params_;
       params.batch = std::min(plan_.images, params_.batch - image);
-      const int64_t position = image * params.out_h * params.out_w;
-      const int64_t input = image * ImageSize(), offset = position * params.offset_channels();
+      const int64_t position = image * params.image_positions();
+      const int64_t input = image * params_.image_size(),
+                    offset = position * params.offset_channels();
       const int64_t mask = position * params.mask_channels();
       const Tensors some_tensors = {Advance(tensors.input, input), Advance(tensors.offset, offset),
                                     Advance(tensors.mask, mask)};
@@ -124,14 +123,12 @@ class BackwardGpu {
   // `params` and all tensors are those of the micro-batch.
   std::string BackpropMicroBatch(const DeformConvParams& params, const Tensors& tensors,
                                  const T* grad_output, const Gradients& gradients) {
-    SampledGradients<ComputeType<T>> sampled = {nullptr, gradients.sampled.offset,
-                                                gradients.sampled.mask};
-    const int64_t input_size = params.batch * ImageSize();
-    if (gradients.sampled.input != nullptr) {
-      if constexpr (!kSumsAreCopies) input_sum_ = gradients.sampled.input;
-      sampled.input = input_sum_;
-      DEFORM_CONV_RETURN_IF_ERROR(ZeroSum(input_sum_, input_size));
-    }
+    ComputeType<T>* input_sum = input_copy_;
+    if constexpr (!kSumsAreCopies) input_sum = gradients.sampled.input;
+    const SampledGradients<ComputeType<T>> sampled = {input_sum, gradients.sampled.offset,
+                                                      gradients.sampled.mask};
+    const int64_t input_size = params.batch * params_.image_size();
+    DEFORM_CONV_RETURN_IF_ERROR(ZeroSum(input_sum, input_size));
     const int64_t positions = params.out_positions();
     for (int64_t begin = 0; begin < positions; begin += plan_.positions) {
       const int64_t end = std::min(begin + plan_.positions, positions);
@@ -149,7 +146,7 @@ class BackwardGpu {
             BackpropFilters(params, grad_output, begin, end, gradients.filters));
       }
     }
-    return StoreSum(sampled.input, input_size, gradients.sampled.input);
+    return StoreSum(input_sum, input_size, gradients.sampled.input);
   }
 
   // Writes the columns' gradient of positions [begin, end).
@@ -172,11 +169,11 @@ class BackwardGpu {
                                        GroupColumns(params, group, columns_, end - begin),
                                        GroupOutput(params, group, grad_output, begin, end),
                                        GroupFilters(params, group, grad_filters),
-                                       /*accumulate=*/filters_sum_ != nullptr && !kSumsAreCopies));
+                                       /*accumulate=*/sum_chunks_ && !kSumsAreCopies));
     }
     if constexpr (kSumsAreCopies) {
-      if (filters_sum_ == nullptr) return "";
-      return cuda::Add(FiltersSize(), grad_filters, filters_sum_, device_.stream());
+      if (!sum_chunks_) return "";
+      return cuda::Add(params_.filters_size(), grad_filters, filters_sum_, device_.stream());
     }
     return "";
   }
@@ -186,10 +183,11 @@ class BackwardGpu {
   GpuDevice& device_;
   const Col2ImImplementation<T>* col2im_ = nullptr;
   ChunkPlan plan_ = {};
-  T* columns_ = nullptr;  // of a chunk
-  // What the gradients are summed up in; null where a GEMM or nobody writes them.
-  ComputeType<T>* input_sum_ = nullptr;
+  T* columns_ = nullptr;                  // of a chunk
+  ComputeType<T>* input_copy_ = nullptr;  // of a micro-batch
+  // What the filters' gradient is summed up in, if chunks have to be.
   ComputeType<T>* filters_sum_ = nullptr;
+  bool sum_chunks_ = false;
 };
 
 }  // namespace
@@ -206,10 +204,7 @@ std::string DeformConv2DBackwardGpu(const DeformConvParams& params,
   template std::string DeformConv2DBackwardGpu<T>(                                           \
       const DeformConvParams&, const SampledTensors<T, ComputeType<T>>&, const T*, const T*, \
       GpuDevice&, const DeformConvGradients<T, ComputeType<T>>&);
-DEFORM_CONV_INSTANTIATE(float)
-DEFORM_CONV_INSTANTIATE(double)
-DEFORM_CONV_INSTANTIATE(Half)
-DEFORM_CONV_INSTANTIATE(BFloat16)
+DEFORM_CONV_FOR_ELEMENT_TYPES(DEFORM_CONV_INSTANTIATE)
 #undef DEFORM_CONV_INSTANTIATE
 
 }  // namespace deform_conv

@@ -7,41 +7,42 @@
 namespace deform_conv {
 namespace {
 
-// The size of parts, nearly equal ones, of at most `most`, into which `number` is cut.
+// Cuts `number` into nearly equal parts of at most `most`, and returns their size; 1 for no number.
 int64_t PartOf(int64_t number, int64_t most) {
   return number == 0 ? 1 : CeilDiv(number, CeilDiv(number, most));
 }
 
-int64_t MostPositions(const DeformConvParams& params, int64_t stored_bytes, int64_t columns_bytes) {
-  return std::max<int64_t>(columns_bytes / ColumnsBytes(params, 1, stored_bytes), 1);
+int64_t MostPositions(const DeformConvParams& params, int64_t element_bytes,
+                      int64_t columns_bytes) {
+  return std::max<int64_t>(columns_bytes / ColumnsBytes(params, 1, element_bytes), 1);
 }
 
-// The images of a micro-batch where a few occupy the GPU: so few that their columns, and the float
-// sums beside them, are smaller than the columns of all; but all where they are small anyway, since
-// every micro-batch costs launches.
+// The images of a micro-batch where a few occupy the GPU. Their columns and float sums take less
+// than the columns of the whole batch would. Where everything is small, all images: each
+// micro-batch costs launches.
 int64_t MostImages(const DeformConvParams& params, const ElementBytes& bytes) {
   constexpr int64_t kFew = 64, kSmallBytes = int64_t{32} << 20;
-  const int64_t columns = ColumnsBytes(params, params.out_h * params.out_w, bytes.stored);
-  const int64_t sums = params.in_h * params.in_w * params.in_channels * bytes.summed;
+  const int64_t columns = ColumnsBytes(params, params.image_positions(), bytes.tensor);
+  const int64_t sums = params.image_size() * bytes.sum;
   if (params.batch * (columns + sums) <= kSmallBytes) return params.batch;
   return std::clamp<int64_t>(params.batch * columns / (columns + sums), 1, kFew);
 }
 
 }  // namespace
 
-int64_t ColumnsBytes(const DeformConvParams& params, int64_t positions, int64_t stored_bytes) {
-  return positions * params.taps() * params.in_channels * stored_bytes;
+int64_t ColumnsBytes(const DeformConvParams& params, int64_t positions, int64_t element_bytes) {
+  return positions * params.taps() * params.in_channels * element_bytes;
 }
 
-int64_t PositionsOfChunk(const DeformConvParams& params, int64_t stored_bytes,
+int64_t PositionsOfChunk(const DeformConvParams& params, int64_t element_bytes,
                          int64_t columns_bytes) {
-  return PartOf(params.out_positions(), MostPositions(params, stored_bytes, columns_bytes));
+  return PartOf(params.out_positions(), MostPositions(params, element_bytes, columns_bytes));
 }
 
 ChunkPlan PlanBackward(const DeformConvParams& params, const ElementBytes& bytes,
                        int64_t columns_bytes, const ChunkPreference& preference) {
-  const int64_t image = params.out_h * params.out_w;
-  const int64_t most = MostPositions(params, bytes.stored, columns_bytes);
+  const int64_t image = params.image_positions();
+  const int64_t most = MostPositions(params, bytes.tensor, columns_bytes);
   if (image <= most) {
     int64_t most_images = image == 0 ? params.batch : most / image;
     if (preference.few_images) most_images = std::min(most_images, MostImages(params, bytes));

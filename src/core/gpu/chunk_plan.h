@@ -1,4 +1,4 @@
-// How the positions of a batch are cut where their columns are in a GPU's memory.
+// How a GPU cuts the positions of a batch into chunks, whose columns fit its memory.
 
 #ifndef DEFORM_CONV_CORE_GPU_CHUNK_PLAN_H_
 #define DEFORM_CONV_CORE_GPU_CHUNK_PLAN_H_
@@ -10,8 +10,8 @@
 namespace deform_conv {
 
 // Columns exist for one chunk of positions at a time. Backward, a chunk is a micro-batch of whole
-// images, or a part of one image, so that the float sums of the input's gradient exist for one
-// micro-batch at a time.
+// images or a part of one image. The float sums of the input's gradient exist for one micro-batch
+// at a time.
 struct ChunkPlan {
   int64_t images;     // of a micro-batch
   int64_t positions;  // of a chunk; at least 1
@@ -27,20 +27,20 @@ struct ChunkPreference {
 
 // What an element takes, in bytes.
 struct ElementBytes {
-  int64_t stored;  // in tensors and columns
-  int64_t summed;  // in the copy of the input's gradient that is summed up; 0 if there is none
+  int64_t tensor;  // in tensors and columns
+  int64_t sum;     // in the copy that the input's gradient is summed up in; 0 if there is none
 };
 
-// The positions of a chunk whose columns take at most `columns_bytes`, unless those of one position
-// take more.
-int64_t PositionsOfChunk(const DeformConvParams& params, int64_t stored_bytes,
+// The chunk of forward: at most `columns_bytes` of columns, but at least one position.
+int64_t PositionsOfChunk(const DeformConvParams& params, int64_t element_bytes,
                          int64_t columns_bytes);
 
+// The chunks and micro-batches of backward, with the same bound.
 ChunkPlan PlanBackward(const DeformConvParams& params, const ElementBytes& bytes,
                        int64_t columns_bytes, const ChunkPreference& preference);
 
 // Bytes of the columns of so many positions.
-int64_t ColumnsBytes(const DeformConvParams& params, int64_t positions, int64_t stored_bytes);
+int64_t ColumnsBytes(const DeformConvParams& params, int64_t positions, int64_t element_bytes);
 
 }  // namespace deform_conv
 

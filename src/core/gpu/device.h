@@ -18,11 +18,12 @@ constexpr int64_t kDefaultColumnsBytes = int64_t{512} << 20;
 // Which implementations may be chosen. A fused kernel samples and multiplies on tensor cores.
 enum class KernelPath {
   kAny,
-  kGeneral,  // columns in memory and GEMM: these can do everything
+  kGeneral,  // those for every GPU
   kFused,    // those with a fused kernel, or an error where none fits
 };
 
-// Functions return an empty string, or what went wrong. All work is put on stream().
+// Functions return an empty string, or what went wrong. path() and Allocate() may also throw; the
+// core lets exceptions pass. All work is put on stream().
 class GpuDevice {
  public:
   virtual ~GpuDevice() = default;
@@ -44,7 +45,7 @@ class GpuDevice {
   // Memory that lasts until the work now put on the stream has used it. Aligned to 16 bytes.
   virtual std::string Allocate(int64_t bytes, void** memory) = 0;
 
-  // c = a * b, with one factor transposed as `form` says, or c += a * b. Sums are in float for the
+  // c = a * b, with one operand transposed as `form` says, or c += a * b. Sums are in float for the
   // 16-bit types; products of floats are rounded to TF32 if allow_tf32().
   virtual std::string Gemm(ElementType type, GemmForm form, const Matrix<const void>& a,
                            const Matrix<const void>& b, const Matrix<void>& c, bool accumulate) = 0;

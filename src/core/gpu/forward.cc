@@ -1,4 +1,4 @@
-// Forward on a GPU: by the implementation that fits best.
+// Forward on a GPU, by the implementation of lowest cost that fits.
 
 #include "core/deform_conv2d.h"
 #include "core/gpu/implementations.h"
@@ -20,10 +20,7 @@ std::string DeformConv2DForwardGpu(const DeformConvParams& params,
   template std::string DeformConv2DForwardGpu<T>(const DeformConvParams&,                  \
                                                  const SampledTensors<T, ComputeType<T>>&, \
                                                  const T*, GpuDevice&, T*);
-DEFORM_CONV_INSTANTIATE(float)
-DEFORM_CONV_INSTANTIATE(double)
-DEFORM_CONV_INSTANTIATE(Half)
-DEFORM_CONV_INSTANTIATE(BFloat16)
+DEFORM_CONV_FOR_ELEMENT_TYPES(DEFORM_CONV_INSTANTIATE)
 #undef DEFORM_CONV_INSTANTIATE
 
 }  // namespace deform_conv

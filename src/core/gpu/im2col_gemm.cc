@@ -33,9 +33,8 @@ std::string Im2ColGemm(const ForwardCall<T>& call) {
   return "";
 }
 
-template std::string Im2ColGemm<float>(const ForwardCall<float>&);
-template std::string Im2ColGemm<double>(const ForwardCall<double>&);
-template std::string Im2ColGemm<Half>(const ForwardCall<Half>&);
-template std::string Im2ColGemm<BFloat16>(const ForwardCall<BFloat16>&);
+#define DEFORM_CONV_INSTANTIATE(T) template std::string Im2ColGemm<T>(const ForwardCall<T>&);
+DEFORM_CONV_FOR_ELEMENT_TYPES(DEFORM_CONV_INSTANTIATE)
+#undef DEFORM_CONV_INSTANTIATE
 
 }  // namespace deform_conv

@@ -13,12 +13,13 @@ namespace deform_conv {
 template <typename Call>
 struct Implementation {
   const char* name;
-  KernelPath path;  // the one that asks for it
+  KernelPath path;  // the path that it belongs to
 
-  // Why it cannot do the call, or an empty string.
+  // Why it cannot do the call, or an empty string. Asked once for the whole batch; run() may then
+  // be called for its parts. Looks only at whether pointers are null and aligned.
   std::string (*misfit)(const Call& call);
 
-  // Its time, relative to the other implementations of the step.
+  // The implementation of lowest cost is chosen. Only the order of costs has a meaning.
   int (*cost)(const Call& call);
 
   // Does the call; returns an empty string, or what went wrong.
@@ -49,7 +50,9 @@ std::string Choose(const List& list, const char* what, const Call& call,
     lowest = cost;
   }
   if (*chosen != nullptr) return "";
-  const char* kind = path == KernelPath::kFused ? "fused " : "";
+  const char* kind = path == KernelPath::kFused     ? "fused "
+                     : path == KernelPath::kGeneral ? "general "
+                                                    : "";
   return std::string("no ") + kind + "kernel for the " + what +
          " of these sizes and types on this GPU" + misfits;
 }

@@ -5,13 +5,15 @@
 
 #include "core/cuda/general/kernels.h"
 #include "core/gpu/im2col_gemm.h"
+#include "core/return_if_error.h"
 #ifdef DEFORM_CONV_SM90
 #include "core/cuda/sm90/kernels.h"
 #endif
-#include "core/return_if_error.h"
 
 namespace deform_conv {
 namespace {
+
+constexpr char kAddsWithAtomics[] = "it adds with atomics, and determinism is asked for";
 
 template <typename Call>
 std::string AlwaysFits(const Call&) {
@@ -27,10 +29,12 @@ int Cost(const Call&) {
 
 #ifdef DEFORM_CONV_SM90
 
+constexpr char kNoDouble[] = "it computes in 16 bits or TF32, not in float64";
+
 // Why kernels that multiply in 16 bits or TF32 cannot serve T.
 template <typename T>
 std::string PrecisionMisfit(const GpuDevice& device) {
-  if (std::is_same_v<T, double>) return "it computes in 16 bits or TF32, not in float64";
+  if (std::is_same_v<T, double>) return kNoDouble;
   if (std::is_same_v<T, float> && !device.allow_tf32()) return "TF32 is not allowed";
   return "";
 }
@@ -45,18 +49,18 @@ std::string ImplicitGemmMisfit(const ForwardCall<T>& call) {
 }
 
 template <typename T>
-std::string ImplicitGemm(const ForwardCall<T>& call) {
+std::string RunImplicitGemm(const ForwardCall<T>& call) {
   if constexpr (!std::is_same_v<T, double>) {
     return cuda::ImplicitGemmSm90<T>(call.params, call.tensors, call.filters, call.device,
                                      call.output);
   }
-  return "";
+  return kNoDouble;
 }
 
 template <typename T>
 std::string RegionScatterMisfit(const Col2ImCall<T>& call) {
   DEFORM_CONV_RETURN_IF_ERROR(PrecisionMisfit<T>(call.device));
-  if (call.device.deterministic()) return "it adds with atomics, and determinism is asked for";
+  if (call.device.deterministic()) return kAddsWithAtomics;
   if constexpr (!std::is_same_v<T, double>) {
     return cuda::RegionScatterSm90Misfit<T>(call.params, call.tensors, call.gradients);
   }
@@ -64,12 +68,12 @@ std::string RegionScatterMisfit(const Col2ImCall<T>& call) {
 }
 
 template <typename T>
-std::string RegionScatter(const Col2ImCall<T>& call) {
+std::string RunRegionScatter(const Col2ImCall<T>& call) {
   if constexpr (!std::is_same_v<T, double>) {
     return cuda::RegionScatterSm90<T>(call.params, call.tensors, call.begin, call.end, call.replace,
                                       call.columns, call.gradients, call.device.stream());
   }
-  return "";
+  return kNoDouble;
 }
 
 #endif  // DEFORM_CONV_SM90
@@ -79,14 +83,13 @@ std::string RegionScatter(const Col2ImCall<T>& call) {
 template <typename T>
 std::string AtomicMisfit(const Col2ImCall<T>& call) {
   const bool adds = call.gradients.input != nullptr;
-  return adds && call.device.deterministic() ? "it adds with atomics, and determinism is asked for"
-                                             : "";
+  return adds && call.device.deterministic() ? kAddsWithAtomics : "";
 }
 
 template <typename T>
-std::string Atomic(const Col2ImCall<T>& call) {
-  return cuda::Col2Im<T>(call.params, call.tensors, call.begin, call.end, call.replace,
-                         call.columns, call.gradients, call.device.stream());
+std::string RunAtomic(const Col2ImCall<T>& call) {
+  return cuda::Col2ImAtomic<T>(call.params, call.tensors, call.begin, call.end, call.replace,
+                               call.columns, call.gradients, call.device.stream());
 }
 
 template <typename T>
@@ -95,7 +98,7 @@ std::string SortedMisfit(const Col2ImCall<T>& call) {
   return cuda::Col2ImSortedMisfit(call.params);
 }
 
-// Sorting is the faster way where a pixel's channels are many and the columns small, see
+// Sorting is faster in 16 bits where a deformable group has many channels, see
 // benchmarks/README.md.
 template <typename T>
 int SortedCost(const Col2ImCall<T>& call) {
@@ -103,15 +106,15 @@ int SortedCost(const Col2ImCall<T>& call) {
   return sizeof(T) == 2 && call.params.deform_group_channels() >= kManyChannels ? 2 : 4;
 }
 
-// The input's gradient from sorted corners, and what else there is by the kernel with atomics.
+// The input's gradient from sorted corners. Col2ImAtomic() gives the rest.
 template <typename T>
-std::string Sorted(const Col2ImCall<T>& call) {
+std::string RunSorted(const Col2ImCall<T>& call) {
   DEFORM_CONV_RETURN_IF_ERROR(cuda::Col2ImSorted<T>(call.params, call.tensors, call.begin, call.end,
                                                     call.columns, call.gradients.input,
                                                     call.device));
   Col2ImCall<T> others = call;
   others.gradients.input = nullptr;
-  return others.gradients.any() || others.replace ? Atomic<T>(others) : "";
+  return others.gradients.any() || others.replace ? RunAtomic<T>(others) : "";
 }
 
 }  // namespace
@@ -120,7 +123,7 @@ template <typename T>
 const std::vector<Implementation<ForwardCall<T>>>& ForwardImplementations() {
   static const std::vector<Implementation<ForwardCall<T>>> list = {
 #ifdef DEFORM_CONV_SM90
-      {"ImplicitGemmSm90", KernelPath::kFused, ImplicitGemmMisfit<T>, Cost<1>, ImplicitGemm<T>},
+      {"ImplicitGemmSm90", KernelPath::kFused, ImplicitGemmMisfit<T>, Cost<1>, RunImplicitGemm<T>},
 #endif
       {"Im2ColGemm", KernelPath::kGeneral, AlwaysFits, Cost<2>, Im2ColGemm<T>},
   };
@@ -131,11 +134,12 @@ template <typename T>
 const std::vector<Col2ImImplementation<T>>& Col2ImImplementations() {
   static const std::vector<Col2ImImplementation<T>> list = {
 #ifdef DEFORM_CONV_SM90
-      {{"RegionScatterSm90", KernelPath::kFused, RegionScatterMisfit<T>, Cost<1>, RegionScatter<T>},
+      {{"RegionScatterSm90", KernelPath::kFused, RegionScatterMisfit<T>, Cost<1>,
+        RunRegionScatter<T>},
        {/*rows=*/cuda::kPatchSide, /*few_images=*/true}},
 #endif
-      {{"Col2ImSorted", KernelPath::kGeneral, SortedMisfit<T>, SortedCost<T>, Sorted<T>}, {}},
-      {{"Col2ImAtomic", KernelPath::kGeneral, AtomicMisfit<T>, Cost<3>, Atomic<T>}, {}},
+      {{"Col2ImSorted", KernelPath::kGeneral, SortedMisfit<T>, SortedCost<T>, RunSorted<T>}, {}},
+      {{"Col2ImAtomic", KernelPath::kGeneral, AtomicMisfit<T>, Cost<3>, RunAtomic<T>}, {}},
   };
   return list;
 }
@@ -143,10 +147,7 @@ const std::vector<Col2ImImplementation<T>>& Col2ImImplementations() {
 #define DEFORM_CONV_INSTANTIATE(T)                                                         \
   template const std::vector<Implementation<ForwardCall<T>>>& ForwardImplementations<T>(); \
   template const std::vector<Col2ImImplementation<T>>& Col2ImImplementations<T>();
-DEFORM_CONV_INSTANTIATE(float)
-DEFORM_CONV_INSTANTIATE(double)
-DEFORM_CONV_INSTANTIATE(Half)
-DEFORM_CONV_INSTANTIATE(BFloat16)
+DEFORM_CONV_FOR_ELEMENT_TYPES(DEFORM_CONV_INSTANTIATE)
 #undef DEFORM_CONV_INSTANTIATE
 
 }  // namespace deform_conv

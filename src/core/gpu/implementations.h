@@ -1,4 +1,4 @@
-// The lists of implementations: the one place that a new one is added to.
+// The lists of implementations. A new one is added here only.
 
 #ifndef DEFORM_CONV_CORE_GPU_IMPLEMENTATIONS_H_
 #define DEFORM_CONV_CORE_GPU_IMPLEMENTATIONS_H_
@@ -39,7 +39,7 @@ struct Col2ImCall {
   // The columns' gradient of these positions; with `replace`, the columns themselves afterwards.
   T* columns;
   bool replace;
-  // That of the input is added to, the others are written at these positions.
+  // The input's gradient is added to. Those of offset and mask are written, at these positions.
   SampledGradients<ComputeType<T>> gradients;
   GpuDevice& device;
 };

@@ -46,7 +46,7 @@ inline ffi::Error ErrorOf(const absl::Status& status) {
 // stands for.
 template <typename Backend, typename Work>
 ffi::Error ForType(ffi::DataType type, const Work& work) {
-  return ErrorOf(StatusOfExceptions([&] {
+  return ErrorOf(ExceptionToStatus([&] {
     std::string error = "the custom calls take no such type";
     if (type == ffi::F32) {
       error = work(TypeTag<float>());

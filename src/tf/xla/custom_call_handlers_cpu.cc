@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <functional>
 #include <memory>
 #include <mutex>
 
@@ -11,9 +12,9 @@
 namespace deform_conv {
 namespace {
 
-// Work that is handed out by number. Whoever has time takes the next number, the caller too, so
-// that it never waits for a thread that may itself be waiting for one: XLA runs calls on the
-// threads that this work is scheduled on.
+// Work that is handed out by number. Any free thread takes the next number, and so does the caller.
+// So the caller never waits for a thread that is itself waiting: XLA runs calls on the threads that
+// this work is scheduled on.
 class SharedWork {
  public:
   SharedWork(int count, const std::function<void(int)>& work) : count_(count), work_(work) {}

@@ -1,11 +1,14 @@
 // The custom calls on a GPU: on XLA's stream and memory, and TensorFlow's BLAS.
 
+#include <new>
+#include <optional>
+
 #include "tf/stream_device.h"
 #include "tf/xla/custom_call_handlers.h"
 #include "xla/ffi/api/c_api_internal.h"
 
-// Asks for the stream as XLA itself has it: its BLAS needs that. The interface is for code that is
-// built with XLA's own headers and loaded into the very XLA that they are of, as this library is.
+// Gives XLA's own Stream, which its BLAS needs. This internal interface requires XLA's own headers,
+// and that the library is loaded into the same XLA. Both hold here.
 struct StreamOfXla {};
 
 template <>

@@ -29,7 +29,7 @@ class DeformConv2DXlaOp : public XlaOpKernel {
  public:
   explicit DeformConv2DXlaOp(OpKernelConstruction* context) : XlaOpKernel(context) {
     OP_REQUIRES_OK(context, ReadAttributes(context, &attributes_));
-    // An error of a custom call on a GPU may end the process; so this one is reported before.
+    // An error in a custom call on a GPU may end the process, so it is reported here.
     if (kDevice == XlaDevice::kGpu) {
       OP_REQUIRES_OK(context, PathOfEnvironment().status());
     }
@@ -47,27 +47,27 @@ class DeformConv2DXlaOp : public XlaOpKernel {
     return MakeParamsOf(attributes_, dimensions, params);
   }
 
-  // The type that offset and mask are computed in beside tensors of type `stored`.
-  static xla::PrimitiveType XlaComputeType(xla::PrimitiveType stored) {
-    return stored == xla::F64 ? xla::F64 : xla::F32;
+  // ComputeType, as XLA names types.
+  static xla::PrimitiveType XlaComputeType(xla::PrimitiveType type) {
+    return type == xla::F64 ? xla::F64 : xla::F32;
   }
 
   // The type that input, filters and output are computed in.
-  static xla::PrimitiveType NativeType(xla::PrimitiveType stored) {
-    return kDevice == XlaDevice::kGpu ? stored : XlaComputeType(stored);
+  static xla::PrimitiveType NativeType(xla::PrimitiveType type) {
+    return kDevice == XlaDevice::kGpu ? type : XlaComputeType(type);
   }
 
   // Input `index`, in native form.
-  xla::XlaOp Native(XlaOpKernelContext* context, int index) const {
+  xla::XlaOp ToNative(XlaOpKernelContext* context, int index) const {
     const bool is_offset_or_mask = index == kOffset || (index == kMask && has_mask());
-    const xla::PrimitiveType stored = context->input_xla_type(index);
+    const xla::PrimitiveType type = context->input_xla_type(index);
     const xla::XlaOp value = xla::ConvertElementType(
-        context->Input(index), is_offset_or_mask ? XlaComputeType(stored) : NativeType(stored));
+        context->Input(index), is_offset_or_mask ? XlaComputeType(type) : NativeType(type));
     return IsTransposed(index) ? xla::Transpose(value, {0, 2, 3, 1}) : value;
   }
 
   // The native `value` as an output whose shape is laid out like input `index`.
-  xla::XlaOp Stored(xla::XlaOp value, int index, xla::PrimitiveType type) const {
+  xla::XlaOp FromNative(xla::XlaOp value, int index, xla::PrimitiveType type) const {
     value = xla::ConvertElementType(value, type);
     return IsTransposed(index) ? xla::Transpose(value, {0, 3, 1, 2}) : value;
   }
@@ -116,14 +116,14 @@ class ForwardXlaOp : public DeformConv2DXlaOp<kDevice> {
     OP_REQUIRES_OK(context, this->ReadShapes(context, &params));
     std::vector<xla::XlaOp> operands;
     for (int i = 0; i < (this->has_mask() ? kArguments : kMask); ++i) {
-      operands.push_back(this->Native(context, i));
+      operands.push_back(this->ToNative(context, i));
     }
     const xla::PrimitiveType type = context->input_xla_type(kInput);
     const xla::Shape result = this->RowMajor(
         this->NativeType(type), {params.batch, params.out_h, params.out_w, params.out_channels});
     const xla::XlaOp output =
         this->Call(context, kForwardCall, operands, result, this->Attributes(params));
-    context->SetOutput(0, this->Stored(output, kInput, type));
+    context->SetOutput(0, this->FromNative(output, kInput, type));
   }
 };
 
@@ -131,16 +131,14 @@ template <XlaDevice kDevice>
 class BackwardXlaOp : public DeformConv2DXlaOp<kDevice> {
  public:
   explicit BackwardXlaOp(OpKernelConstruction* context) : DeformConv2DXlaOp<kDevice>(context) {
-    for (int i = 0; i < kArguments; ++i) {
-      OP_REQUIRES_OK(context, context->GetAttr(kWantAttributes[i], &wanted_[i]));
-    }
+    OP_REQUIRES_OK(context, ReadWanted(context, wanted_));
   }
 
   void Compile(XlaOpKernelContext* context) override {
     DeformConvParams params;
     OP_REQUIRES_OK(context, this->ReadShapes(context, &params));
     std::vector<xla::XlaOp> arguments;
-    for (int i = 0; i < context->num_inputs(); ++i) arguments.push_back(this->Native(context, i));
+    for (int i = 0; i < context->num_inputs(); ++i) arguments.push_back(this->ToNative(context, i));
     // The mask, of which there may be none, comes last.
     std::vector<xla::XlaOp> operands = {arguments[kInput], arguments[kFilters], arguments[kOffset],
                                         arguments.back()};
@@ -166,7 +164,7 @@ class BackwardXlaOp : public DeformConv2DXlaOp<kDevice> {
     for (int i = 0; i < context->num_outputs(); ++i) {
       const xla::PrimitiveType type = context->input_xla_type(i);
       context->SetOutput(i, wanted_[i]
-                                ? this->Stored(xla::GetTupleElement(gradients, next++), i, type)
+                                ? this->FromNative(xla::GetTupleElement(gradients, next++), i, type)
                                 : xla::Broadcast(xla::Zero(context->builder(), type), {0}));
     }
   }
@@ -175,9 +173,8 @@ class BackwardXlaOp : public DeformConv2DXlaOp<kDevice> {
   bool wanted_[kArguments];
 };
 
-// As kernels, not as XLA ops (REGISTER_XLA_OP): XLA makes kernels of those once, when it is first
-// used, and would not see what is loaded later. There is nothing else that it must know of these
-// ops.
+// Registered as kernels, not with REGISTER_XLA_OP: XLA turns those into kernels once, at its first
+// use, and would miss a library loaded later.
 #define DEFORM_CONV_REGISTER_XLA(device, kDevice)                                                  \
   REGISTER_KERNEL_BUILDER(Name("DeformConv2D").Device(tensorflow::device), ForwardXlaOp<kDevice>); \
   REGISTER_KERNEL_BUILDER(Name("DeformConv2DGrad").Device(tensorflow::device),                     \

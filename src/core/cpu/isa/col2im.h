@@ -20,11 +20,11 @@ DEFORM_CONV_INLINE void FillZero(T* to, int64_t count) {
   });
 }
 
-// Products of a column's gradient with each corner, summed over channels. The gradients by offset
+// Products of the columns' gradient with each corner, summed over channels. The gradients of offset
 // and mask are combinations of those four sums, and so of four vectors that are summed up later.
 template <typename T>
 struct CornerProducts {
-  // Templates forget the type's own alignment, and take that of a whole vector.
+  // A template argument loses the type's own alignment.
   alignas(kVectorBytes) Vector<T> vectors[kCorners] = {};
   T numbers[kCorners] = {};  // what did not fill a vector
 
@@ -38,7 +38,7 @@ struct CornerProducts {
   }
 };
 
-// Adds what a sample brings to the gradients by its offset and mask. `has_vectors` tells whether
+// Adds what a sample brings to the gradients of its offset and mask. `has_vectors` tells whether
 // there are any in `products`; `index` numbers the samples of the batch.
 template <typename T>
 DEFORM_CONV_INLINE void AddOffsetAndMaskGradients(const CornerProducts<T>& products,
@@ -47,15 +47,15 @@ DEFORM_CONV_INLINE void AddOffsetAndMaskGradients(const CornerProducts<T>& produ
                                                   const SampledGradients<T>& gradients) {
   constexpr int n = kLanes<T>;
   if (gradients.offset != nullptr) {
-    const T factor = mask == nullptr ? T(1) : mask[index];
+    const T mask_value = mask == nullptr ? T(1) : mask[index];
     T h = BilinearDerivativeH(w_fraction, products.numbers);
     T w = BilinearDerivativeW(h_fraction, products.numbers);
     if (has_vectors) {
       h += Sum<n, T>(BilinearDerivativeH(w_fraction, products.vectors));
       w += Sum<n, T>(BilinearDerivativeW(h_fraction, products.vectors));
     }
-    gradients.offset[2 * index] += factor * h;
-    gradients.offset[2 * index + 1] += factor * w;
+    gradients.offset[2 * index] += mask_value * h;
+    gradients.offset[2 * index + 1] += mask_value * w;
   }
   if (gradients.mask != nullptr) {
     T weights[kCorners];
@@ -71,10 +71,10 @@ DEFORM_CONV_INLINE void AddOffsetAndMaskGradients(const CornerProducts<T>& produ
 }
 
 template <bool want_input, bool want_offset_or_mask, bool replace, typename T>
-void DeformCol2ImFor(const DeformConvParams& params, const ChannelRuns& runs,
-                     const TileSamples<T>& tile_samples, const SampledTensors<T>& tensors,
-                     const T* zeros, T* ignored, const Matrix<T>& columns_matrix,
-                     const SampledGradients<T>& sampled_gradients) {
+void Col2ImFor(const DeformConvParams& params, const ChannelRuns& runs,
+               const TileSamples<T>& tile_samples, const SampledTensors<T>& tensors, const T* zeros,
+               T* ignored, const Matrix<T>& columns_matrix,
+               const SampledGradients<T>& sampled_gradients) {
   // Copies: nothing that is written through a pointer can change them.
   const TileSamples<T> tile = tile_samples;
   const Matrix<T> columns = columns_matrix;
@@ -86,8 +86,8 @@ void DeformCol2ImFor(const DeformConvParams& params, const ChannelRuns& runs,
               [=](const ChannelRun& run, int64_t row, int64_t tap, const SampleBlock<T>& block,
                   uint64_t lane, int64_t at) DEFORM_CONV_INLINE_LAMBDA {
                 T* column = columns.data + row * columns.stride + run.column + tap * run.tap_stride;
-                const int32_t corners = block.corners[lane];
-                if (corners == 0) {
+                const int32_t corner_bits = block.corner_bits[lane];
+                if (corner_bits == 0) {
                   if (replace) FillZero(column, run.count);
                   return;
                 }
@@ -95,10 +95,10 @@ void DeformCol2ImFor(const DeformConvParams& params, const ChannelRuns& runs,
                 for (int corner = 0; corner < kCorners; ++corner) {
                   weights[corner] = block.weights[corner][lane];
                 }
-                const Corners<const T> from(input + at, right, down, corners, zeros);
+                const Corners<const T> from(input + at, right, down, corner_bits, zeros);
                 // Corners are different pixels, or the one whose content is ignored.
                 const Corners<T> to(want_input ? gradients.input + at : ignored, right, down,
-                                    corners, ignored);
+                                    corner_bits, ignored);
                 CornerProducts<T> products;
                 ForEachVector<T>(run.count, [&](int64_t i, auto lanes) DEFORM_CONV_INLINE_LAMBDA {
                   constexpr int n = lanes();
@@ -128,13 +128,12 @@ void DeformCol2ImFor(const DeformConvParams& params, const ChannelRuns& runs,
 }
 
 template <typename T>
-void DeformCol2Im(const DeformConvParams& params, const ChannelRuns& runs,
-                  const TileSamples<T>& tile, const SampledTensors<T>& tensors, const T* zeros,
-                  T* ignored, bool replace, const Matrix<T>& columns,
-                  const SampledGradients<T>& gradients) {
+void Col2Im(const DeformConvParams& params, const ChannelRuns& runs, const TileSamples<T>& tile,
+            const SampledTensors<T>& tensors, const T* zeros, T* ignored, bool replace,
+            const Matrix<T>& columns, const SampledGradients<T>& gradients) {
   const bool offset_or_mask = gradients.offset != nullptr || gradients.mask != nullptr;
   const auto run = [&](auto want_input, auto want_offset_or_mask, auto want_columns) {
-    DeformCol2ImFor<want_input(), want_offset_or_mask(), want_columns()>(
+    Col2ImFor<want_input(), want_offset_or_mask(), want_columns()>(
         params, runs, tile, tensors, zeros, ignored, columns, gradients);
   };
   const auto run_with = [&](auto want_input, auto want_offset_or_mask) {

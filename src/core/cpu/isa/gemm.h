@@ -10,7 +10,7 @@
 #define DEFORM_CONV_CORE_CPU_ISA_GEMM_H_
 
 #include "core/cpu/isa/vector.h"
-#include "core/cpu/kernels.h"
+#include "core/matrix.h"
 
 namespace deform_conv {
 namespace DEFORM_CONV_ISA {
@@ -65,25 +65,26 @@ void GemmRows(int64_t count, int64_t k, const T* a, int64_t a_stride, const T* p
 template <bool transpose_a, typename T>
 void GemmFor(const Matrix<const T>& a, const T* packed, const Matrix<T>& c, bool accumulate) {
   // So long that a part of a panel stays in the first-level cache for all rows of `a`.
-  constexpr int64_t kMostDepth = 384;
-  const int64_t depth = transpose_a ? a.rows : a.cols;
-  for (int64_t p = 0; p < depth; p += kMostDepth) {
-    const int64_t k = depth - p < kMostDepth ? depth - p : kMostDepth;
+  constexpr int64_t kMostK = 384;
+  const int64_t k = transpose_a ? a.rows : a.cols;
+  for (int64_t p = 0; p < k; p += kMostK) {
+    const int64_t k_part = k - p < kMostK ? k - p : kMostK;
     const bool add = accumulate || p > 0;
     const T* panel = packed + p * kPanel<T>;
     const T* a_part = a.data + (transpose_a ? p * a.stride : p);
-    for (int64_t j = 0; j < c.cols; j += kPanel<T>, panel += depth * kPanel<T>) {
+    for (int64_t j = 0; j < c.cols; j += kPanel<T>, panel += k * kPanel<T>) {
       const int64_t width = c.cols - j < kPanel<T> ? c.cols - j : kPanel<T>;
       for (int64_t i = 0; i < c.rows; i += kRows) {
         const int64_t rows = c.rows - i < kRows ? c.rows - i : kRows;
         const T* a_block = a_part + (transpose_a ? i : i * a.stride);
         T* to = c.data + i * c.stride + j;
         if (width == kPanel<T>) {
-          GemmRows<kRows, transpose_a>(rows, k, a_block, a.stride, panel, to, c.stride, add);
+          GemmRows<kRows, transpose_a>(rows, k_part, a_block, a.stride, panel, to, c.stride, add);
           continue;
         }
         T block[kRows * kPanel<T>];
-        GemmRows<kRows, transpose_a>(rows, k, a_block, a.stride, panel, block, kPanel<T>, false);
+        GemmRows<kRows, transpose_a>(rows, k_part, a_block, a.stride, panel, block, kPanel<T>,
+                                     false);
         for (int64_t r = 0; r < rows; ++r) {
           for (int64_t q = 0; q < width; ++q) {
             const T sum = block[r * kPanel<T> + q];
@@ -106,12 +107,12 @@ void Gemm(GemmForm form, const Matrix<const T>& a, const T* packed, const Matrix
 }
 
 template <typename T>
-void Pack(const Matrix<const T>& b, int64_t row_begin, int64_t depth, T* packed) {
+void Pack(const Matrix<const T>& b, int64_t row_begin, int64_t k, T* packed) {
   for (int64_t p = 0; p < b.rows; ++p) {
     const T* from = b.data + p * b.stride;
     T* row = packed + (row_begin + p) * kPanel<T>;
     int64_t left = b.cols;
-    for (; left >= kPanel<T>; left -= kPanel<T>, from += kPanel<T>, row += depth * kPanel<T>) {
+    for (; left >= kPanel<T>; left -= kPanel<T>, from += kPanel<T>, row += k * kPanel<T>) {
       std::memcpy(row, from, kPanel<T> * sizeof(T));
     }
     if (left == 0) continue;
@@ -120,16 +121,16 @@ void Pack(const Matrix<const T>& b, int64_t row_begin, int64_t depth, T* packed)
 }
 
 template <typename T>
-void PackTransposed(const Matrix<const T>& b, int64_t column_begin, T* packed) {
+void PackTransposed(const Matrix<const T>& b, int64_t n_begin, T* packed) {
   // Blocks that stay in the first-level cache both ways.
   constexpr int64_t kBlock = 16;
-  const int64_t depth = b.cols;
-  for (int64_t p_block = 0; p_block < depth; p_block += kBlock) {
-    const int64_t p_end = p_block + kBlock < depth ? p_block + kBlock : depth;
+  const int64_t k = b.cols;
+  for (int64_t p_block = 0; p_block < k; p_block += kBlock) {
+    const int64_t p_end = p_block + kBlock < k ? p_block + kBlock : k;
     for (int64_t i = 0; i < b.rows; ++i) {
-      const int64_t column = column_begin + i;
-      const int64_t panel = column / kPanel<T>;
-      T* to = packed + panel * depth * kPanel<T> + (column - panel * kPanel<T>);
+      const int64_t n = n_begin + i;
+      const int64_t panel = n / kPanel<T>;
+      T* to = packed + panel * k * kPanel<T> + (n - panel * kPanel<T>);
       const T* from = b.data + i * b.stride;
       for (int64_t p = p_block; p < p_end; ++p) to[p * kPanel<T>] = from[p];
     }

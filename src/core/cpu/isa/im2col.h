@@ -1,5 +1,6 @@
-// im2col on one CPU thread, vectorised over channels. The contract is in cpu/kernels.h. Included
-// only by kernels_isa.cc, which is compiled once per instruction set.
+// im2col on one CPU thread, vectorised over channels, and what col2im shares with it: the order in
+// which samples are read. The contract is in cpu/kernels.h. Included only by kernels_isa.cc, which
+// is compiled once per instruction set.
 
 #ifndef DEFORM_CONV_CORE_CPU_ISA_IM2COL_H_
 #define DEFORM_CONV_CORE_CPU_ISA_IM2COL_H_
@@ -14,8 +15,8 @@ namespace DEFORM_CONV_ISA {
 // through memory.
 #define DEFORM_CONV_INLINE_LAMBDA __attribute__((always_inline))
 
-// Asks for the pixels that positions soon to come will be the first to sample, if their offsets are
-// small: hardware prefetchers see no pattern in samples.
+// Prefetches the pixels that coming positions will be the first to sample, if offsets are small.
+// Hardware prefetchers see no pattern in samples.
 template <typename T>
 class InputPrefetcher {
  public:
@@ -62,7 +63,7 @@ DEFORM_CONV_INLINE void ForEachRead(const DeformConvParams& params, const Channe
   constexpr uint64_t kSize = SampleBlock<T>::kSize;
   const int64_t taps = params.taps(), channels = params.in_channels, in_w = params.in_w;
   const int64_t image_positions = params.out_h * params.out_w;
-  const int64_t groups = tile.end_group - tile.first_group;
+  const int64_t groups = tile.end_deform_group - tile.first_deform_group;
   const int64_t rows = tile.end - tile.begin;
   const SampleBlock<T>* const blocks = tile.blocks;
   int64_t n = tile.begin / image_positions;
@@ -75,7 +76,7 @@ DEFORM_CONV_INLINE void ForEachRead(const DeformConvParams& params, const Channe
       const int64_t image = n * params.in_h * in_w * channels + run.channel;
       for (int64_t row = rows_begin; row < rows_end; ++row) {
         if (next == runs.begin) prefetcher.Next();
-        uint64_t sample = (row * groups + run.deform_group - tile.first_group) * taps;
+        uint64_t sample = (row * groups + run.deform_group - tile.first_deform_group) * taps;
         for (int64_t tap = 0; tap < taps; ++tap, ++sample) {
           const SampleBlock<T>& block = blocks[sample / kSize];
           const uint64_t lane = sample % kSize;
@@ -94,20 +95,20 @@ template <typename Element>
 struct Corners {
   Element* at[kCorners];
 
-  DEFORM_CONV_INLINE Corners(Element* top_left, int64_t right, int64_t down, int32_t corners,
+  DEFORM_CONV_INLINE Corners(Element* top_left, int64_t right, int64_t down, int32_t corner_bits,
                              Element* outside)
       : at{top_left, top_left + right, top_left + down, top_left + down + right} {
     for (int corner = 0; corner < kCorners; ++corner) {
-      at[corner] = corners >> corner & 1 ? at[corner] : outside;
+      at[corner] = corner_bits >> corner & 1 ? at[corner] : outside;
     }
   }
 };
 
-// With `channels`, that many in each run; 0 if the compiler is not to know.
+// With `channels` > 0, every run has that many, known to the compiler.
 template <int channels, typename T>
-void DeformIm2ColFor(const DeformConvParams& params, const ChannelRuns& runs,
-                     const TileSamples<T>& tile_samples, const T* input, const T* zeros,
-                     const Matrix<T>& columns_matrix) {
+void Im2ColFor(const DeformConvParams& params, const ChannelRuns& runs,
+               const TileSamples<T>& tile_samples, const T* input, const T* zeros,
+               const Matrix<T>& columns_matrix) {
   // Copies: nothing that is written through a pointer can change them.
   const TileSamples<T> tile = tile_samples;
   const Matrix<T> columns = columns_matrix;
@@ -116,12 +117,12 @@ void DeformIm2ColFor(const DeformConvParams& params, const ChannelRuns& runs,
               [=](const ChannelRun& run, int64_t row, int64_t tap, const SampleBlock<T>& block,
                   uint64_t lane, int64_t at) DEFORM_CONV_INLINE_LAMBDA {
                 T* to = columns.data + row * columns.stride + run.column + tap * run.tap_stride;
-                const int32_t corners = block.corners[lane];
+                const int32_t corner_bits = block.corner_bits[lane];
                 const T top_left = block.weights[kTopLeft][lane];
                 const T top_right = block.weights[kTopRight][lane];
                 const T bottom_left = block.weights[kBottomLeft][lane];
                 const T bottom_right = block.weights[kBottomRight][lane];
-                const Corners<const T> from(input + at, right, down, corners, zeros);
+                const Corners<const T> from(input + at, right, down, corner_bits, zeros);
                 const int64_t count = channels > 0 ? channels : run.count;
                 ForEachVector<T>(count, [=](int64_t i, auto lanes) DEFORM_CONV_INLINE_LAMBDA {
                   constexpr int n = lanes();
@@ -134,14 +135,11 @@ void DeformIm2ColFor(const DeformConvParams& params, const ChannelRuns& runs,
 }
 
 template <typename T>
-void DeformIm2Col(const DeformConvParams& params, const ChannelRuns& runs,
-                  const TileSamples<T>& tile, const T* input, const T* zeros,
-                  const Matrix<T>& columns) {
+void Im2Col(const DeformConvParams& params, const ChannelRuns& runs, const TileSamples<T>& tile,
+            const T* input, const T* zeros, const Matrix<T>& columns) {
   // Grey and colour images: too few channels for the general loops to pay.
   const int64_t count = runs.end - runs.begin == 1 ? runs.begin->count : 0;
-  const auto im2col = count == 1   ? DeformIm2ColFor<1, T>
-                      : count == 3 ? DeformIm2ColFor<3, T>
-                                   : DeformIm2ColFor<0, T>;
+  const auto im2col = count == 1 ? Im2ColFor<1, T> : count == 3 ? Im2ColFor<3, T> : Im2ColFor<0, T>;
   im2col(params, runs, tile, input, zeros, columns);
 }
 

@@ -1,9 +1,9 @@
 // The CPU's inner loops for one instruction set. Compiled once for each, with
 //   -DDEFORM_CONV_ISA=<name>  and the compiler flags that enable the set.
 //
-// The linker keeps one copy of an inline function that several object files hold, and would gladly
-// keep the one for the newest processors. So nothing here may be shared: own code and Eigen lie in
-// a namespace per set, what is included from elsewhere is always inlined, and a test looks at it.
+// The linker keeps one copy of an inline function that several objects hold, perhaps the one for
+// the newest processors. So nothing here may be shared: own code and Eigen lie in a namespace per
+// set, and what is included from elsewhere is always inlined. A test looks at the objects.
 
 #ifndef DEFORM_CONV_ISA
 #error "compile with -DDEFORM_CONV_ISA=<name of the instruction set>"
@@ -24,8 +24,8 @@ namespace deform_conv {
 namespace DEFORM_CONV_ISA {
 
 template <typename T>
-constexpr CpuKernels<T> kKernels = {kRows,           kPanel<T>, Locate<T>,         DeformIm2Col<T>,
-                                    DeformCol2Im<T>, Pack<T>,   PackTransposed<T>, Gemm<T>};
+constexpr CpuKernels<T> kKernels = {kRows,     kPanel<T>, Locate<T>,         Im2Col<T>,
+                                    Col2Im<T>, Pack<T>,   PackTransposed<T>, Gemm<T>};
 extern const CpuKernels<float> kFloatKernels = kKernels<float>;
 extern const CpuKernels<double> kDoubleKernels = kKernels<double>;
 extern const CpuLayoutKernels<float> kFloatLayout = {ToNative<float, float>,

@@ -68,9 +68,9 @@ void ConvertPixels(const TensorExtent& extent, const From* from, int64_t begin, 
   }
 }
 
-template <typename Stored, typename T>
-void ToNative(DataFormat format, const TensorExtent& extent, const Stored* tensor, int64_t begin,
-              int64_t end, T* native) {
+template <typename T, typename NativeT>
+void ToNative(DataFormat format, const TensorExtent& extent, const T* tensor, int64_t begin,
+              int64_t end, NativeT* native) {
   if (format == DataFormat::kNhwc) return ConvertPixels(extent, tensor, begin, end, native);
   ForEachImagePart(extent, begin, end, [&](int64_t n, int64_t first, int64_t count) {
     const int64_t image = n * extent.pixels * extent.channels;
@@ -79,9 +79,9 @@ void ToNative(DataFormat format, const TensorExtent& extent, const Stored* tenso
   });
 }
 
-template <typename Stored, typename T>
-void FromNative(DataFormat format, const TensorExtent& extent, const T* native, int64_t begin,
-                int64_t end, Stored* tensor) {
+template <typename T, typename NativeT>
+void FromNative(DataFormat format, const TensorExtent& extent, const NativeT* native, int64_t begin,
+                int64_t end, T* tensor) {
   if (format == DataFormat::kNhwc) return ConvertPixels(extent, native, begin, end, tensor);
   ForEachImagePart(extent, begin, end, [&](int64_t n, int64_t first, int64_t count) {
     const int64_t image = n * extent.pixels * extent.channels;

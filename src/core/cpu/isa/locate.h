@@ -17,16 +17,16 @@ DEFORM_CONV_INLINE bool BasesFitInt32(const DeformConvParams& params) {
          params.pad_left < kInt32Limit && h_end < kInt32Limit && w_end < kInt32Limit;
 }
 
-// Writes the positions of the tile's samples without offsets.
+// Writes the coordinates of the tile's samples without offsets.
 template <typename T>
 void WriteBases(const DeformConvParams& params, const TileSamples<T>& tile) {
   const int64_t y_n = tile.begin / params.out_w;
   int64_t x = tile.begin - y_n * params.out_w;
   int64_t y = y_n % params.out_h;
   const int64_t first_y = y, first_x = x;
-  const int64_t count = (tile.end_group - tile.first_group) * params.taps();
+  const int64_t count = (tile.end_deform_group - tile.first_deform_group) * params.taps();
   int32_t *h = tile.h_bases, *w = tile.w_bases;
-  for (int64_t g = tile.first_group; g < tile.end_group; ++g) {
+  for (int64_t g = tile.first_deform_group; g < tile.end_deform_group; ++g) {
     for (int64_t ky = 0; ky < params.kernel_h; ++ky) {
       for (int64_t kx = 0; kx < params.kernel_w; ++kx) {
         *h++ = static_cast<int32_t>(y * params.stride_h - params.pad_top + ky * params.dilation_h);
@@ -59,23 +59,23 @@ DEFORM_CONV_INLINE void LocateInBlock(const int32_t* h_bases, const int32_t* w_b
   T* bottom_left = block.weights[kBottomLeft] + lane;
   T* bottom_right = block.weights[kBottomRight] + lane;
   T *h_fraction = block.h_fraction + lane, *w_fraction = block.w_fraction + lane;
-  int32_t* corners = block.corners + lane;
+  int32_t* corner_bits = block.corner_bits + lane;
   int32_t *h_low = block.h_low + lane, *w_low = block.w_low + lane;
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
     const ImageSample<T, Int> sample =
         LocateSample<T, Int>(h_bases[i], w_bases[i], offset[2 * i], offset[2 * i + 1], in_h, in_w);
     // What lies outside weighs nothing, whatever the mask.
-    const T factor = sample.corners != 0 ? (has_mask ? mask[i] : T(1)) : T(0);
-    top_left[i] = factor * sample.weights[kTopLeft];
-    top_right[i] = factor * sample.weights[kTopRight];
-    bottom_left[i] = factor * sample.weights[kBottomLeft];
-    bottom_right[i] = factor * sample.weights[kBottomRight];
+    const T mask_value = sample.corner_bits != 0 ? (has_mask ? mask[i] : T(1)) : T(0);
+    top_left[i] = mask_value * sample.weights[kTopLeft];
+    top_right[i] = mask_value * sample.weights[kTopRight];
+    bottom_left[i] = mask_value * sample.weights[kBottomLeft];
+    bottom_right[i] = mask_value * sample.weights[kBottomRight];
     h_fraction[i] = sample.h_fraction;
     w_fraction[i] = sample.w_fraction;
-    corners[i] = sample.corners;
-    h_low[i] = sample.corners != 0 ? static_cast<int32_t>(sample.h_low) : 0;
-    w_low[i] = sample.corners != 0 ? static_cast<int32_t>(sample.w_low) : 0;
+    corner_bits[i] = sample.corner_bits;
+    h_low[i] = sample.corner_bits != 0 ? static_cast<int32_t>(sample.h_low) : 0;
+    w_low[i] = sample.corner_bits != 0 ? static_cast<int32_t>(sample.w_low) : 0;
   }
 }
 
@@ -113,13 +113,13 @@ void Locate(const DeformConvParams& params, const SampledTensors<T>& tensors,
           ? (small ? LocateRange<int32_t, false, T> : LocateRange<int64_t, false, T>)
           : (small ? LocateRange<int32_t, true, T> : LocateRange<int64_t, true, T>);
   // With all groups, the tile's samples follow each other in the tensors too.
-  const int64_t groups = tile.end_group - tile.first_group;
+  const int64_t groups = tile.end_deform_group - tile.first_deform_group;
   const bool all_groups = groups == params.deform_groups;
   const int64_t rows = all_groups ? 1 : tile.end - tile.begin;
   const int64_t count = (all_groups ? tile.end - tile.begin : 1) * groups * params.taps();
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t first =
-        ((tile.begin + row) * params.deform_groups + tile.first_group) * params.taps();
+        ((tile.begin + row) * params.deform_groups + tile.first_deform_group) * params.taps();
     locate(params, tensors.offset + 2 * first,
            tensors.mask == nullptr ? nullptr : tensors.mask + first, count, tile, row * count);
   }

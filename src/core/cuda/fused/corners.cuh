@@ -4,13 +4,15 @@
 #ifndef DEFORM_CONV_CORE_CUDA_FUSED_CORNERS_CUH_
 #define DEFORM_CONV_CORE_CUDA_FUSED_CORNERS_CUH_
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include <cstdint>
 #include <type_traits>
 
 #include "core/bilinear.h"
 #include "core/cuda/fused/sizes.cuh"
 #include "core/cuda/sm80/mma.cuh"
-#include "core/cuda/types.cuh"
 #include "core/sampling.h"
 
 namespace deform_conv {
@@ -57,9 +59,9 @@ struct CornerDistances {
   }
 };
 
-// Begins to load the vec16 that is `channel_bytes` into the pixel of each corner; `first_pixel` is
-// the pixel numbered 0. Corners that do not count become 0; with kAllCount they are loaded too, for
-// a caller who knows that all count or drops them later.
+// Begins to load a vec16 of each corner, `channel_bytes` into its pixel. `first_pixel` is pixel 0.
+// Corners that do not count become 0. With kAllCount all are loaded: the caller knows that they
+// count, or drops them later.
 template <bool kAllCount>
 __device__ __forceinline__ void LoadCorners(const CornerDistances& distances,
                                             const uint8_t* first_pixel, int32_t channel_bytes,
@@ -86,7 +88,7 @@ __device__ __forceinline__ void DropUncounted(int32_t packed_pixel, uint4 (&corn
   }
 }
 
-// Keeps the compiler from computing a pointer anew from what it was computed from.
+// Keeps the compiler from recomputing a pointer from its parts.
 __device__ __forceinline__ const uint8_t* Pinned(const uint8_t* pointer) {
   asm("" : "+l"(pointer));
   return pointer;

@@ -15,17 +15,17 @@ class Divisor {
   Divisor() = default;
   explicit Divisor(uint32_t divisor) : divisor_(divisor) {
     while ((uint64_t{1} << shift_) < divisor) ++shift_;
-    factor_ = static_cast<uint32_t>(
+    multiplier_ = static_cast<uint32_t>(
         (uint64_t{1} << 32) * ((uint64_t{1} << shift_) - divisor) / divisor + 1);
   }
 
   __device__ __forceinline__ uint32_t Divide(uint32_t number) const {
-    return (__umulhi(number, factor_) + number) >> shift_;
+    return (__umulhi(number, multiplier_) + number) >> shift_;
   }
   __device__ __forceinline__ uint32_t value() const { return divisor_; }
 
  private:
-  uint32_t divisor_ = 1, factor_ = 1, shift_ = 0;
+  uint32_t divisor_ = 1, multiplier_ = 1, shift_ = 0;
 };
 
 }  // namespace cuda

@@ -12,8 +12,8 @@
 namespace deform_conv {
 namespace cuda {
 
-// Each image is cut into vertical strips, and each strip is gone through row by row: consecutive
-// positions form a compact patch, whose samples share pixels, and none is left over at the borders.
+// Each image is cut into vertical strips, and each strip is gone through row by row. So consecutive
+// positions lie close together, and their samples share pixels.
 class PositionOrder {
  public:
   explicit PositionOrder(const DeformConvParams& params)

@@ -16,7 +16,7 @@ namespace cuda {
 //
 // All four corners of an entry are pixels of the image, so that they can be read without asking
 // which of them count: where a sample lies across the border, its corners are moved inside by a
-// pixel, and their weights with them. An image has at least two rows and two columns here.
+// pixel, and their weights with them. An image is at least 2 pixels high and wide here.
 template <typename T>
 struct SampleTable {
   static constexpr int kEntryBytes = sizeof(CornerWeights<T>) + sizeof(int32_t);

@@ -25,7 +25,7 @@ struct FusedSizes {
   int32_t taps, kernel_w, stride_h, stride_w, dilation_h, dilation_w, pad_top, pad_left;
   int32_t deform_groups, group_in_channels, group_out_channels, deform_group_channels;
   int32_t positions;
-  Divisor taps_of_group, taps_of_row, taps_of_position, channels_of_group;
+  Divisor by_taps, by_kernel_w, by_taps_of_position, by_group_in_channels;
 
   explicit FusedSizes(const DeformConvParams& params)
       : in_h(static_cast<int32_t>(params.in_h)),
@@ -47,21 +47,22 @@ struct FusedSizes {
         group_out_channels(static_cast<int32_t>(params.group_out_channels())),
         deform_group_channels(static_cast<int32_t>(params.deform_group_channels())),
         positions(static_cast<int32_t>(params.out_positions())),
-        taps_of_group(static_cast<uint32_t>(params.taps())),
-        taps_of_row(static_cast<uint32_t>(params.kernel_w)),
-        taps_of_position(static_cast<uint32_t>(params.mask_channels())),
-        channels_of_group(static_cast<uint32_t>(params.group_in_channels())) {}
+        by_taps(static_cast<uint32_t>(params.taps())),
+        by_kernel_w(static_cast<uint32_t>(params.kernel_w)),
+        by_taps_of_position(static_cast<uint32_t>(params.mask_channels())),
+        by_group_in_channels(static_cast<uint32_t>(params.group_in_channels())) {}
 
-  __device__ __forceinline__ int64_t OrdinalOf(const Position& position) const {
+  __device__ __forceinline__ int64_t IndexOf(const Position& position) const {
     return (int64_t{position.n} * out_h + position.y) * out_w + position.x;
   }
 };
 
-// A packed pixel: a pixel of the batch above the bits of the four corners that count.
+// A packed pixel: the pixel's index in the batch, shifted left by the four bits that say which
+// corners count.
 constexpr int kCornerBits = 4;
 constexpr int64_t kMostPackedPixels = int64_t{1} << 27;
 
-// Why the sizes, or what kernels compute of them, do not fit into 32 bits; or an empty string.
+// Why the sizes, or numbers computed from them, do not fit into 32 bits; or an empty string.
 inline std::string SizesMisfit(const DeformConvParams& params) {
   constexpr int64_t kMost = int64_t{1} << 30;
   const auto reach = [](int64_t out, int64_t stride, int64_t kernel, int64_t dilation) {
@@ -76,7 +77,7 @@ inline std::string SizesMisfit(const DeformConvParams& params) {
       params.pad_left < kInt32Limit / 2 &&
       reach(params.out_h, params.stride_h, params.kernel_h, params.dilation_h) < kInt32Limit / 2 &&
       reach(params.out_w, params.stride_w, params.kernel_w, params.dilation_w) < kInt32Limit / 2;
-  return fit ? "" : "its sizes do not fit into 32 bits";
+  return fit ? "" : "the sizes do not fit into 32 bits";
 }
 
 // A tap of a deformable group: its number among those of a position, g * taps + tap, and where it
@@ -85,8 +86,8 @@ struct Tap {
   int32_t g_tap, h_base, w_base;
 
   __device__ __forceinline__ static Tap Of(const FusedSizes& sizes, int g_tap) {
-    const int tap = g_tap - sizes.taps_of_group.Divide(g_tap) * sizes.taps;
-    const int ky = sizes.taps_of_row.Divide(tap);
+    const int tap = g_tap - sizes.by_taps.Divide(g_tap) * sizes.taps;
+    const int ky = sizes.by_kernel_w.Divide(tap);
     const int kx = tap - ky * sizes.kernel_w;
     return {g_tap, ky * sizes.dilation_h - sizes.pad_top, kx * sizes.dilation_w - sizes.pad_left};
   }

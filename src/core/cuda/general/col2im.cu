@@ -2,6 +2,8 @@
 
 #include "core/cuda/general/kernels.h"
 #include "core/cuda/general/samples.cuh"
+#include "core/cuda/launch.cuh"
+#include "core/cuda/types.cuh"
 
 namespace deform_conv {
 namespace cuda {
@@ -28,7 +30,7 @@ __device__ __forceinline__ void AtomicAdd(Number* to, const Number (&values)[kSi
   }
 }
 
-// Writes a sample's gradients by offset and mask, given the products of the columns' gradient with
+// Writes a sample's gradients of offset and mask, given the products of the columns' gradient with
 // each corner, summed over channels.
 template <typename OffsetT>
 __device__ __forceinline__ void WriteGradients(const LocatedSample<OffsetT>& sample,
@@ -36,7 +38,7 @@ __device__ __forceinline__ void WriteGradients(const LocatedSample<OffsetT>& sam
                                                const SampledGradients<OffsetT>& gradients) {
   // Where no corner counts every gradient is 0, also beside an infinite mask.
   OffsetT grad_dy = 0, grad_dx = 0, grad_mask = 0;
-  if (sample.corners != 0) {
+  if (sample.corner_bits != 0) {
     grad_dy = sample.mask * BilinearDerivativeH(sample.w_fraction, products);
     grad_dx = sample.mask * BilinearDerivativeW(sample.h_fraction, products);
 #pragma unroll
@@ -54,11 +56,11 @@ __device__ __forceinline__ void WriteGradients(const LocatedSample<OffsetT>& sam
 // With `replace`, writes each sample over the gradient of its column once that has been read.
 template <typename T, int kSize>
 __global__ void __launch_bounds__(kThreadsPerBlock)
-    Col2ImKernel(DeformConvParams params, SampledTensors<T, ComputeType<T>> tensors, int64_t begin,
-                 int64_t sample_count, Lanes lanes, bool replace, T* __restrict__ columns,
-                 SampledGradients<ComputeType<T>> gradients) {
+    Col2ImAtomicKernel(DeformConvParams params, SampledTensors<T, ComputeType<T>> tensors,
+                       int64_t begin, int64_t sample_count, Lanes lanes, bool replace,
+                       T* __restrict__ columns, SampledGradients<ComputeType<T>> gradients) {
   __shared__ LocatedSample<ComputeType<T>> samples[kSamplesPerBlock];
-  const int count = LocateBlock(params, tensors, begin, sample_count, samples);
+  const int count = LocateThreadBlock(params, tensors, begin, sample_count, samples);
 
   const bool want_products = gradients.offset != nullptr || gradients.mask != nullptr;
   const int channels = static_cast<int>(params.deform_group_channels());
@@ -67,10 +69,10 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
     const int s = round + lanes.row();
     const bool active = s < count;
     const LocatedSample<ComputeType<T>>& sample = samples[active ? s : 0];
-    const int corners = sample.corners;
+    const int corner_bits = sample.corner_bits;
     const int64_t pixel = sample.top_left * params.in_channels + sample.channel;
     ComputeType<T> products[kCorners] = {};
-    const int channels_end = active && (corners != 0 || replace) ? channels : 0;
+    const int channels_end = active && (corner_bits != 0 || replace) ? channels : 0;
     for (int c = lanes.lane() * kSize; c < channels_end; c += lanes.count() * kSize) {
       T* column = columns + ColumnOf(params, sample.column, sample.channel + c);
       const Vector<T, kSize> grad = Load<T, kSize>(column);
@@ -79,7 +81,7 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
       for (int i = 0; i < kSize; ++i) grads[i] = static_cast<ComputeType<T>>(grad.elements[i]);
 #pragma unroll
       for (int corner = 0; corner < kCorners; ++corner) {
-        if (!(corners >> corner & 1)) continue;
+        if (!(corner_bits >> corner & 1)) continue;
         const int64_t at = pixel + CornerDistance(params, corner) * params.in_channels + c;
         const ComputeType<T> weight = sample.mask * sample.weights[corner];
         if (want_products || replace) {
@@ -114,31 +116,30 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
 }  // namespace
 
 template <typename T>
-std::string Col2Im(const DeformConvParams& params, const SampledTensors<T, ComputeType<T>>& tensors,
-                   int64_t begin, int64_t end, bool replace, T* columns,
-                   const SampledGradients<ComputeType<T>>& gradients, void* stream) {
+std::string Col2ImAtomic(const DeformConvParams& params,
+                         const SampledTensors<T, ComputeType<T>>& tensors, int64_t begin,
+                         int64_t end, bool replace, T* columns,
+                         const SampledGradients<ComputeType<T>>& gradients, void* stream) {
   using Element = CudaType<T>;
   constexpr int kSize = kVec16Size<T>;
   const int64_t samples = (end - begin) * params.mask_channels();
   if (samples == 0) return "";
   const bool vectorize = CanVectorize<T>(params) && IsAligned(tensors.input) &&
                          IsAligned(columns) && IsAligned(gradients.input);
-  const auto kernel = vectorize ? Col2ImKernel<Element, kSize> : Col2ImKernel<Element, 1>;
+  const auto kernel =
+      vectorize ? Col2ImAtomicKernel<Element, kSize> : Col2ImAtomicKernel<Element, 1>;
   kernel<<<Blocks(samples, kSamplesPerBlock), kThreadsPerBlock, 0, StreamOf(stream)>>>(
       params, AsCuda(tensors), begin, samples,
       LanesFor(params.deform_group_channels(), vectorize ? kSize : 1), replace, AsCuda(columns),
       gradients);
-  return LaunchError("Col2ImKernel");
+  return LaunchError("Col2ImAtomicKernel");
 }
 
 #define DEFORM_CONV_INSTANTIATE(T)                                                                 \
-  template std::string Col2Im<T>(const DeformConvParams&,                                          \
-                                 const SampledTensors<T, ComputeType<T>>&, int64_t, int64_t, bool, \
-                                 T*, const SampledGradients<ComputeType<T>>&, void*);
-DEFORM_CONV_INSTANTIATE(float)
-DEFORM_CONV_INSTANTIATE(double)
-DEFORM_CONV_INSTANTIATE(Half)
-DEFORM_CONV_INSTANTIATE(BFloat16)
+  template std::string Col2ImAtomic<T>(const DeformConvParams&,                                    \
+                                       const SampledTensors<T, ComputeType<T>>&, int64_t, int64_t, \
+                                       bool, T*, const SampledGradients<ComputeType<T>>&, void*);
+DEFORM_CONV_FOR_ELEMENT_TYPES(DEFORM_CONV_INSTANTIATE)
 #undef DEFORM_CONV_INSTANTIATE
 
 }  // namespace cuda

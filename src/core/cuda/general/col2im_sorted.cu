@@ -3,6 +3,9 @@
 
 #include "core/cuda/general/kernels.h"
 #include "core/cuda/general/samples.cuh"
+#include "core/cuda/launch.cuh"
+#include "core/cuda/types.cuh"
+#include "core/return_if_error.h"
 
 namespace deform_conv {
 namespace cuda {
@@ -27,7 +30,7 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
 #pragma unroll
   for (int corner = 0; corner < kCorners; ++corner) {
     const int64_t pixel = sample.top_left + CornerDistance(params, corner) - first_pixel;
-    const bool counts = sample.corners >> corner & 1;
+    const bool counts = sample.corner_bits >> corner & 1;
     keys[kCorners * i + corner] =
         counts ? static_cast<uint32_t>(pixel * params.deform_groups + g) : bins;
     entries[kCorners * i + corner] = static_cast<uint32_t>(kCorners * i + corner);
@@ -101,23 +104,30 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
 
 // --- Launching ---
 
-// Positions are worked on so many at a time that this many entries exist.
+// The most entries that are sorted at a time.
 constexpr int64_t kMostEntries = int64_t{1} << 23;
 
-// How the positions are cut, and the most that exist at a time.
+// How many positions are sorted at a time, and the most entries and bins that they have.
 struct SortPlan {
-  int64_t step;  // positions worked on at a time
+  int64_t step;
   int64_t entries, bins;
   int key_bits;  // as few as bins need
 
   SortPlan(const DeformConvParams& params, int64_t positions) {
     const int64_t entries_of_position = kCorners * params.mask_channels();
     step = std::min(std::max<int64_t>(kMostEntries / entries_of_position, 1), positions);
+    while (step > 1 && BinsOf(params, step) >= UINT32_MAX) step /= 2;
     entries = step * entries_of_position;
-    const int64_t images = std::min((step - 1) / (params.out_h * params.out_w) + 2, params.batch);
-    bins = images * params.in_h * params.in_w * params.deform_groups;
+    bins = BinsOf(params, step);
     key_bits = 1;
     while (bins >> key_bits != 0) ++key_bits;
+  }
+
+  // The bins of the images that so many positions lie in.
+  static int64_t BinsOf(const DeformConvParams& params, int64_t positions) {
+    const int64_t image = params.image_positions();
+    const int64_t images = std::min((positions - 2 + image) / image + 1, params.batch);
+    return images * params.image_pixels() * params.deform_groups;
   }
 };
 
@@ -125,7 +135,7 @@ std::string CubError(cudaError_t error) {
   return error == cudaSuccess ? "" : std::string("cub: ") + cudaGetErrorString(error);
 }
 
-// Memory for one step. Of keys and entries, unsorted ones first, sorted ones second.
+// Memory for one step. The first half of keys and entries is unsorted, the second sorted.
 template <typename OffsetT>
 struct SortWorkspace {
   uint32_t *keys, *entries, *begins;
@@ -153,10 +163,9 @@ struct SortWorkspace {
 }  // namespace
 
 std::string Col2ImSortedMisfit(const DeformConvParams& params) {
-  const int64_t image_pixels = params.in_h * params.in_w;
-  const int64_t bins = image_pixels * params.deform_groups;
-  if (bins < UINT32_MAX && kCorners * params.mask_channels() < INT32_MAX) return "";
-  return "images of " + std::to_string(image_pixels) + " pixels with " +
+  const bool bins_fit = params.image_pixels() * params.deform_groups < UINT32_MAX;
+  if (bins_fit && kCorners * params.mask_channels() < INT32_MAX) return "";
+  return "images of " + std::to_string(params.image_pixels()) + " pixels with " +
          std::to_string(params.deform_groups) + " deformable groups are too large to be sorted";
 }
 
@@ -165,18 +174,12 @@ std::string Col2ImSorted(const DeformConvParams& params,
                          const SampledTensors<T, ComputeType<T>>& tensors, int64_t begin,
                          int64_t end, const T* columns, ComputeType<T>* grad_input,
                          GpuDevice& device) {
-  if (begin == end) return "";
-  const int64_t image_positions = params.out_h * params.out_w;
-  const int64_t image_pixels = params.in_h * params.in_w;
+  const int64_t image_positions = params.image_positions(), image_pixels = params.image_pixels();
+  if (begin == end || image_pixels == 0) return "";
+  DEFORM_CONV_RETURN_IF_ERROR(Col2ImSortedMisfit(params));
   const SortPlan plan(params, end - begin);
-  if (plan.bins >= UINT32_MAX || plan.entries >= INT32_MAX) {
-    return "images of " + std::to_string(image_pixels) + " pixels with " +
-           std::to_string(params.deform_groups) +
-           " deformable groups are too large for deterministic gradients";
-  }
   SortWorkspace<ComputeType<T>> memory;
-  std::string error = memory.Allocate(plan, device);
-  if (!error.empty()) return error;
+  DEFORM_CONV_RETURN_IF_ERROR(memory.Allocate(plan, device));
 
   const cudaStream_t stream = StreamOf(device.stream());
   constexpr int kSize = kVec16Size<T>;
@@ -196,18 +199,16 @@ std::string Col2ImSorted(const DeformConvParams& params,
     ListCornersKernel<<<Blocks(samples, kThreadsPerBlock), kThreadsPerBlock, 0, stream>>>(
         params, AsCuda(tensors), from, samples, first_image * image_pixels, bins, memory.keys,
         memory.entries, memory.weights);
-    error = CubError(cub::DeviceRadixSort::SortPairs(
+    DEFORM_CONV_RETURN_IF_ERROR(CubError(cub::DeviceRadixSort::SortPairs(
         memory.sort_memory, memory.sort_bytes, memory.keys, sorted_keys, memory.entries,
-        sorted_entries, count, 0, plan.key_bits, stream));
-    if (!error.empty()) return error;
+        sorted_entries, count, 0, plan.key_bits, stream)));
     FindBinsKernel<<<Blocks(int64_t{count} + 1, kThreadsPerBlock), kThreadsPerBlock, 0, stream>>>(
         static_cast<uint32_t>(count), bins, sorted_keys, memory.begins);
     gather<<<Blocks(bins, bins_per_block), kThreadsPerBlock, 0, stream>>>(
         params, bins, lanes, memory.begins, sorted_entries, memory.weights,
         AsCuda(columns + (from - begin) * params.taps() * params.in_channels),
         grad_input + first_image * image_pixels * params.in_channels);
-    error = LaunchError("GatherKernel");
-    if (!error.empty()) return error;
+    DEFORM_CONV_RETURN_IF_ERROR(LaunchError("GatherKernel"));
   }
   return "";
 }
@@ -216,10 +217,7 @@ std::string Col2ImSorted(const DeformConvParams& params,
   template std::string Col2ImSorted<T>(const DeformConvParams&,                                    \
                                        const SampledTensors<T, ComputeType<T>>&, int64_t, int64_t, \
                                        const T*, ComputeType<T>*, GpuDevice&);
-DEFORM_CONV_INSTANTIATE(float)
-DEFORM_CONV_INSTANTIATE(double)
-DEFORM_CONV_INSTANTIATE(Half)
-DEFORM_CONV_INSTANTIATE(BFloat16)
+DEFORM_CONV_FOR_ELEMENT_TYPES(DEFORM_CONV_INSTANTIATE)
 #undef DEFORM_CONV_INSTANTIATE
 
 }  // namespace cuda

@@ -1,5 +1,7 @@
 #include "core/cuda/general/kernels.h"
 #include "core/cuda/general/samples.cuh"
+#include "core/cuda/launch.cuh"
+#include "core/cuda/types.cuh"
 
 namespace deform_conv {
 namespace cuda {
@@ -10,12 +12,12 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
     Im2ColKernel(DeformConvParams params, SampledTensors<T, ComputeType<T>> tensors, int64_t begin,
                  int64_t sample_count, Lanes lanes, T* __restrict__ columns) {
   __shared__ LocatedSample<ComputeType<T>> samples[kSamplesPerBlock];
-  const int count = LocateBlock(params, tensors, begin, sample_count, samples);
+  const int count = LocateThreadBlock(params, tensors, begin, sample_count, samples);
 
   const int channels = static_cast<int>(params.deform_group_channels());
   for (int s = lanes.row(); s < count; s += lanes.rows()) {
     const LocatedSample<ComputeType<T>>& sample = samples[s];
-    const int corners = sample.corners;
+    const int corner_bits = sample.corner_bits;
     const T* pixel = tensors.input + sample.top_left * params.in_channels + sample.channel;
     ComputeType<T> weights[kCorners];
 #pragma unroll
@@ -26,7 +28,7 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
       ComputeType<T> sums[kSize] = {};
 #pragma unroll
       for (int corner = 0; corner < kCorners; ++corner) {
-        if (!(corners >> corner & 1)) continue;
+        if (!(corner_bits >> corner & 1)) continue;
         const Vector<T, kSize> values =
             Load<T, kSize>(pixel + CornerDistance(params, corner) * params.in_channels + c);
 #pragma unroll
@@ -60,10 +62,7 @@ std::string Im2Col(const DeformConvParams& params, const SampledTensors<T, Compu
   template std::string Im2Col<T>(const DeformConvParams&,                                        \
                                  const SampledTensors<T, ComputeType<T>>&, int64_t, int64_t, T*, \
                                  void*);
-DEFORM_CONV_INSTANTIATE(float)
-DEFORM_CONV_INSTANTIATE(double)
-DEFORM_CONV_INSTANTIATE(Half)
-DEFORM_CONV_INSTANTIATE(BFloat16)
+DEFORM_CONV_FOR_ELEMENT_TYPES(DEFORM_CONV_INSTANTIATE)
 #undef DEFORM_CONV_INSTANTIATE
 
 }  // namespace cuda

@@ -28,27 +28,28 @@ std::string Im2Col(const DeformConvParams& params, const SampledTensors<T, Compu
 // With `replace`, also writes the columns themselves over their gradient: what the filters'
 // gradient needs next is at hand here.
 template <typename T>
-std::string Col2Im(const DeformConvParams& params, const SampledTensors<T, ComputeType<T>>& tensors,
-                   int64_t begin, int64_t end, bool replace, T* columns,
-                   const SampledGradients<ComputeType<T>>& gradients, void* stream);
+std::string Col2ImAtomic(const DeformConvParams& params,
+                         const SampledTensors<T, ComputeType<T>>& tensors, int64_t begin,
+                         int64_t end, bool replace, T* columns,
+                         const SampledGradients<ComputeType<T>>& gradients, void* stream);
 
-// Adds to grad_input what Col2Im adds, but in an order that is always the same: the corners of all
-// samples are sorted by pixel, and each pixel gathers its own. `columns` is left as it is.
+// Adds to grad_input what Col2ImAtomic adds, but in an order that is always the same: the corners
+// of all samples are sorted by pixel, and each pixel gathers its own. `columns` is left as it is.
 template <typename T>
 std::string Col2ImSorted(const DeformConvParams& params,
                          const SampledTensors<T, ComputeType<T>>& tensors, int64_t begin,
                          int64_t end, const T* columns, ComputeType<T>* grad_input,
                          GpuDevice& device);
-// Why it cannot do that even image by image, or an empty string.
+// Why the corners of an image cannot be sorted, or an empty string.
 std::string Col2ImSortedMisfit(const DeformConvParams& params);
 
-// Converts a tensor in `format` to NHWC, and back.
+// Converts a tensor in `format` to native form, and back.
 template <typename From, typename To>
-std::string ToNhwc(DataFormat format, const TensorExtent& extent, const From* from, To* to,
-                   void* stream);
-template <typename From, typename To>
-std::string FromNhwc(DataFormat format, const TensorExtent& extent, const From* from, To* to,
+std::string ToNative(DataFormat format, const TensorExtent& extent, const From* from, To* to,
                      void* stream);
+template <typename From, typename To>
+std::string FromNative(DataFormat format, const TensorExtent& extent, const From* from, To* to,
+                       void* stream);
 
 // to[i] += from[i]
 template <typename From, typename To>

@@ -3,6 +3,7 @@
 #include "core/cuda/general/kernels.h"
 #include "core/cuda/launch.cuh"
 #include "core/cuda/types.cuh"
+#include "core/integer_math.h"
 
 namespace deform_conv {
 namespace cuda {
@@ -10,8 +11,8 @@ namespace {
 
 constexpr int kSquareSide = 32, kSquareRows = 8;
 
-// Transposes each of `batch` matrices [rows, cols]. A block takes a square of one; its threads take
-// kSquareRows rows of that at a time.
+// Transposes each of `batch` matrices [rows, cols]. A thread block takes a square, kSquareRows rows
+// at a time.
 template <typename From, typename To>
 __global__ void __launch_bounds__(kSquareSide* kSquareRows)
     TransposeKernel(int64_t rows, int64_t cols, const From* __restrict__ from,
@@ -88,15 +89,15 @@ std::string Convert(int64_t count, const From* from, To* to, void* stream) {
 }  // namespace
 
 template <typename From, typename To>
-std::string ToNhwc(DataFormat format, const TensorExtent& extent, const From* from, To* to,
-                   void* stream) {
+std::string ToNative(DataFormat format, const TensorExtent& extent, const From* from, To* to,
+                     void* stream) {
   if (format == DataFormat::kNhwc) return Convert<false>(extent.elements(), from, to, stream);
   return Transpose(extent.batch, extent.channels, extent.pixels, from, to, stream);
 }
 
 template <typename From, typename To>
-std::string FromNhwc(DataFormat format, const TensorExtent& extent, const From* from, To* to,
-                     void* stream) {
+std::string FromNative(DataFormat format, const TensorExtent& extent, const From* from, To* to,
+                       void* stream) {
   if (format == DataFormat::kNhwc) return Convert<false>(extent.elements(), from, to, stream);
   return Transpose(extent.batch, extent.pixels, extent.channels, from, to, stream);
 }
@@ -112,9 +113,11 @@ std::string Zero(void* memory, int64_t bytes, void* stream) {
   return error == cudaSuccess ? "" : std::string("cudaMemsetAsync: ") + cudaGetErrorString(error);
 }
 
-#define DEFORM_CONV_INSTANTIATE(From, To)                                                          \
-  template std::string ToNhwc<From, To>(DataFormat, const TensorExtent&, const From*, To*, void*); \
-  template std::string FromNhwc<To, From>(DataFormat, const TensorExtent&, const To*, From*, void*);
+#define DEFORM_CONV_INSTANTIATE(From, To)                                                      \
+  template std::string ToNative<From, To>(DataFormat, const TensorExtent&, const From*, To*,   \
+                                          void*);                                              \
+  template std::string FromNative<To, From>(DataFormat, const TensorExtent&, const To*, From*, \
+                                            void*);
 DEFORM_CONV_INSTANTIATE(float, float)
 DEFORM_CONV_INSTANTIATE(double, double)
 DEFORM_CONV_INSTANTIATE(Half, Half)

@@ -16,7 +16,7 @@ namespace cuda {
 // Each thread of a block locates one sample; then the block's rows of lanes work through them.
 constexpr int kSamplesPerBlock = kThreadsPerBlock;
 
-// OffsetT sample as a block keeps it in shared memory.
+// A sample as a thread block keeps it in shared memory.
 template <typename OffsetT>
 struct LocatedSample : ImageSample<OffsetT, int64_t> {
   OffsetT mask;
@@ -62,10 +62,9 @@ __device__ LocatedSample<OffsetT> Locate(const DeformConvParams& params,
 // Locates this block's samples of the `sample_count` that positions [begin, ...) take. Returns how
 // many the block has.
 template <typename T, typename OffsetT>
-__device__ __forceinline__ int LocateBlock(const DeformConvParams& params,
-                                           const SampledTensors<T, OffsetT>& tensors, int64_t begin,
-                                           int64_t sample_count,
-                                           LocatedSample<OffsetT> (&samples)[kSamplesPerBlock]) {
+__device__ __forceinline__ int LocateThreadBlock(
+    const DeformConvParams& params, const SampledTensors<T, OffsetT>& tensors, int64_t begin,
+    int64_t sample_count, LocatedSample<OffsetT> (&samples)[kSamplesPerBlock]) {
   const int64_t first = int64_t{blockIdx.x} * kSamplesPerBlock;
   const int count = static_cast<int>(sample_count - first < kSamplesPerBlock ? sample_count - first
                                                                              : kSamplesPerBlock);
@@ -90,8 +89,8 @@ __device__ __forceinline__ int64_t CornerDistance(const DeformConvParams& params
   return (corner >= kBottomLeft ? params.in_w : 0) + (corner & 1);
 }
 
-// How a block's threads are laid over samples and channels: rows of `lanes` threads, each row on a
-// sample, its lanes side by side on the channels. OffsetT row never leaves its warp.
+// How a thread block is laid over samples and channels: rows of count() lanes. A row works on one
+// sample, its lanes side by side on the channels. A row never leaves its warp.
 struct Lanes {
   int count_log2;
 
@@ -102,7 +101,7 @@ struct Lanes {
 };
 
 inline Lanes LanesFor(int64_t channels, int vector_size) {
-  const int64_t vectors = (channels + vector_size - 1) / vector_size;
+  const int64_t vectors = CeilDiv<int64_t>(channels, vector_size);
   Lanes lanes{0};
   while ((1 << lanes.count_log2) < kWarp && (int64_t{1} << lanes.count_log2) < vectors) {
     ++lanes.count_log2;

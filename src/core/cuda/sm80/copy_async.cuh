@@ -20,12 +20,12 @@ __device__ __forceinline__ void CopyVec16Async(uint32_t to, const void* from, bo
                : "memory");
 }
 
-// Closes the group of copies begun since the last one.
+// Closes the commit group of the copies begun since the last one.
 __device__ __forceinline__ void CommitCopies() {
   asm volatile("cp.async.commit_group;\n" ::: "memory");
 }
 
-// Waits until at most `kPending` groups are unfinished.
+// Waits until at most `kPending` commit groups are unfinished.
 template <int kPending>
 __device__ __forceinline__ void WaitForCopies() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");

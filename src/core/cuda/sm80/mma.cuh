@@ -15,9 +15,9 @@ namespace cuda {
 // accumulators [16, 8] += a [16, 16] * b [16, 8], from registers. Of a lane, with row = lane / 4
 // and pair = 2 * (lane % 4):
 //
-//   accumulators[2 * j + k] is row `row` + 8 * j, column `pair` + k
-//   a[j + 2 * i]            is row `row` + 8 * j at k = `pair` + 8 * i and the next
-//   b[i]                    is column `row` at k = `pair` + 8 * i and the next
+//   accumulators[2 * j + e] is m = row + 8 * j, n = pair + e
+//   a[j + 2 * i]            is m = row + 8 * j at k = pair + 8 * i and the next
+//   b[i]                    is n = row at k = pair + 8 * i and the next
 template <typename T>
 __device__ __forceinline__ void MmaSync(float (&accumulators)[4], const uint32_t (&a)[4],
                                         const uint32_t (&b)[2]) {

@@ -1,5 +1,5 @@
-// Barriers between warpgroups that work at their own pace (mbarrier), of compute capability 9.0.
-// For .cu files only.
+// Barriers (mbarrier), and the state of a pipeline of stages, of compute capability 9.0. For .cu
+// files only.
 
 #ifndef DEFORM_CONV_CORE_CUDA_SM90_BARRIER_CUH_
 #define DEFORM_CONV_CORE_CUDA_SM90_BARRIER_CUH_
@@ -31,7 +31,7 @@ __device__ __forceinline__ void ArriveAsWarp(uint32_t barrier) {
   if (threadIdx.x % kWarp == 0) ArriveAtBarrier(barrier);
 }
 
-// Waits until the phase of the given parity has ended. The first phase's is 0; before it, that of
+// Waits until the phase of this parity has ended. The first phase has parity 0. On a fresh barrier,
 // parity 1 counts as ended.
 __device__ __forceinline__ void WaitAtBarrier(uint32_t barrier, int parity) {
   asm volatile(
@@ -43,8 +43,7 @@ __device__ __forceinline__ void WaitAtBarrier(uint32_t barrier, int parity) {
       : "memory");
 }
 
-// Which stage of a pipeline a K block goes through, and the parity of how often that stage has been
-// used before.
+// The stage of the current K block, and the parity of the number of its earlier uses.
 template <int kStages>
 struct PipelineState {
   int stage = 0, parity = 0;

@@ -2,17 +2,26 @@
 //
 //   output [positions, out_channels] = samples [positions, K] * filters [K, out_channels]
 //
-// without the column matrix: consumer warpgroups sample into registers, from where the tensor cores
+// without columns in memory: consumer warpgroups sample into registers, from where the tensor cores
 // take the samples; a producer warpgroup copies filters. benchmarks/gpu_kernels.md explains it.
 
 #include <algorithm>
 
+#include "core/cuda/fused/position_order.cuh"
+#include "core/cuda/fused/sizes.cuh"
 #include "core/cuda/launch.cuh"
+#include "core/cuda/sm80/mma.cuh"
+#include "core/cuda/sm80/swizzle.cuh"
+#include "core/cuda/sm90/barrier.cuh"
 #include "core/cuda/sm90/implicit_gemm_consumer.cuh"
 #include "core/cuda/sm90/implicit_gemm_producer.cuh"
 #include "core/cuda/sm90/implicit_gemm_tile.cuh"
 #include "core/cuda/sm90/kernels.h"
 #include "core/cuda/sm90/limits.cuh"
+#include "core/cuda/sm90/wgmma.cuh"
+#include "core/cuda/types.cuh"
+#include "core/integer_math.h"
+#include "core/return_if_error.h"
 
 namespace deform_conv {
 namespace cuda {
@@ -25,7 +34,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
                        SampledTensors<T, float> tensors, const T* __restrict__ filters,
                        T* __restrict__ output) {  // [positions, out_channels]
   extern __shared__ __align__(kSlabAlignment) uint8_t memory[];
-  const int taps_of_position = static_cast<int>(sizes.taps_of_position.value());
+  const int taps_of_position = static_cast<int>(sizes.by_taps_of_position.value());
   const SharedMemory<Shape, T> shared(memory, taps_of_position);
   if (threadIdx.x == 0) {
     constexpr int kWarps = kWarpgroup / kWarp;
@@ -73,7 +82,7 @@ __global__ void __launch_bounds__(kTransposedSide* kTransposedRows)
 
 // --- Launching ---
 
-// Calls run(shape) with the shape whose kN fits the output channels best.
+// Calls run(shape) with the narrowest shape that holds a group's output channels, or the widest.
 template <typename T, typename Run>
 auto WithTileShape(const DeformConvParams& params, const Run& run) {
   using Element = CudaType<T>;
@@ -82,7 +91,7 @@ auto WithTileShape(const DeformConvParams& params, const Run& run) {
   return run(TileShape<Element, 256>());
 }
 
-// Tiles side by side that make up the output channels, and units of positions in each.
+// Tiles along N, and units of positions along M.
 template <typename Shape>
 int64_t NTiles(const DeformConvParams& params) {
   return params.groups * CeilDiv<int64_t>(params.group_out_channels(), Shape::kN);
@@ -92,16 +101,15 @@ int64_t Units(const DeformConvParams& params) {
   return CeilDiv<int64_t>(params.out_positions(), Shape::kUnit);
 }
 
-// Gives the filters as the producer wants TF32: transposed and rounded.
+// Transposes the filters and rounds them to TF32, as FilterLoader reads them.
 std::string TransposeToTf32(const DeformConvParams& params, const float* filters, GpuDevice& device,
                             const float** result) {
   const int rows = static_cast<int>(params.taps() * params.group_in_channels());
   const int cols = static_cast<int>(params.out_channels);
   const int64_t k_blocks = CeilDiv(rows, kTransposedSide);
   float* transposed;
-  std::string error = device.Allocate(k_blocks * kTransposedSide * cols * sizeof(float),
-                                      reinterpret_cast<void**>(&transposed));
-  if (!error.empty()) return error;
+  DEFORM_CONV_RETURN_IF_ERROR(device.Allocate(k_blocks * kTransposedSide * cols * sizeof(float),
+                                              reinterpret_cast<void**>(&transposed)));
   const unsigned blocks = static_cast<unsigned>(k_blocks) * Blocks(cols, kTransposedSide);
   TransposeToTf32Kernel<<<blocks, dim3(kTransposedSide, kTransposedRows), 0,
                           StreamOf(device.stream())>>>(rows, cols, filters, transposed);
@@ -115,22 +123,23 @@ template <typename T>
 std::string ImplicitGemmSm90Misfit(const DeformConvParams& params,
                                    const SampledTensors<T, ComputeType<T>>& tensors,
                                    const T* filters, const T* output) {
-  std::string misfit = Sm90Misfit();
-  if (misfit.empty()) misfit = SizesMisfit(params);
-  if (misfit.empty()) misfit = TensorsMisfit<T>(tensors);
-  if (!misfit.empty()) return misfit;
+  DEFORM_CONV_RETURN_IF_ERROR(Sm90Misfit());
+  DEFORM_CONV_RETURN_IF_ERROR(SizesMisfit(params));
+  DEFORM_CONV_RETURN_IF_ERROR(TensorsMisfit<T>(tensors));
   constexpr int64_t kSize = kVec16Size<T>;
   if (!CanVectorize<T>(params) || params.group_out_channels() % kSize != 0) {
     return "the channels of its convolution and deformable groups, in and out, are no multiples "
            "of " +
            std::to_string(kSize);
   }
-  if (params.in_h < 2 || params.in_w < 2) return "the input has less than two rows or columns";
-  if (!IsAligned(filters) || !IsAligned(output)) return "filters or output begin at odd addresses";
+  if (params.in_h < 2 || params.in_w < 2)
+    return "the input has fewer than 2 pixels in height or width";
+  if (!IsAligned(filters) || !IsAligned(output))
+    return "the filters or the output are not aligned to 16 bytes";
   return WithTileShape<T>(params, [&](auto shape) -> std::string {
     using Shape = decltype(shape);
     if (Shape::SharedBytes(params) > kMostSharedBytes) return kTooManyTaps;
-    if (Units<Shape>(params) > INT32_MAX / NTiles<Shape>(params)) return "it has too many tiles";
+    if (Units<Shape>(params) > INT32_MAX / NTiles<Shape>(params)) return "there are too many tiles";
     return "";
   });
 }
@@ -141,8 +150,7 @@ std::string ImplicitGemmSm90(const DeformConvParams& params,
                              GpuDevice& device, T* output) {
   if (params.out_positions() == 0) return "";
   if constexpr (kMajorOfB<T> == Major::kK) {
-    std::string error = TransposeToTf32(params, filters, device, &filters);
-    if (!error.empty()) return error;
+    DEFORM_CONV_RETURN_IF_ERROR(TransposeToTf32(params, filters, device, &filters));
   }
   return WithTileShape<T>(params, [&](auto shape) -> std::string {
     using Shape = decltype(shape);
@@ -152,8 +160,7 @@ std::string ImplicitGemmSm90(const DeformConvParams& params,
     const auto kernel = whole ? ImplicitGemmKernel<CudaType<T>, Shape, true>
                               : ImplicitGemmKernel<CudaType<T>, Shape, false>;
     const int64_t shared_bytes = Shape::SharedBytes(params);
-    std::string error = AllowSharedBytes("ImplicitGemmKernel", kernel, shared_bytes);
-    if (!error.empty()) return error;
+    DEFORM_CONV_RETURN_IF_ERROR(AllowSharedBytes("ImplicitGemmKernel", kernel, shared_bytes));
     const int64_t n_tiles = NTiles<Shape>(params);
     const int64_t blocks =
         std::min<int64_t>(n_tiles * Units<Shape>(params), CurrentGpu().multiprocessors);
@@ -171,9 +178,7 @@ std::string ImplicitGemmSm90(const DeformConvParams& params,
   template std::string ImplicitGemmSm90<T>(const DeformConvParams&,                            \
                                            const SampledTensors<T, ComputeType<T>>&, const T*, \
                                            GpuDevice&, T*);
-DEFORM_CONV_INSTANTIATE(float)
-DEFORM_CONV_INSTANTIATE(Half)
-DEFORM_CONV_INSTANTIATE(BFloat16)
+DEFORM_CONV_FOR_TENSOR_CORE_TYPES(DEFORM_CONV_INSTANTIATE)
 #undef DEFORM_CONV_INSTANTIATE
 
 }  // namespace cuda

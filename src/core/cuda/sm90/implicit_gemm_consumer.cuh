@@ -10,17 +10,20 @@
 #include "core/cuda/fused/position_order.cuh"
 #include "core/cuda/fused/sample_table.cuh"
 #include "core/cuda/fused/sizes.cuh"
+#include "core/cuda/launch.cuh"
+#include "core/cuda/sm80/swizzle.cuh"
 #include "core/cuda/sm90/barrier.cuh"
 #include "core/cuda/sm90/implicit_gemm_epilogue.cuh"
 #include "core/cuda/sm90/implicit_gemm_tile.cuh"
 #include "core/cuda/sm90/wgmma.cuh"
+#include "core/cuda/types.cuh"
 #include "core/sampling.h"
 
 namespace deform_conv {
 namespace cuda {
 
 // Locates the samples of a warp's rows: lane l has row l % 16, and every other tap of it. Returns
-// that row's ordinal.
+// that row's position index.
 template <typename Shape, typename T>
 __device__ __forceinline__ int32_t LocateRows(const FusedSizes& sizes, const PositionOrder& order,
                                               const SampledTensors<T, float>& tensors,
@@ -30,29 +33,30 @@ __device__ __forceinline__ int32_t LocateRows(const FusedSizes& sizes, const Pos
   const int lane = threadIdx.x % kWarp;
   const int row = threadIdx.x / kWarp * Shape::kUnit + lane % Shape::kUnit;
   const int walk_index = tile.walk_index + row;
-  const int taps = static_cast<int>(sizes.taps_of_position.value());
+  const int taps_of_position = static_cast<int>(sizes.by_taps_of_position.value());
   const bool counts = row < tile.units * Shape::kUnit && walk_index < sizes.positions;
   Position position;
-  int32_t ordinal = kNoPosition;
+  int32_t position_index = kNoPosition;
   if (counts) {
     position = order.At(walk_index);
-    ordinal = static_cast<int32_t>(sizes.OrdinalOf(position));
+    position_index = static_cast<int32_t>(sizes.IndexOf(position));
   }
-  const int64_t first = int64_t{ordinal} * taps;
-  for (int begin = lane / Shape::kUnit; begin < taps; begin += kTogether * kLanesOfRow) {
+  const int64_t first = int64_t{position_index} * taps_of_position;
+  for (int begin = lane / Shape::kUnit; begin < taps_of_position;
+       begin += kTogether * kLanesOfRow) {
     Offset offsets[kTogether];
     float masks[kTogether];
 #pragma unroll
     for (int k = 0; k < kTogether; ++k) {
       const int g_tap = begin + k * kLanesOfRow;
-      if (g_tap >= taps || !counts) continue;
+      if (g_tap >= taps_of_position || !counts) continue;
       offsets[k] = LoadOffset(tensors, first + g_tap);
       masks[k] = LoadMask(tensors, first + g_tap);
     }
 #pragma unroll
     for (int k = 0; k < kTogether; ++k) {
       const int g_tap = begin + k * kLanesOfRow;
-      if (g_tap >= taps) continue;
+      if (g_tap >= taps_of_position) continue;
       const int entry = g_tap * Shape::kM + row;
       if (counts) {
         table.Locate(sizes, position, Tap::Of(sizes, g_tap), offsets[k], masks[k], entry);
@@ -61,7 +65,7 @@ __device__ __forceinline__ int32_t LocateRows(const FusedSizes& sizes, const Pos
       }
     }
   }
-  return ordinal;
+  return position_index;
 }
 
 // A consumer's thread samples two rows of the tile, 8 apart, and of each two vec16s of a K block, 4
@@ -97,7 +101,7 @@ class SampleIterator {
       for (int v = 0; v < kVec16sOfThread; ++v) entries[v] += Shape::kM;
     } else {
       tap_ = 0;
-      block_ += 1;
+      k_block_ += 1;
       Set(sizes);
     }
   }
@@ -107,15 +111,15 @@ class SampleIterator {
 #pragma unroll
     for (int v = 0; v < kVec16sOfThread; ++v) {
       const int vec16 = threadIdx.x % 4 + (SecondFirst() == (v == 0) ? 4 : 0);
-      int tap = 0, channel = block_ * kK<T>;
+      int tap = 0, channel = k_block_ * kK<T>;
       if (!kWhole) {
-        const TapChannel at = KOrder<T>(sizes).At(sizes, block_, vec16);
+        const TapChannel at = KOrder<T>(sizes).At(sizes, k_block_, vec16);
         tap = at.tap;
         channel = at.channel;
       }
       channel += group_channel_;
       const int g = sizes.deform_groups == 1 ? 0 : channel / sizes.deform_group_channels;
-      const int after_last = static_cast<int>(sizes.taps_of_position.value());
+      const int after_last = static_cast<int>(sizes.by_taps_of_position.value());
       const int g_tap = tap < sizes.taps ? g * sizes.taps + tap : after_last;
       entries[v] = g_tap * Shape::kM + FirstRow<Shape>();
       if (kWhole) channel += vec16 * kVec16Size<T>;
@@ -125,7 +129,7 @@ class SampleIterator {
 
   const uint8_t* input_;
   int group_channel_;
-  int tap_ = 0, block_ = 0;  // with kWhole the block of the channels, else that of K
+  int tap_ = 0, k_block_ = 0;  // with kWhole the block of the channels, else that of K
 };
 
 // The thread's samples of a K block.
@@ -159,7 +163,7 @@ template <typename T, typename Shape>
 __device__ __forceinline__ void MultiplyBlock(
     const uint32_t (&words)[kVec16sOfThread][kRowsOfThread][4], uint32_t stage,
     float (&accumulators)[Shape::kWgmmas][Shape::kWgmmaN / 2]) {
-  const uint64_t filters_of_stage = MatrixDescriptor(stage, kK<T> * kRowBytes);
+  const uint64_t filters_of_stage = MatrixDescriptor(stage, kK<T> * kSlabRowBytes);
   WarpgroupArrive();
 #pragma unroll
   for (int step = 0; step < kK<T> / kWgmmaK<T>; ++step) {
@@ -172,7 +176,8 @@ __device__ __forceinline__ void MultiplyBlock(
 #pragma unroll
     for (int i = 0; i < Shape::kWgmmas; ++i) {
       WgmmaRS<T, Shape::kWgmmaN, kMajorOfB<T>>::Run(
-          accumulators[i], a, AdvanceDescriptor(filters, i * (Shape::kWgmmaN * kRowBytes)), true);
+          accumulators[i], a, AdvanceDescriptor(filters, i * (Shape::kWgmmaN * kSlabRowBytes)),
+          true);
     }
   }
   WarpgroupCommit();
@@ -184,19 +189,19 @@ __device__ __forceinline__ void ConsumeFilters(const FusedSizes& sizes, const Po
                                                int n_tiles, const SampledTensors<T, float>& tensors,
                                                const SharedMemory<Shape, T>& shared,
                                                T* __restrict__ output) {
-  const int k_blocks = KOrder<T>(sizes).blocks;
+  const int k_blocks = KOrder<T>(sizes).k_blocks;
   const CornerDistances distances = CornerDistances::Of<T>(sizes);
   TileScheduler<Shape> scheduler(sizes, n_tiles);
   WorkTile tile;
   PipelineState<Shape::kStages> state;
   while (scheduler.Next(sizes, &tile)) {
     __syncwarp();  // all lanes are through with the table
-    const int32_t ordinal = LocateRows<Shape>(sizes, order, tensors, tile, shared.samples);
+    const int32_t position_index = LocateRows<Shape>(sizes, order, tensors, tile, shared.samples);
     __syncwarp();
     SampleIterator<T, Shape, kWhole> at(sizes, tensors.input, tile);
     float accumulators[Shape::kWgmmas][Shape::kWgmmaN / 2] = {};
     uint32_t before = 0;  // the barrier of the stage whose product goes on
-    for (int block = 0; block < k_blocks; ++block) {
+    for (int k_block = 0; k_block < k_blocks; ++k_block) {
       BlockSamples samples;
       LoadBlock(at, distances, shared.samples, samples);
       // Operand A's registers are free again.
@@ -241,9 +246,9 @@ __device__ __forceinline__ void ConsumeFilters(const FusedSizes& sizes, const Po
     ArriveAsWarp(before);
 #pragma unroll
     for (int i = 0; i < Shape::kWgmmas; ++i) {
-      const int n = i * Shape::kWgmmaN;
-      Epilogue<T, Shape::kWgmmaN>(accumulators[i], ordinal, sizes.out_channels, tile.n - n,
-                                  output + tile.first_n + n);
+      const int channel = i * Shape::kWgmmaN;
+      Epilogue<T, Shape::kWgmmaN>(accumulators[i], position_index, sizes.out_channels,
+                                  tile.channels - channel, output + tile.first_channel + channel);
     }
   }
 }

@@ -13,11 +13,11 @@
 namespace deform_conv {
 namespace cuda {
 
-// The ordinal of a row that is no position.
+// The index of a row that is no position.
 constexpr int32_t kNoPosition = -1;
 
-// Exchanges 32-bit words among the four lanes that share a row of sums: lane q comes with word q of
-// four vec16s, and goes with all words of vec16 q.
+// Transposes words among the four lanes of a row of accumulators. Before, lane q has word q of four
+// vec16s; afterwards all of vec16 q.
 __device__ __forceinline__ uint4 TransposeQuad(uint32_t (&words)[4]) {
   const int q = threadIdx.x % 4;
 #pragma unroll
@@ -53,17 +53,16 @@ __device__ __forceinline__ uint32_t PackPair<__nv_bfloat16>(float low, float hig
   return reinterpret_cast<const uint32_t&>(pair);
 }
 
-// Writes a product's accumulators to the output, of which `output` is the product's first channel
-// and `n` how many there are from there on. Lanes 0 to 15 have the ordinals of their warp's rows.
+// Writes the accumulators of a wgmma. `output` points to its first channel, and the group has
+// `channels` from there on. Lanes 0 to 15 have the position indices of their warp's rows.
 template <typename T, int kN>
-__device__ __forceinline__ void Epilogue(const float (&accumulators)[kN / 2],
-                                         int32_t ordinal_of_lane, int64_t pitch, int n,
-                                         T* __restrict__ output) {
+__device__ __forceinline__ void Epilogue(const float (&accumulators)[kN / 2], int32_t index_of_lane,
+                                         int64_t pitch, int channels, T* __restrict__ output) {
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
-    const int32_t ordinal = __shfl_sync(0xffffffffu, ordinal_of_lane, lane / 4 + 8 * j);
-    T* row = output + int64_t{ordinal} * pitch;
+    const int32_t position_index = __shfl_sync(0xffffffffu, index_of_lane, lane / 4 + 8 * j);
+    T* row = output + int64_t{position_index} * pitch;
     if constexpr (sizeof(T) == 2) {
 #pragma unroll
       for (int i = 0; i < kN / 8; i += 4) {
@@ -75,7 +74,7 @@ __device__ __forceinline__ void Epilogue(const float (&accumulators)[kN / 2],
         }
         const uint4 vec16 = TransposeQuad(words);
         const int channel = 8 * (i + lane % 4);
-        if (ordinal != kNoPosition && channel < n) {
+        if (position_index != kNoPosition && channel < channels) {
           *reinterpret_cast<uint4*>(row + channel) = vec16;
         }
       }
@@ -83,7 +82,7 @@ __device__ __forceinline__ void Epilogue(const float (&accumulators)[kN / 2],
 #pragma unroll
       for (int i = 0; i < kN / 8; ++i) {
         const int channel = 8 * i + lane % 4 * 2;
-        if (ordinal != kNoPosition && channel < n) {
+        if (position_index != kNoPosition && channel < channels) {
           *reinterpret_cast<float2*>(row + channel) =
               make_float2(accumulators[4 * i + 2 * j], accumulators[4 * i + 2 * j + 1]);
         }

@@ -11,6 +11,7 @@
 #include "core/cuda/sm90/barrier.cuh"
 #include "core/cuda/sm90/implicit_gemm_tile.cuh"
 #include "core/cuda/sm90/wgmma.cuh"
+#include "core/cuda/types.cuh"
 #include "core/integer_math.h"
 
 namespace deform_conv {
@@ -20,7 +21,7 @@ namespace cuda {
 template <typename Shape, typename T>
 class FilterLoader {
   static constexpr bool kRowsAreK = kMajorOfB<T> == Major::kMN;
-  static constexpr int kVec16sOfRow = kRowsAreK ? Shape::kN / kVec16Size<T> : kRowVec16s;
+  static constexpr int kVec16sOfRow = kRowsAreK ? Shape::kN / kVec16Size<T> : kSlabRowVec16s;
   static constexpr int kRowsAtOnce = kWarpgroup / kVec16sOfRow;
   static constexpr int kPasses = Shape::kStageBytes / kVec16Bytes / kWarpgroup;
 
@@ -33,19 +34,19 @@ class FilterLoader {
     const int k = sizes.taps * sizes.group_in_channels;
     if (kRowsAreK) {
       pitch_ = sizes.out_channels;
-      from_ = filters + int64_t{row} * pitch_ + tile.first_n + vec16 * kVec16Size<T>;
-      rows_ = vec16 * kVec16Size<T> < tile.n ? k - row : 0;
-      to_ = vec16 / kRowVec16s * (kK<T> * kRowBytes) +
-            SwizzledOffset(PermutedK<T>(row), vec16 % kRowVec16s);
+      from_ = filters + int64_t{row} * pitch_ + tile.first_channel + vec16 * kVec16Size<T>;
+      rows_ = vec16 * kVec16Size<T> < tile.channels ? k - row : 0;
+      to_ = vec16 / kSlabRowVec16s * (kK<T> * kSlabRowBytes) +
+            SwizzledOffset(PermutedK<T>(row), vec16 % kSlabRowVec16s);
     } else {
       pitch_ = RoundUp<kK<T>>(k);
-      from_ = filters + int64_t{tile.first_n + row} * pitch_ + vec16 * kVec16Size<T>;
-      rows_ = tile.n - row;
+      from_ = filters + int64_t{tile.first_channel + row} * pitch_ + vec16 * kVec16Size<T>;
+      rows_ = tile.channels - row;
       to_ = SwizzledOffset(row, vec16);
     }
   }
 
-  // Begins to copy the block that begins at k = `first`.
+  // Begins to copy the K block that begins at k = `first`.
   __device__ __forceinline__ void Copy(int first, uint32_t stage) const {
     const T* from = from_ + (kRowsAreK ? int64_t{first} * pitch_ : first);
     const int rows = kRowsAreK ? rows_ - first : rows_;
@@ -56,7 +57,7 @@ class FilterLoader {
       // the swizzle are 0.
       const int row = pass * kRowsAtOnce;
       const int to_row = kRowsAreK ? PermutedK<T>(row) : row;
-      CopyVec16Async((to ^ to_row % kSwizzledRows * kVec16Bytes) + to_row * kRowBytes, from,
+      CopyVec16Async((to ^ to_row % kSwizzledRows * kVec16Bytes) + to_row * kSlabRowBytes, from,
                      row < rows);
       from += kRowsAtOnce * pitch_;
     }
@@ -81,9 +82,9 @@ __device__ __forceinline__ void ProduceFilters(const FusedSizes& sizes, int n_ti
   uint32_t before = 0;  // the barrier of the stage whose copies go on
   while (scheduler.Next(sizes, &tile)) {
     const FilterLoader<Shape, T> loader(sizes, filters, tile);
-    for (int block = 0; block < order.blocks; ++block) {
+    for (int k_block = 0; k_block < order.k_blocks; ++k_block) {
       WaitAtBarrier(shared.Of(shared.empty, state.stage), state.parity ^ 1);
-      loader.Copy(order.FirstRow(sizes, block), shared.Stage(state.stage));
+      loader.Copy(order.FirstRow(sizes, k_block), shared.Stage(state.stage));
       CommitCopies();
       WaitForCopies<1>();
       FenceProxyAsync();

@@ -12,6 +12,7 @@
 #include "core/cuda/sm80/swizzle.cuh"
 #include "core/cuda/sm90/barrier.cuh"
 #include "core/cuda/sm90/wgmma.cuh"
+#include "core/cuda/types.cuh"
 #include "core/integer_math.h"
 #include "core/params.h"
 
@@ -20,7 +21,7 @@ namespace cuda {
 
 // A K block: 64 numbers of 16 bits, or 32 of TF32.
 template <typename T>
-constexpr int kK = kRowSize<T>;
+constexpr int kK = kSlabRowSize<T>;
 
 // A thread block computes tiles of up to kM positions by kN output channels, one after the other.
 // Each of its warpgroups but the last, the consumers, has 64 of the positions: its threads sample
@@ -34,16 +35,16 @@ struct TileShape {
   static constexpr int kConsumers = kWide ? 2 : 3;
   static constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
   static constexpr int kM = kConsumers * kWgmmaM;
-  // Positions are dealt out in units: a warp has 16 rows of a product.
+  // Positions are dealt out in units: a warp has 16 of a wgmma's rows.
   static constexpr int kUnit = 16, kUnits = kM / kUnit;
-  // Products side by side that make up kN.
+  // Wgmmas side by side that make up kN.
   static constexpr int kWgmmas = kWide ? 2 : 1, kWgmmaN = kN / kWgmmas;
-  // Of a thread; at launch, all have the same.
+  // Registers of a thread after setmaxnreg.
   static constexpr int kConsumerRegisters = kWide ? 224 : 160;
   static constexpr int kProducerRegisters = kWide ? 56 : 32;
 
   static constexpr int kStages = 4;
-  static constexpr int kStageBytes = kN * kRowBytes;
+  static constexpr int kStageBytes = kN * kSlabRowBytes;
 
   // See SharedMemory.
   static int64_t SharedBytes(const DeformConvParams& params) {
@@ -53,9 +54,9 @@ struct TileShape {
   }
 };
 
-// A thread block's shared memory: stages; a table with an entry for each tap and position, tap by
-// tap, and behind it zeros for what comes after the last tap; two barriers for each stage. `full`
-// signals that a stage is full, `empty` that it has been read.
+// A thread block's shared memory: the stages; the sample table, tap by tap, and one more tap of
+// zeros; two barriers for each stage. `full` signals that a stage can be read, `empty` that it can
+// be written.
 template <typename Shape, typename T>
 struct SharedMemory {
   uint32_t stages, full, empty;
@@ -85,41 +86,40 @@ struct TapChannel {
   int tap, channel;
 };
 
-// The order in which K, (tap, channel of the convolution group), is gone through, block by block.
-// If channels come in whole blocks, then through all taps of some channels before the next
-// channels: the taps read the same pixels, which are then still in the first-level cache.
+// The order in which K blocks are gone through. K is (tap, channel of the convolution group). Where
+// channels come in whole K blocks, all taps of some channels come before the next channels: the
+// taps read the same pixels, which are then still in the first-level cache.
 template <typename T>
 struct KOrder {
   bool by_channels;
-  int blocks;
+  int k_blocks;
 
   __device__ explicit KOrder(const FusedSizes& sizes)
       : by_channels(sizes.group_in_channels % kK<T> == 0),
-        blocks(CeilDiv<kK<T>>(sizes.taps * sizes.group_in_channels)) {}
+        k_blocks(CeilDiv<kK<T>>(sizes.taps * sizes.group_in_channels)) {}
 
-  // The row of the filters that a block begins at.
-  __device__ __forceinline__ int FirstRow(const FusedSizes& sizes, int block) const {
-    if (!by_channels) return block * kK<T>;
-    const int slice = sizes.taps_of_group.Divide(block);
-    return (block - slice * sizes.taps) * sizes.group_in_channels + slice * kK<T>;
+  // The row of the filters that a K block begins at.
+  __device__ __forceinline__ int FirstRow(const FusedSizes& sizes, int k_block) const {
+    if (!by_channels) return k_block * kK<T>;
+    const int slice = sizes.by_taps.Divide(k_block);
+    return (k_block - slice * sizes.taps) * sizes.group_in_channels + slice * kK<T>;
   }
 
-  // What a vec16 of a block stands for; past the last tap if there is no such vec16.
-  __device__ __forceinline__ TapChannel At(const FusedSizes& sizes, int block, int vec16) const {
+  // What a vec16 of a K block stands for; past the last tap if there is no such vec16.
+  __device__ __forceinline__ TapChannel At(const FusedSizes& sizes, int k_block, int vec16) const {
     const int in_block = vec16 * kVec16Size<T>;
     if (by_channels) {
-      const int slice = sizes.taps_of_group.Divide(block);
-      return {block - slice * sizes.taps, slice * kK<T> + in_block};
+      const int slice = sizes.by_taps.Divide(k_block);
+      return {k_block - slice * sizes.taps, slice * kK<T> + in_block};
     }
-    const int row = block * kK<T> + in_block;
-    const int tap = sizes.channels_of_group.Divide(row);
+    const int row = k_block * kK<T> + in_block;
+    const int tap = sizes.by_group_in_channels.Divide(row);
     return {tap, row - tap * sizes.group_in_channels};
   }
 };
 
-// Where k of a block lies among those that the tensor cores multiply, which take it in this order:
-// the lanes t = 0 to 3 that share a row of samples have neighbouring vec16s, and in one instruction
-// each has four numbers of its vec16 in 16 bits, or two in TF32.
+// The row of operand B that k of a K block goes to. The lanes t = 0 to 3 of a row of samples hold
+// neighbouring vec16s. One wgmma takes four 16-bit numbers, or two of TF32, of each lane's vec16.
 template <typename T>
 __host__ __device__ constexpr int PermutedK(int k) {
   constexpr int kPair = 4 / sizeof(T);  // numbers of a register
@@ -133,12 +133,12 @@ __host__ __device__ constexpr int PermutedK(int k) {
 struct WorkTile {
   int walk_index, units;  // the first position in PositionOrder, and how many units of positions
   int group;              // of the convolution
-  int first_n, n;         // the first output channel, and how many the group has from there on
+  int first_channel, channels;  // of the output: the first, and the group's from there on
 };
 
-// A thread block's tiles. All units are dealt out evenly among the thread blocks: those of the
-// first kN output channels, then those of the next. What a thread block gets of one kN it cuts into
-// tiles of nearly the same size.
+// The tiles of a thread block. All units, first those of the first kN output channels, are divided
+// evenly among the thread blocks. A thread block cuts its units of one kN into tiles of nearly
+// equal size.
 template <typename Shape>
 class TileScheduler {
  public:
@@ -160,8 +160,8 @@ class TileScheduler {
     const int n_tiles_of_group = CeilDiv<Shape::kN>(sizes.group_out_channels);
     tile->group = n_tile / n_tiles_of_group;
     const int first_of_group = (n_tile - tile->group * n_tiles_of_group) * Shape::kN;
-    tile->first_n = tile->group * sizes.group_out_channels + first_of_group;
-    tile->n = sizes.group_out_channels - first_of_group;
+    tile->first_channel = tile->group * sizes.group_out_channels + first_of_group;
+    tile->channels = sizes.group_out_channels - first_of_group;
     at_ += tile->units;
     return true;
   }

@@ -29,12 +29,12 @@ std::string ImplicitGemmSm90Misfit(const DeformConvParams& params,
                                    const SampledTensors<T, ComputeType<T>>& tensors,
                                    const T* filters, const T* output);
 
-// Positions are worked on in patches of so many rows and columns.
+// Positions are worked on in square patches of this side.
 constexpr int kPatchSide = 8;
 
-// As Col2Im; but few additions to gradients.input are left to memory, and of 16-bit types, samples
-// are rounded as those of ImplicitGemmSm90. `columns` is aligned to 16 bytes. The fewer patches
-// [begin, end) cuts, the better.
+// As Col2ImAtomic, but few additions to gradients.input are left to memory, and of 16-bit types,
+// samples are rounded as those of ImplicitGemmSm90. `columns` is aligned to 16 bytes. The fewer
+// patches [begin, end) cuts, the better.
 template <typename T>
 std::string RegionScatterSm90(const DeformConvParams& params,
                               const SampledTensors<T, ComputeType<T>>& tensors, int64_t begin,

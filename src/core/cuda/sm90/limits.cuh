@@ -17,7 +17,7 @@ namespace deform_conv {
 namespace cuda {
 
 constexpr int kMostSharedBytes = 227 << 10;  // of a thread block
-constexpr char kTooManyTaps[] = "its taps take more shared memory than there is";
+constexpr char kTooManyTaps[] = "the taps need more shared memory than a thread block has";
 
 inline std::string Sm90Misfit() {
   const Gpu gpu = CurrentGpu();
@@ -30,7 +30,7 @@ template <typename T>
 std::string TensorsMisfit(const SampledTensors<T, ComputeType<T>>& tensors) {
   const bool aligned =
       IsAligned(tensors.input) && reinterpret_cast<uintptr_t>(tensors.offset) % sizeof(float2) == 0;
-  return aligned ? "" : "the input is not aligned to 16 bytes, or the offset to 8";
+  return aligned ? "" : "the input is not aligned to 16 bytes or the offset is not aligned to 8";
 }
 
 }  // namespace cuda

@@ -10,7 +10,6 @@
 #include "core/cuda/fused/corners.cuh"
 #include "core/cuda/fused/divisor.cuh"
 #include "core/cuda/fused/sizes.cuh"
-#include "core/cuda/launch.cuh"
 #include "core/cuda/sm90/kernels.h"
 #include "core/integer_math.h"
 #include "core/params.h"
@@ -28,13 +27,13 @@ struct PackedCorner {
   static constexpr int kCoordinateBits = 14;
   static constexpr int64_t kMostSize = (1 << kCoordinateBits) - 1;
 
-  int h, w, corners;
+  int h, w, corner_bits;
 
-  static __device__ __forceinline__ uint32_t Pack(int h, int w, int corners) {
-    return corners == 0
-               ? 0u
-               : static_cast<uint32_t>(h + 1) << (kCornerBits + kCoordinateBits) |
-                     static_cast<uint32_t>(w + 1) << kCornerBits | static_cast<uint32_t>(corners);
+  static __device__ __forceinline__ uint32_t Pack(int h, int w, int corner_bits) {
+    return corner_bits == 0 ? 0u
+                            : static_cast<uint32_t>(h + 1) << (kCornerBits + kCoordinateBits) |
+                                  static_cast<uint32_t>(w + 1) << kCornerBits |
+                                  static_cast<uint32_t>(corner_bits);
   }
   static __device__ __forceinline__ PackedCorner Unpack(uint32_t packed) {
     return {static_cast<int>(packed >> (kCornerBits + kCoordinateBits)) - 1,
@@ -47,9 +46,9 @@ struct PackedCorner {
 struct Patch {
   int n, y, x;             // of the first position
   int first_pixel;         // the image's, in the batch
-  int tap_of_group;        // the first of the deformable group, among those of a position
+  int first_g_tap;         // of the deformable group, among the taps of a position
   int channel;             // the slice's first
-  int filters_row;         // ... among those of its convolution group
+  int channel_in_group;    // the slice's first, in its convolution group
   int region_h, region_w;  // the region's first pixel, which may lie outside of the image
 
   // Which of a sample's corners count and lie in the region.
@@ -57,15 +56,15 @@ struct Patch {
     const unsigned h = corner.h - region_h, w = corner.w - region_w;
     const int top = h < kRegionSide, bottom = h + 1 < kRegionSide;
     const int left = w < kRegionSide, right = w + 1 < kRegionSide;
-    return corner.corners & ((top & left) << kTopLeft | (top & right) << kTopRight |
-                             (bottom & left) << kBottomLeft | (bottom & right) << kBottomRight);
+    return corner.corner_bits & ((top & left) << kTopLeft | (top & right) << kTopRight |
+                                 (bottom & left) << kBottomLeft | (bottom & right) << kBottomRight);
   }
 
   // Where in the region corner `index` of a sample is, or -1 if it does not count or is not there.
   __device__ __forceinline__ int PixelInRegion(const PackedCorner& corner, int index) const {
     const unsigned h = corner.h - region_h + (index >= kBottomLeft ? 1 : 0);
     const unsigned w = corner.w - region_w + (index & 1);
-    const bool there = (corner.corners >> index & 1) && h < kRegionSide && w < kRegionSide;
+    const bool there = (corner.corner_bits >> index & 1) && h < kRegionSide && w < kRegionSide;
     return there ? static_cast<int>(h * kRegionSide + w) : -1;
   }
 
@@ -75,18 +74,18 @@ struct Patch {
     return h < kRegionSide - 1 && w < kRegionSide - 1;
   }
 
-  // Position p of the patch is in its row p / kPatchSide, column p % kPatchSide.
+  // Position p of the patch lies p / kPatchSide down and p % kPatchSide across.
   __device__ __forceinline__ Position At(int p) const {
     return {n, y + p / kPatchSide, x + p % kPatchSide};
   }
 };
 
-// How the patches, and the slices of each, are numbered; and where the region lies beside a patch.
+// Numbers the patches and their slices, and sets the region off from a patch.
 struct PatchGrid {
   Divisor slices, across, down;  // slices of a patch, patches across and down an image
-  int first_row;                 // of patches; those of all images are counted on
-  int begin, end;                // the positions that are worked on, ordinals
-  int margin_h, margin_w;  // from the region's first row and column to what the first tap samples
+  int first_row;                 // of patches, numbered across all images
+  int begin, end;                // the positions that are worked on
+  int margin_h, margin_w;        // from the region's top and left to what the first tap samples
 
   template <int kChannels>
   __device__ Patch At(const FusedSizes& sizes, uint32_t index) const {
@@ -101,9 +100,9 @@ struct PatchGrid {
     patch.x = static_cast<int>(patch_index - row_index * across.value()) * kPatchSide;
     patch.first_pixel = patch.n * sizes.in_h * sizes.in_w;
     patch.channel = slice * kChannels;
-    patch.tap_of_group = patch.channel / sizes.deform_group_channels * sizes.taps;
+    patch.first_g_tap = patch.channel / sizes.deform_group_channels * sizes.taps;
     const int group = patch.channel / sizes.group_in_channels;
-    patch.filters_row = patch.channel - group * sizes.group_in_channels;
+    patch.channel_in_group = patch.channel - group * sizes.group_in_channels;
     patch.region_h = patch.y * sizes.stride_h - sizes.pad_top - margin_h;
     patch.region_w = patch.x * sizes.stride_w - sizes.pad_left - margin_w;
     return patch;
@@ -112,15 +111,15 @@ struct PatchGrid {
   // Whether a patch's position exists and is worked on.
   __device__ __forceinline__ bool Includes(const FusedSizes& sizes,
                                            const Position& position) const {
-    const int64_t ordinal = sizes.OrdinalOf(position);
-    return position.y < sizes.out_h && position.x < sizes.out_w && ordinal >= begin &&
-           ordinal < end;
+    const int64_t position_index = sizes.IndexOf(position);
+    return position.y < sizes.out_h && position.x < sizes.out_w && position_index >= begin &&
+           position_index < end;
   }
 };
 
 // --- On the host ---
 
-// How far what a patch samples without offsets spans, with the lower neighbour of the last pixel.
+// The pixels that a patch spans on one axis without offsets, with the pixel after the last.
 inline int64_t SpanOfPatch(int64_t out, int64_t stride, int64_t kernel, int64_t dilation) {
   return (std::min<int64_t>(out, kPatchSide) - 1) * stride + (kernel - 1) * dilation + 2;
 }
@@ -133,8 +132,8 @@ inline int64_t SpanW(const DeformConvParams& params) {
 
 inline int64_t PatchesAlong(int64_t out) { return CeilDiv<int64_t>(out, kPatchSide); }
 
-// The patches that positions [begin, end), of which there are some, lie in, and how many thread
-// blocks they are. With `want_input`, the region lies around what a patch samples.
+// The grid of the patches that hold positions [begin, end), which are not empty, and its number of
+// thread blocks. With `want_input`, the region lies around what a patch samples.
 inline PatchGrid GridOfPatches(const DeformConvParams& params, bool want_input, int channels,
                                int64_t begin, int64_t end, unsigned* blocks) {
   const int64_t slices = params.in_channels / channels;

@@ -32,6 +32,8 @@ __device__ __forceinline__ int ReadThread() {
 template <typename T, int kChannels>
 struct PatchLane {
   static constexpr int kVec16s = kChannels / kVec16Size<T> / kLanesOfPosition;
+  // Vec16s of each corner that are on their way at a time.
+  static constexpr int kInFlight = kVec16s < 2 ? 1 : 2;
   // The position's number in the warp, and the lane's among the position's.
   static __device__ __forceinline__ int PositionInWarp() {
     return ReadThread() % kWarp / kLanesOfPosition;
@@ -51,10 +53,10 @@ struct PatchLane {
            (PositionInWarp() % 2 != 0 ? -kLanesOfPosition : kLanesOfPosition);
   }
 
-  // The position in the patch: the order in which vec16s are written to operand B without
-  // conflicts. In 16 bits eight lanes write at once, two rows that must differ by 4 to fill all
-  // banks unless the vec16s do. In TF32, where positions lie along the rows, a warp writes four
-  // numbers of each of two vec16s, whose columns differ by 4, to four rows.
+  // The position in the patch, numbered so that vec16s are written to operand B without bank
+  // conflicts. In 16 bits, eight lanes write two rows at a time. If the lanes do not swap vec16s,
+  // the rows must differ by 4. In TF32, positions lie along the rows: a warp writes four numbers of
+  // two vec16s to four rows.
   static __device__ __forceinline__ int PositionInPatch() {
     const int warp = threadIdx.x / kWarp, in_warp = PositionInWarp();
     if constexpr (sizeof(T) == 2) {
@@ -72,15 +74,15 @@ __device__ __forceinline__ uint32_t WordOf(const uint4& vec16, int i) {
 // Where in the input a sample's corners are.
 struct PatchCorners {
   int packed_pixel;
-  bool all_count;  // whether those of all the warp's samples do, as of most warps
+  bool all_count;  // whether all corners of all the warp's samples count
 
   // By whole warps.
   __device__ __forceinline__ static PatchCorners Of(const FusedSizes& sizes, const Patch& patch,
                                                     uint32_t packed_corner) {
     const PackedCorner corner = PackedCorner::Unpack(packed_corner);
     const int top_left = patch.first_pixel + corner.h * sizes.in_w + corner.w;
-    return {(top_left + sizes.in_w + 1) << kCornerBits | corner.corners,
-            __all_sync(0xffffffffu, corner.corners == kAllCorners) != 0};
+    return {(top_left + sizes.in_w + 1) << kCornerBits | corner.corner_bits,
+            __all_sync(0xffffffffu, corner.corner_bits == kAllCorners) != 0};
   }
 };
 
@@ -93,7 +95,7 @@ struct PatchCornerLoader {
   __device__ PatchCornerLoader(const FusedSizes& sizes, const T* input)
       : distances(CornerDistances::Of<T>(sizes)),
         first(reinterpret_cast<const uint8_t*>(input) - distances.row - distances.pixel) {
-    // Else the compiler adds up each corner's address from the input's on.
+    // Keeps the compiler from adding up each corner's address from `input`.
     asm volatile("" : "+l"(first));
   }
 
@@ -125,16 +127,16 @@ __device__ __forceinline__ float SumOverLanes(float number) {
   return number;
 }
 
-// The products of a position's column gradients with the corners of its sample, summed over the
-// slice's channels.
+// The products of a position's part of the columns' gradient with the corners of its sample, summed
+// over the slice's channels.
 template <typename T>
 class CornerProducts {
  public:
   __device__ __forceinline__ void Add(const uint4& grads, const uint4 (&corners)[kCorners]) {
     if constexpr (sizeof(T) == 2) {
-      // By the tensor cores, for all positions of the warp with all corners. Rows and columns of
-      // one number are of the same lanes, so their channels match, in whatever order, and the
-      // diagonal is what is asked for.
+      // By the tensor cores, for all positions of the warp with all corners. The m's and n's of one
+      // number are of the same lanes, so their channels match, in whatever order. The diagonal is
+      // what is asked for.
 #pragma unroll
       for (int i = 0; i < 4; i += 2) {
         const uint32_t b[2] = {WordOf(grads, i), WordOf(grads, i + 1)};

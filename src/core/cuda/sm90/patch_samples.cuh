@@ -1,4 +1,4 @@
-// A patch's samples in shared memory, and the gradients that take their place. For .cu files only.
+// A patch's samples in shared memory, and the gradients that overwrite them. For .cu files only.
 
 #ifndef DEFORM_CONV_CORE_CUDA_SM90_PATCH_SAMPLES_CUH_
 #define DEFORM_CONV_CORE_CUDA_SM90_PATCH_SAMPLES_CUH_
@@ -26,20 +26,20 @@ template <typename T>
 __device__ void LocatePatch(const FusedSizes& sizes, const PatchGrid& grid,
                             const SampledTensors<T, float>& tensors, const Patch& patch,
                             PatchSample* samples) {
-  const int per_position = static_cast<int>(sizes.taps_of_position.value());
+  const int taps_of_position = static_cast<int>(sizes.by_taps_of_position.value());
   for (int i = threadIdx.x; i < kPatchPositions * sizes.taps; i += kThreadsPerBlock) {
-    const int p = static_cast<int>(sizes.taps_of_group.Divide(i));
+    const int p = static_cast<int>(sizes.by_taps.Divide(i));
     const Position position = patch.At(p);
     PatchSample sample = {};
     if (grid.Includes(sizes, position)) {
-      const Tap tap = Tap::Of(sizes, patch.tap_of_group + i - p * sizes.taps);
-      const int64_t index = sizes.OrdinalOf(position) * per_position + tap.g_tap;
+      const Tap tap = Tap::Of(sizes, patch.first_g_tap + i - p * sizes.taps);
+      const int64_t index = sizes.IndexOf(position) * taps_of_position + tap.g_tap;
       const Offset offset = LoadOffset(tensors, index);
       const auto located = LocateSample<float, int32_t>(
           position.y * sizes.stride_h + tap.h_base, position.x * sizes.stride_w + tap.w_base,
           offset.dy, offset.dx, sizes.in_h, sizes.in_w);
       sample = {located.h_fraction, located.w_fraction, LoadMask(tensors, index),
-                PackedCorner::Pack(located.h_low, located.w_low, located.corners)};
+                PackedCorner::Pack(located.h_low, located.w_low, located.corner_bits)};
     }
     samples[i] = sample;
   }
@@ -68,7 +68,7 @@ __device__ __forceinline__ float WeightOfCorner(const PatchSample& sample, int c
   return weight;
 }
 
-// The gradients of a sample, to be written in its place. `products` are those of the columns'
+// The gradients of a sample, to be written over it. `products` are those of the columns'
 // gradient with each corner.
 __device__ __forceinline__ PatchSample GradientsOf(const PatchSample& sample,
                                                    const float (&products)[kCorners]) {
@@ -87,18 +87,18 @@ __device__ __forceinline__ PatchSample GradientsOf(const PatchSample& sample,
   return gradients;
 }
 
-// Stores the gradients that stand in place of the samples; adds them where other slices of the
-// deformable group add too.
+// Stores the gradients that have overwritten the samples. With `add`, adds them: other slices of
+// the deformable group do so too.
 __device__ inline void StoreGradients(const FusedSizes& sizes, const PatchGrid& grid,
                                       const Patch& patch, const PatchSample* samples, bool add,
                                       const SampledGradients<float>& gradients) {
-  const int per_position = static_cast<int>(sizes.taps_of_position.value());
+  const int taps_of_position = static_cast<int>(sizes.by_taps_of_position.value());
   for (int i = threadIdx.x; i < kPatchPositions * sizes.taps; i += kThreadsPerBlock) {
-    const int p = static_cast<int>(sizes.taps_of_group.Divide(i));
+    const int p = static_cast<int>(sizes.by_taps.Divide(i));
     const Position position = patch.At(p);
     if (!grid.Includes(sizes, position)) continue;
     const int64_t index =
-        sizes.OrdinalOf(position) * per_position + patch.tap_of_group + (i - p * sizes.taps);
+        sizes.IndexOf(position) * taps_of_position + patch.first_g_tap + (i - p * sizes.taps);
     const PatchSample sample = samples[i];
     if (gradients.offset != nullptr) {
       float2* to = reinterpret_cast<float2*>(gradients.offset) + index;

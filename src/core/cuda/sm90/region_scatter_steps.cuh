@@ -31,15 +31,15 @@ template <typename T, int kChannels>
 __device__ __forceinline__ T* FirstColumn(const FusedSizes& sizes, const PatchGrid& grid,
                                           const Patch& patch, int p, bool valid, T* columns) {
   if (valid) {
-    columns += (sizes.OrdinalOf(patch.At(p)) - grid.begin) * (sizes.taps * sizes.in_channels) +
-               (patch.channel - patch.filters_row) * sizes.taps + patch.filters_row +
+    columns += (sizes.IndexOf(patch.At(p)) - grid.begin) * (sizes.taps * sizes.in_channels) +
+               (patch.channel - patch.channel_in_group) * sizes.taps + patch.channel_in_group +
                PatchLane<T, kChannels>::First() * kVec16Size<T>;
   }
   return columns;
 }
 
-// Begins to copy the lane's vec16s of the columns' gradient `ahead` of tap `tap` to a stage, if
-// there is such a tap. `column` is tap's.
+// Begins to copy the lane's part of the columns' gradient of tap `tap + ahead` to a stage, if there
+// is such a tap. `column` is that of `tap`.
 template <typename Layout, typename Mine, typename T>
 __device__ __forceinline__ void CopyGradColumns(const FusedSizes& sizes, const T* column,
                                                 bool valid, int tap, int ahead, uint32_t stage) {
@@ -66,13 +66,20 @@ struct StagesOfTaps {
   }
 };
 
-// Zeroes the scatter matrices, and locates the patch's samples.
-template <typename Layout, typename T>
+// Begins to copy the columns' gradient of the first taps, zeroes the scatter matrices, and locates
+// the patch's samples.
+template <typename Layout, typename Mine, typename T>
 __device__ __forceinline__ void BeginPatch(const FusedSizes& sizes, const PatchGrid& grid,
                                            const SampledTensors<T, float>& tensors,
-                                           const Patch& patch, uint32_t shared,
+                                           const Patch& patch, const T* column, bool valid,
+                                           uint32_t shared, uint32_t first_stage,
                                            PatchSample* samples) {
-  for (int i = threadIdx.x * kVec16Bytes; i < Layout::kTransposed;
+#pragma unroll
+  for (int tap = 0; tap < Layout::kAhead; ++tap) {
+    CopyGradColumns<Layout, Mine>(sizes, column, valid, 0, tap,
+                                  first_stage + tap * Layout::kStageBytes);
+  }
+  for (int i = threadIdx.x * kVec16Bytes; i < Layout::kTransposedOffset;
        i += kThreadsPerBlock * kVec16Bytes) {
     StoreVec16(shared + i, make_uint4(0, 0, 0, 0));
   }
@@ -80,14 +87,14 @@ __device__ __forceinline__ void BeginPatch(const FusedSizes& sizes, const PatchG
   __syncthreads();
 }
 
-// TF32: takes the columns' gradient out of its stage and, with kInput, transposes it into operand
-// B.
-template <typename Layout, int kChannels, bool kInput, int kCount>
+// TF32: takes the columns' gradient out of its stage and, with kWantInput, transposes it into
+// operand B.
+template <typename Layout, int kChannels, bool kWantInput, int kCount>
 __device__ __forceinline__ void TakeGradColumns(uint32_t stage, uint32_t first_transposed,
                                                 uint8_t* memory, uint4 (&grads)[kCount]) {
 #pragma unroll
   for (int j = 0; j < kCount; ++j) grads[j] = LoadVec16(Layout::Vec16At(stage, j));
-  if constexpr (kInput) {
+  if constexpr (kWantInput) {
     // Both operands have been multiplied.
     WarpgroupWait<0>();
     __syncthreads();
@@ -95,7 +102,7 @@ __device__ __forceinline__ void TakeGradColumns(uint32_t stage, uint32_t first_t
     for (int j = 0; j < kCount; ++j) {
 #pragma unroll
       for (int i = 0; i < kVec16Size<float>; ++i) {
-        *reinterpret_cast<float*>(memory + Layout::kTransposed +
+        *reinterpret_cast<float*>(memory + Layout::kTransposedOffset +
                                   TransposedAt<kChannels>(first_transposed, j, i)) =
             RoundToTf32(__uint_as_float(WordOf(grads[j], i)));
       }
@@ -103,19 +110,19 @@ __device__ __forceinline__ void TakeGradColumns(uint32_t stage, uint32_t first_t
   }
 }
 
-// The lane's vec16 j of the columns' gradient: from the stage in 16 bits, as it was rounded where
-// TF32 was transposed, else from what TakeGradColumns() took.
-template <typename T, int kChannels, bool kInput, int kCount>
+// The lane's vec16 j of the columns' gradient. In 16 bits it is in the stage. In TF32 with operand
+// B it is there, rounded. Otherwise TakeGradColumns() has left it in `taken`.
+template <typename T, int kChannels, bool kWantInput, int kCount>
 __device__ __forceinline__ uint4 GradColumn(int j, uint32_t stage, uint32_t first_transposed,
                                             const uint8_t* memory, const uint4 (&taken)[kCount]) {
-  using Layout = RegionLayout<T, kChannels, kInput>;
+  using Layout = RegionLayout<T, kChannels, kWantInput>;
   if constexpr (Layout::k16Bits) {
     return LoadVec16(Layout::Vec16At(stage, j));
-  } else if constexpr (kInput) {
+  } else if constexpr (kWantInput) {
     float numbers[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      numbers[i] = *reinterpret_cast<const float*>(memory + Layout::kTransposed +
+      numbers[i] = *reinterpret_cast<const float*>(memory + Layout::kTransposedOffset +
                                                    TransposedAt<kChannels>(first_transposed, j, i));
     }
     return reinterpret_cast<const uint4&>(numbers);
@@ -124,9 +131,9 @@ __device__ __forceinline__ uint4 GradColumn(int j, uint32_t stage, uint32_t firs
   }
 }
 
-// Makes operand A, the tap's scatter matrix, at `matrix`. `written` tells where this thread has
-// written elements; in 16 bits, those of the last tap in its lower half, before those of the tap
-// before.
+// Writes operand A, the tap's scatter matrix, to `matrix`. `written` holds the offsets of this
+// thread's elements: in 16 bits, those of the previous tap in its lower half and those of the tap
+// before in its upper half.
 template <typename T>
 __device__ __forceinline__ void WriteOperandA(const FusedSizes& sizes, const Patch& patch,
                                               const PatchSample* samples, int tap, uint8_t* matrix,
@@ -178,15 +185,15 @@ __device__ __forceinline__ void MultiplyCorners(const PatchSample& sample, const
   sums.Sum(products);
 }
 
-// Adds what corners outside of the region get, and puts the sample's gradients in its place,
-// `slot`.
-template <typename T, int kChannels, bool kInput, typename Grads>
+// Adds what corners outside of the region get, and overwrites the sample in `slot` with its
+// gradients.
+template <typename T, int kChannels, bool kWantInput, typename Grads>
 __device__ __forceinline__ void FinishTap(const FusedSizes& sizes, const Patch& patch,
                                           const Grads& grads, bool want_products,
                                           const float (&products)[kCorners], PatchSample* slot,
                                           float* grad_input) {
   using Mine = PatchLane<T, kChannels>;
-  if constexpr (kInput) AddOutside<T, kChannels>(sizes, patch, slot, grads, grad_input);
+  if constexpr (kWantInput) AddOutside<T, kChannels>(sizes, patch, slot, grads, grad_input);
   __syncwarp();  // all lanes of the position have read the sample
   if (want_products && CornerProducts<T>::IsHere(Mine::PositionInWarp(), Mine::Lane())) {
     *slot = GradientsOf(*slot, products);
@@ -195,13 +202,13 @@ __device__ __forceinline__ void FinishTap(const FusedSizes& sizes, const Patch& 
 }
 
 // Adds the region to the input's gradient, and stores those of offset and mask.
-template <typename T, int kChannels, bool kInput>
+template <typename T, int kChannels, bool kWantInput>
 __device__ __forceinline__ void FinishPatch(const FusedSizes& sizes, const PatchGrid& grid,
                                             const Patch& patch, int warpgroup,
                                             const PatchSample* samples, bool want_products,
                                             bool add, const SampledGradients<float>& gradients,
                                             float (&region)[kRegionParts][kChannels / 2]) {
-  if constexpr (kInput) {
+  if constexpr (kWantInput) {
     WarpgroupWait<0>();
 #pragma unroll
     for (int part = 0; part < kRegionParts; ++part) ReadAfterWait(region[part]);

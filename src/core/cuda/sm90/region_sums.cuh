@@ -11,17 +11,11 @@
 #include "core/cuda/sm90/patch_lane.cuh"
 #include "core/cuda/sm90/patch_samples.cuh"
 #include "core/cuda/sm90/scatter_matrix.cuh"
+#include "core/cuda/sm90/wgmma.cuh"
 #include "core/cuda/types.cuh"
 
 namespace deform_conv {
 namespace cuda {
-
-// In TF32 the rows of the columns' gradient are channels in this order: lanes that hold
-// neighbouring vec16s read rows beside each other, which the swizzle keeps in different banks.
-template <int kChannels>
-__device__ constexpr int RowOfChannel(int channel) {
-  return channel % kVec16Size<float> * (kChannels / kVec16Size<float>)+channel / kVec16Size<float>;
-}
 
 __device__ __forceinline__ void AddVector(float* to, const float (&values)[4]) {
   atomicAdd(reinterpret_cast<float4*>(to), make_float4(values[0], values[1], values[2], values[3]));
@@ -52,7 +46,7 @@ __device__ void AddRegion(const FusedSizes& sizes, const Patch& patch, int warpg
                   patch.channel;
       const auto& sums = region[part];
       if constexpr (sizeof(T) == 2) {
-        // Lanes with even and odd q exchange halves of two vectors of 8 channels, so that either
+        // Lanes with even and odd q exchange halves of two vectors of 8 channels, so that each
         // has 4 channels side by side.
 #pragma unroll
         for (int i = 0; i < kChannels / 8; i += 2) {
@@ -69,7 +63,7 @@ __device__ void AddRegion(const FusedSizes& sizes, const Patch& patch, int warpg
           AddUnlessZero(to + 8 * (i + q % 2) + q / 2 * 4, valid, values);
         }
       } else {
-        // By RowOfChannel(), a thread has 4 channels side by side.
+        // By the order of rows in operand B, a thread has 4 channels side by side.
         constexpr int kStride = kChannels / kVec16Size<float> / 8;
 #pragma unroll
         for (int i = 0; i < kStride; ++i) {
@@ -98,9 +92,9 @@ __device__ __forceinline__ void AddOutside(const FusedSizes& sizes, const Patch&
   const int top_left_pixel = patch.first_pixel + top_left.h * sizes.in_w + top_left.w;
   // Rare, so registers count more than instructions.
 #pragma unroll 1
-  for (int corners = top_left.corners & ~patch.CornersInRegion(top_left); corners != 0;
-       corners &= corners - 1) {
-    const int corner = __ffs(corners) - 1;
+  for (int corner_bits = top_left.corner_bits & ~patch.CornersInRegion(top_left); corner_bits != 0;
+       corner_bits &= corner_bits - 1) {
+    const int corner = __ffs(corner_bits) - 1;
     const float weight = WeightOfCorner(*sample, corner) * sample->mask;
     const int64_t pixel = top_left_pixel + (corner >= kBottomLeft ? sizes.in_w : 0) + (corner & 1);
     float* first =

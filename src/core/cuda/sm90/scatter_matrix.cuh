@@ -28,8 +28,8 @@ constexpr int kRegionParts = kRegionPixels / kWgmmaM / (kThreadsPerBlock / kWarp
 // Where the element of `pixel` and position p is, in bytes.
 template <typename T>
 __device__ __forceinline__ uint32_t ScatterOffset(int pixel, int p) {
-  const int slab = p / kRowSize<T>, vec16 = p % kRowSize<T> / kVec16Size<T>;
-  return slab * (kRegionPixels * kRowBytes) + SwizzledOffset(pixel, vec16) +
+  const int slab = p / kSlabRowSize<T>, vec16 = p % kSlabRowSize<T> / kVec16Size<T>;
+  return slab * (kRegionPixels * kSlabRowBytes) + SwizzledOffset(pixel, vec16) +
          p % kVec16Size<T> * sizeof(T);
 }
 
@@ -42,10 +42,12 @@ __device__ __forceinline__ T RoundWeight(float weight) {
   }
 }
 
-// Writes a tap's elements over those that this thread wrote last to the same buffer, at `old`;
-// returns where they are: offsets in the buffer, kNoElement if there is none. Each thread does a
-// corner of a position; those of one position are in one warp.
+// In place of an offset where a thread has written no element.
 constexpr uint32_t kNoElement = 0xffff;
+
+// Writes this thread's element of a tap's matrix, and zero over the one that it wrote last to the
+// same buffer, at offset `old`. Returns the element's offset in the buffer. Each thread does a
+// corner of a position; those of one position are in one warp.
 template <typename T>
 __device__ __forceinline__ uint32_t UpdateScatterMatrix(const Patch& patch,
                                                         const PatchSample* samples, int taps,
@@ -70,21 +72,21 @@ template <typename T, int kChannels>
 __device__ __forceinline__ void MultiplyScatterMatrix(
     int warpgroup, uint32_t matrix, uint32_t grad_columns, bool add,
     float (&region)[kRegionParts][kChannels / 2]) {
-  constexpr int kSteps = kRowSize<T> / kWgmmaK<T>;
-  constexpr uint32_t kPartBytes = kWgmmaM * kRowBytes;
+  constexpr int kSteps = kSlabRowSize<T> / kWgmmaK<T>;
+  constexpr uint32_t kPartBytes = kWgmmaM * kSlabRowBytes;
   const uint64_t a = MatrixDescriptor(matrix + warpgroup * kRegionParts * kPartBytes, 0);
   const uint64_t b = MatrixDescriptor(grad_columns, 0);
   WarpgroupArrive();
 #pragma unroll
   for (int part = 0; part < kRegionParts; ++part) {
 #pragma unroll
-    for (int slab = 0; slab < kPatchPositions / kRowSize<T>; ++slab) {
+    for (int slab = 0; slab < kPatchPositions / kSlabRowSize<T>; ++slab) {
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
-        const uint32_t a_bytes = part * kPartBytes + slab * (kRegionPixels * kRowBytes) +
+        const uint32_t a_bytes = part * kPartBytes + slab * (kRegionPixels * kSlabRowBytes) +
                                  step * WgmmaKBytes<T, Major::kK>();
         const uint32_t b_bytes =
-            slab * (kChannels * kRowBytes) + step * WgmmaKBytes<T, kMajorOfB<T>>();
+            slab * (kChannels * kSlabRowBytes) + step * WgmmaKBytes<T, kMajorOfB<T>>();
         WgmmaSS<T, kChannels, Major::kK, kMajorOfB<T>>::Run(
             region[part], AdvanceDescriptor(a, a_bytes), AdvanceDescriptor(b, b_bytes),
             add || slab > 0 || step > 0);

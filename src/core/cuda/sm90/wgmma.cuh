@@ -13,7 +13,6 @@
 
 #include <cstdint>
 
-#include "core/cuda/launch.cuh"
 #include "core/cuda/sm80/swizzle.cuh"
 
 namespace deform_conv {
@@ -48,18 +47,17 @@ constexpr int kWgmmaK = 32 / sizeof(T);
 
 // Which dimension of an operand lies along the rows of its slabs.
 enum class Major {
-  kK,   // a row of a slab is a row of A or a column of B; any type
+  kK,   // a row of a slab is one m of A or one n of B; any type
   kMN,  // a row of a slab is one k; 16-bit types only
 };
 
-// How B lies whose rows are one k each where it comes from: as it is, or in TF32 transposed
-// beforehand.
+// The major dimension of a B that is [K, N] in memory. 16-bit types are used as they lie. TF32 must
+// be K-major, so it is transposed beforehand.
 template <typename T>
 constexpr Major kMajorOfB = sizeof(T) == 2 ? Major::kMN : Major::kK;
 
-// Describes an operand: `address` is where the first vec16 of its first row lies. Where the operand
-// is kMN and wider than a slab, `next_slab` is the distance in bytes of the slab beside it; it is
-// not used otherwise.
+// Describes an operand that begins at `address`. `next_slab` is the distance of the slab beside it,
+// in bytes; only an MN-major operand wider than a slab uses it.
 __device__ __forceinline__ uint64_t MatrixDescriptor(uint32_t address, uint32_t next_slab) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
   const uint64_t leading = (next_slab >> 4) & 0x3fff;
@@ -77,7 +75,7 @@ __device__ __forceinline__ uint64_t AdvanceDescriptor(uint64_t descriptor, uint3
 // Distance of the next instruction's part of an operand, in bytes.
 template <typename T, Major kMajor>
 __device__ constexpr uint32_t WgmmaKBytes() {
-  return kMajor == Major::kK ? kWgmmaK<T> * sizeof(T) : kWgmmaK<T> * kRowBytes;
+  return kMajor == Major::kK ? kWgmmaK<T> * sizeof(T) : kWgmmaK<T> * kSlabRowBytes;
 }
 
 // --- Ordering ---
@@ -86,11 +84,11 @@ __device__ constexpr uint32_t WgmmaKBytes() {
 __device__ __forceinline__ void WarpgroupArrive() {
   asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory");
 }
-// Closes the group of wgmmas begun since the last one.
+// Closes the commit group of the wgmmas begun since the last one.
 __device__ __forceinline__ void WarpgroupCommit() {
   asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory");
 }
-// Waits until at most `kPending` groups are unfinished.
+// Waits until at most `kPending` commit groups are unfinished.
 template <int kPending>
 __device__ __forceinline__ void WarpgroupWait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kPending) : "memory");
@@ -100,7 +98,7 @@ __device__ __forceinline__ void WarpgroupWait() {
 __device__ __forceinline__ void FenceProxyAsync() {
   asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
 }
-// Keeps the compiler from moving what reads the accumulators to before the wait for them.
+// Keeps the compiler from moving reads of the accumulators before the wait.
 template <int kCount>
 __device__ __forceinline__ void ReadAfterWait(float (&accumulators)[kCount]) {
 #pragma unroll
@@ -112,8 +110,8 @@ __device__ __forceinline__ void ReadAfterWait(float (&accumulators)[kCount]) {
 // accumulators [64, kN] += a [64, k] * b [k, kN], with k = kWgmmaK; or = with `add` false. All of a
 // warpgroup calls it. Of a thread of it, with warp = thread / 32 % 4, lane = thread % 32:
 //
-//   accumulators[4 * i + 2 * j + e] is row 16 * warp + lane / 4 + 8 * j, column 8 * i +
-//   2 * (lane % 4) + e
+//   accumulators[4 * i + 2 * j + e] is m = 16 * warp + lane / 4 + 8 * j,
+//                                      n = 8 * i + 2 * (lane % 4) + e
 template <typename T, int kN, Major kMajorA, Major kMajorB>
 struct WgmmaSS;
 
@@ -124,7 +122,7 @@ struct WgmmaSS;
 template <typename T, int kN, Major kMajorB>
 struct WgmmaRS;
 
-// The operands of one instruction.
+// The assembler arguments of one instruction.
 #define DEFORM_CONV_ACCUMULATORS_8(accumulators, i)                                    \
   "+f"(accumulators[i]), "+f"(accumulators[i + 1]), "+f"(accumulators[i + 2]),         \
       "+f"(accumulators[i + 3]), "+f"(accumulators[i + 4]), "+f"(accumulators[i + 5]), \
@@ -137,7 +135,6 @@ struct WgmmaRS;
   DEFORM_CONV_ACCUMULATORS_32(accumulators, i), DEFORM_CONV_ACCUMULATORS_32(accumulators, i + 32)
 
 #define DEFORM_CONV_NAMES_8 "%0, %1, %2, %3, %4, %5, %6, %7"
-
 #define DEFORM_CONV_NAMES_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define DEFORM_CONV_NAMES_32 \
   DEFORM_CONV_NAMES_16       \
@@ -147,7 +144,7 @@ struct WgmmaRS;
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
   ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
-// `a`, `b` and `add` are the operands that follow the accumulators.
+// `a`, `b` and `add` are the assembler arguments that follow the accumulators.
 #define DEFORM_CONV_WGMMA_SS_16_BIT(T, name, n, count, a_name, b_name, add_name, ta_name, tb_name) \
   template <Major kMajorA, Major kMajorB>                                                          \
   struct WgmmaSS<T, n, kMajorA, kMajorB> {                                                         \
@@ -177,7 +174,7 @@ struct WgmmaRS;
                    : "l"(a), "l"(b), "r"(static_cast<int>(add)));                          \
     }                                                                                      \
   };
-// Of `a` in registers: its operands, and those that follow.
+// A in registers: its four names come before those of B and `add`.
 #define DEFORM_CONV_WGMMA_RS_16_BIT(T, name, n, count, a_names, b_name, add_name, tb_name)     \
   template <Major kMajorB>                                                                     \
   struct WgmmaRS<T, n, kMajorB> {                                                              \
