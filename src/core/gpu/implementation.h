@@ -38,14 +38,14 @@ std::string Choose(const List& list, const char* what, const Call& call,
   int lowest = 0;
   for (const auto& each : list) {
     if (path != KernelPath::kAny && each.path != path) continue;
+    const int cost = each.cost(call);
+    if (*chosen != nullptr && lowest <= cost) continue;
     const std::string misfit = each.misfit(call);
     if (!misfit.empty()) {
       misfits +=
-          std::string(misfits.empty() ? ": " : "; ") + each.name + " cannot, since " + misfit;
+          (misfits.empty() ? ": " : "; ") + std::string(each.name) + " cannot, since " + misfit;
       continue;
     }
-    const int cost = each.cost(call);
-    if (*chosen != nullptr && lowest <= cost) continue;
     *chosen = &each;
     lowest = cost;
   }
