@@ -40,8 +40,7 @@ Call = Callable[[], None]
 
 def build() -> ctypes.CDLL:
     """Compiles what has changed, links and loads the library."""
-    capability = torch.cuda.get_device_capability()
-    sources, flags = _sources(capability), _flags(capability)
+    sources, flags = _sources_and_flags(torch.cuda.get_device_capability())
     OBJECTS.mkdir(parents=True, exist_ok=True)
     objects = [_object_of(source, flags) for source in sources]
     stale = [pair for pair in zip(sources, objects, strict=True) if not pair[1].exists()]
@@ -62,27 +61,26 @@ def load() -> ctypes.CDLL:
     return library
 
 
-def _sources(capability: tuple[int, int]) -> list[str]:
-    """The core's sources but for the CPU's, from the lists that CMake reads too."""
-    lists = ["CORE", "CORE_GPU", "CORE_CUDA", "CORE_C_API"]
-    if capability == (9, 0):
-        lists.append("CORE_CUDA_SM90")
+def _sources_of_cmake() -> dict[str, list[str]]:
+    """The lists of src/core/sources.cmake, which CMake reads too, by name."""
     text = (CORE / "sources.cmake").read_text()
-    return [
-        source
-        for name in lists
-        for source in re.search(rf"^set\({name}_SOURCES\n(.*?)^\)", text, re.M | re.S)[1].split()
-    ]
+    lists = re.findall(r"^set\((\w+)_SOURCES\n(.*?)^\)", text, re.M | re.S)
+    return {name: sources.split() for name, sources in lists}
 
 
-def _flags(capability: tuple[int, int]) -> list[str]:
-    architecture = "{}{}".format(*capability)
+def _sources_and_flags(capability: tuple[int, int]) -> tuple[list[str], list[str]]:
+    """All of the core but the CPU's half."""
+    lists = _sources_of_cmake()
+    names = ["CORE", "CORE_GPU", "CORE_CUDA", "CORE_C_API"]
     flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-Wall,-Wextra", "-lineinfo"]
     flags += ["--expt-relaxed-constexpr", f"-I{PROJECT / 'src'}"]
-    if capability == (9, 0):
-        architecture += "a"  # with the instructions that 9.0 alone has
-        flags.append("-DDEFORM_CONV_SM90")
-    return [*flags, f"-gencode=arch=compute_{architecture},code=sm_{architecture}"]
+    architecture = "{}{}".format(*capability)
+    if f"CORE_CUDA_SM{architecture}" in lists:
+        names.append(f"CORE_CUDA_SM{architecture}")
+        flags.append(f"-DDEFORM_CONV_SM{architecture}")
+        architecture += "a"  # with the instructions that this one alone has
+    flags.append(f"-gencode=arch=compute_{architecture},code=sm_{architecture}")
+    return [source for name in names for source in lists[name]], flags
 
 
 def _object_of(source: str, flags: list[str]) -> Path:

@@ -105,8 +105,8 @@ class BackwardGpu {
       DeformConvParams params = params_;
       params.batch = std::min(plan_.images, params_.batch - image);
       const int64_t position = image * params.image_positions();
-      const int64_t input = image * params_.image_size(),
-                    offset = position * params.offset_channels();
+      const int64_t input = image * params.image_size();
+      const int64_t offset = position * params.offset_channels();
       const int64_t mask = position * params.mask_channels();
       const Tensors some_tensors = {Advance(tensors.input, input), Advance(tensors.offset, offset),
                                     Advance(tensors.mask, mask)};

@@ -207,6 +207,7 @@ __device__ __forceinline__ void ConsumeFilters(const FusedSizes& sizes, const Po
       // Operand A's registers are free again.
       WarpgroupWait<0>();
       if (before != 0) ArriveAsWarp(before);
+      // Interpolates into operand A: [vec16][row][word of the vec16].
       uint32_t words[kVec16sOfThread][kRowsOfThread][4];
       const bool second_first = SecondFirst();
 #pragma unroll
