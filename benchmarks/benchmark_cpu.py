@@ -72,7 +72,7 @@ def processor_name() -> str:
 
 
 def instruction_set() -> str:
-    """The one that the library chooses here; see src/core/cpu_kernels.cc."""
+    """The one that the library chooses here; see src/core/cpu/kernels.cc."""
     if asked := os.environ.get("DEFORM_CONV_CPU_ISA"):
         return f"{asked} at most"
     flags = set(Path("/proc/cpuinfo").read_text().split()) if Path("/proc/cpuinfo").exists() else ()

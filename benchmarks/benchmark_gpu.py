@@ -10,8 +10,8 @@ FILE.png.
 Needs nvcc, PyTorch and torchvision. Builds build/libdeform_conv_core_cuda.so from src/core and
 calls it through its C interface.
 
---check compares outputs and gradients with torchvision in float64 and with the golden cases: along
-the general path, the fused one where it exists, and the automatic choice between them.
+--check compares outputs and gradients with torchvision in float64 and with the golden cases: of the
+general implementations, the fused ones where they fit, and those chosen by default.
 
 --time takes medians of event timings, with the L2 cache flushed before each; PyTorch's convolution
 is cuDNN's, channels-last. Backward is with respect to input, filters and offset. Then memory, small

@@ -69,7 +69,7 @@ def _sources_of_cmake() -> dict[str, list[str]]:
 
 
 def _sources_and_flags(capability: tuple[int, int]) -> tuple[list[str], list[str]]:
-    """All of the core but the CPU's half."""
+    """The sources of the core's GPU half, and nvcc's flags for a GPU of this compute capability."""
     lists = _sources_of_cmake()
     names = ["CORE", "CORE_GPU", "CORE_CUDA", "CORE_C_API"]
     flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-Wall,-Wextra", "-lineinfo"]
@@ -136,7 +136,7 @@ class Problem(ctypes.Structure):
 
 
 class NoFusedKernelError(RuntimeError):
-    """The fused path was asked for, and cannot do it."""
+    """Fused kernels were asked for, and none fits the call."""
 
 
 class Core:
@@ -198,7 +198,7 @@ class Core:
 
 
 class Variant(NamedTuple):
-    """A way through the core."""
+    """Which implementations may be chosen, and how."""
 
     path: str
     columns_bytes: int = 0

@@ -2,26 +2,34 @@
 
 from deform_conv import deform_conv2d, deformable
 from deform_conv.layers import DeformableConv2D
+
+`deformable` and `layers` need Keras, and import it when they are first asked for.
 """
 
-import importlib
+import importlib as _importlib
+import typing as _typing
 
-__version__ = "0.1.0"  # first: the loader of the library reads it
+__version__ = "0.1.0"  # before the imports: the loader of the library reads it
 
 from ._library import xla_kernels_loaded
 from .ops import deform_conv2d
 
-__all__ = ["__version__", "deform_conv2d", "deformable", "layers", "xla_kernels_loaded"]
+if _typing.TYPE_CHECKING:
+    from . import layers as layers
+    from .convert import deformable as deformable
+
+# Without the names that need Keras: a star import would need it too.
+__all__ = ["__version__", "deform_conv2d", "xla_kernels_loaded"]
 
 
 def __getattr__(name: str):
-    # Both need Keras, which the op does without.
+    """Imports what needs Keras when it is first asked for."""
     if name == "layers":
-        return importlib.import_module(".layers", __name__)
+        return _importlib.import_module(".layers", __name__)
     if name == "deformable":
-        return importlib.import_module(".convert", __name__).deformable
+        return _importlib.import_module(".convert", __name__).deformable
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), "deformable", "layers"})

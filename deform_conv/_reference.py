@@ -18,7 +18,7 @@ def deform_conv2d_reference(
     deform_groups=1,
     data_format="NHWC",
 ):
-    """Computes what `deform_conv2d` computes, and takes what it takes.
+    """Computes what `deform_conv2d` computes, from the same arguments but `name`.
 
     16-bit inputs are computed in float32 and the output is rounded back.
     """

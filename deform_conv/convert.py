@@ -8,6 +8,8 @@ import keras
 
 from .layers import DeformableConv2D
 
+__all__ = ["deformable"]
+
 _OPTIONS = (
     "deform_groups",
     "modulated",

@@ -17,6 +17,8 @@ if keras.backend.backend() != "tensorflow":
         "Set KERAS_BACKEND=tensorflow before Keras is imported"
     )
 
+__all__ = ["DeformableConv2D"]
+
 _DATA_FORMATS = {"channels_last": "NHWC", "channels_first": "NCHW"}
 
 
@@ -56,12 +58,12 @@ class DeformableConv2D(keras.layers.Conv2D):
       deform_groups: number of groups of consecutive input channels with offsets and masks of their
         own; divides the number of input channels.
       modulated: whether a mask scales the samples (version 2).
-      mask_scale: what masks are below, a number above 0. They start at half of it: at 1 by
+      mask_scale: upper bound of the masks, a number above 0. Masks start at half of it: at 1 by
         default; with `mask_scale=1` at 0.5, as in Zhu et al.
       offset_kernel_initializer: initializer of the kernel of `offset_conv`. Its bias, and all of
         `mask_conv`, start at zero.
       offset_trainable: whether `offset_conv` and `mask_conv` are trained; None for the value of
-        `trainable`.
+        `trainable`, or False without offsets of its own.
       own_offsets: whether the layer computes its offsets and masks itself.
       **kwargs: what every layer takes: `name`, `dtype`, `trainable`.
 
@@ -230,11 +232,33 @@ class DeformableConv2D(keras.layers.Conv2D):
             convolution.build((None, None, None, channels))
 
     def offset(self, inputs):
-        """The offsets that the layer computes from `inputs`, as `deform_conv2d` takes them."""
+        """The offsets that the layer computes from images, as `deform_conv2d` takes them.
+
+        Args:
+          inputs: the layer's images, `[N, H, W, C]` or `[N, C, H, W]`.
+
+        Returns:
+          `[N, OH, OW, 2 * deform_groups * KH * KW]`, or with the channels second; float32, or
+          float64 in a float64 layer.
+
+        Raises:
+          ValueError: `own_offsets` is False.
+        """
         return self._predict(self.offset_conv, inputs)
 
     def mask(self, inputs):
-        """The mask, from 0 to `mask_scale`, or None where the layer is not modulated."""
+        """The mask, from 0 to `mask_scale`, that the layer computes from images.
+
+        Args:
+          inputs: the layer's images, `[N, H, W, C]` or `[N, C, H, W]`.
+
+        Returns:
+          `[N, OH, OW, deform_groups * KH * KW]`, or with the channels second, in the dtype of the
+          offsets; None where the layer is not modulated.
+
+        Raises:
+          ValueError: the layer is modulated and `own_offsets` is False.
+        """
         if not self.modulated:
             return None
         return self._scaled(self._predict(self.mask_conv, inputs))
@@ -264,6 +288,8 @@ class DeformableConv2D(keras.layers.Conv2D):
                 f"own_offsets must be True for {self.name} to compute offsets and masks. "
                 f"Received: {self.own_offsets}"
             )
+        if not self.built:
+            self.build(tuple(inputs.shape))
         inputs = keras.ops.cast(inputs, self._offset_dtype)
         if self.data_format == "channels_last":
             return convolution(inputs)

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
-from ._library import check_xla, process
+from ._library import check_xla, record
 from ._reference import deform_conv2d_reference
 
-_ops = process.ops
+__all__ = ["deform_conv2d"]
+
+_ops = record.ops
 
 # Positions and sums are in float32 for 16-bit types, so these may have float32 offsets and masks.
 _OFFSET_DTYPES = {
@@ -134,8 +136,15 @@ def _integer(value, argument: str) -> int:
 
 def _per_dimension(value, argument: str, data_format: str) -> list[int]:
     """One number, (h, w) or four numbers, as four in the order of `data_format`."""
-    if isinstance(value, np.ndarray | tf.Tensor):
-        value = value.tolist() if isinstance(value, np.ndarray) else value.numpy().tolist()
+    if isinstance(value, tf.Tensor):
+        static = tf.get_static_value(value)
+        if static is None:
+            raise ValueError(
+                f"{argument} must be known while the graph is made; received {value!r}"
+            )
+        value = static
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
     values = list(value) if isinstance(value, Sequence) else [value]
     numbers = [_integer(number, argument) for number in values]
     if len(numbers) == 4:
@@ -194,14 +203,15 @@ def _gradient_of(op_type: str):
     """
 
     def register(function):
-        gradients = process.gradients
-        if op_type not in gradients:
+        gradients = record.gradients
+        with record.lock:
+            if op_type not in gradients:
 
-            @tf.RegisterGradient(op_type)
-            def newest(op, *grad_outputs):
-                return gradients[op_type](op, *grad_outputs)
+                @tf.RegisterGradient(op_type)
+                def newest(op, *grad_outputs):
+                    return gradients[op_type](op, *grad_outputs)
 
-        gradients[op_type] = function
+            gradients[op_type] = function
         return function
 
     return register
@@ -242,8 +252,8 @@ def _deform_conv2d_grad(op, grad_output):
 @_gradient_of("DeformConv2DGrad")
 def _deform_conv2d_grad_grad(op, *grad_gradients):
     """Second order: differentiates the gradients of the pure TensorFlow reference."""
-    # Shapes whose rank is known, and tensors that are watched under the same name as they are used
-    # (in a tf.compat.v1 loop, op.inputs is another one each time it is read).
+    # Tensors of a known rank, each read once: in a tf.compat.v1 loop, every read of op.inputs gives
+    # another one.
     *arguments, grad_output = [tf.ensure_shape(tensor, [None] * 4) for tensor in op.inputs]
     attributes = _attributes(op)
     explicit = attributes.pop("explicit_paddings")

@@ -6,10 +6,11 @@
 BEFORE and AFTER are build folders that compile.sh filled. Names, files and the order of functions
 may differ between them. For each GPU architecture and each CPU instruction set, the script looks
 for every function's twin in the other build: the same instructions, encodings, registers, stack and
-shared memory. It lists the functions that have none, and then exits with status 1.
+shared memory. It lists the functions that have no twin, and exits with status 1 if there are any.
 
 Reads the objects of all .cu files with cuobjdump (of the CUDA toolkit, or nvidia-cuda-cuobjdump and
-nvidia-cuda-nvdisasm from PyPI) and those of cpu_kernels_* with objdump.
+nvidia-cuda-nvdisasm from PyPI) and those of cpu_kernels_* with objdump. c++filt makes names
+readable.
 """
 
 import argparse
@@ -103,7 +104,8 @@ def cpu_functions(object_file: Path) -> list[Function]:
             close()
             name = found[1]
         elif found := re.match(r"\s+[0-9a-f]+: (R_\S+)\s+(\S+)", line):
-            # Of a constant or table the section is kept; constants() compares what is in them.
+            # The section of a constant or table is kept. constants() compares the constants; what
+            # is in tables is not compared.
             section = re.match(r"\.(rodata|data)(\.rel\.ro|\.cst\d+)?", found[2])
             code.append(f"{found[1]} {section[0] if section else '<name>'}")
         elif found := re.match(r"\s+[0-9a-f]+:\t(.*)", line):
@@ -160,6 +162,8 @@ def main() -> None:
         side: collections.Counter((each.group, each.digest) for each in functions)
         for side, functions in builds.items()
     }
+    if not any(group.startswith("sm_") for group, _ in counts["before"] + counts["after"]):
+        print("no GPU code in either build")
     same = counts["before"] & counts["after"]
     alone = {}
     for side, functions in builds.items():

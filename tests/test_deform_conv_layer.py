@@ -191,6 +191,14 @@ def test_unmodulated_layer_has_no_mask(images):
     assert new_layer({}).mask(images) is None
 
 
+def test_offset_and_mask_may_be_asked_for_before_the_layer_is_called(images):
+    layer = DeformableConv2D(6, 3, modulated=True)
+    offset, mask = layer.offset(images), layer.mask(images)
+    outputs = layer(images)
+    assert offset.shape[:3] == mask.shape[:3] == outputs.shape[:3]
+    assert len(layer.weights) == 6
+
+
 def test_offset_kernel_initializer_is_for_the_kernel_of_offset_conv_alone(images):
     layer = DeformableConv2D(6, 3, modulated=True, offset_kernel_initializer="ones")
     layer(images)

@@ -111,7 +111,9 @@ def test_without_keras_the_op_works(tmp_path):
     # TensorFlow imports Keras where it can.
     program = """
 sys.modules["keras"] = None
+from deform_conv import *
 import deform_conv
+assert deform_conv2d is deform_conv.deform_conv2d
 check(deform_conv)
 assert "keras" in failed_import("deform_conv.layers")
 """
@@ -125,8 +127,6 @@ assert {"deformable", "layers"} <= set(dir(deform_conv))
 assert not {"deform_conv.convert", "deform_conv.layers"} & set(sys.modules)
 assert deform_conv.layers is sys.modules["deform_conv.layers"]
 assert deform_conv.deformable is sys.modules["deform_conv.convert"].deformable
-from deform_conv import *
-assert layers.DeformableConv2D
 """
     run_in(tmp_path, program, PYTHONPATH=PROJECT)
 
@@ -141,7 +141,7 @@ def test_version_is_that_of_the_citation():
     assert deform_conv.__version__ == version
 
 
-@pytest.mark.parametrize("file", sorted(PACKAGE.glob("*.py")), ids=lambda file: file.name)
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: file.name)
 def test_no_module_needs_the_packages_name_or_utils(file):
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -166,14 +166,19 @@ def test_layer_saved_under_its_former_module_loads():
 # --- Where it finds the library ---
 
 
-def test_renamed_copy_finds_the_build_beside_it(tmp_path):
-    copy_package(tmp_path / "renamed")
-    copy_build(tmp_path / "build")
-    program = """
-import renamed
-check(renamed)
-check_layer(renamed)
-assert renamed.xla_kernels_loaded()
+@pytest.mark.parametrize("name", ["renamed", "vendor.deform_conv"])
+def test_copy_finds_the_build_beside_it(name, tmp_path):
+    copy = tmp_path.joinpath(*name.split("."))
+    copy_package(copy)
+    copy_build(copy.parent / "build")
+    program = f"""
+import {name} as copy
+check(copy)
+layer = check_layer(copy)
+import keras
+model = copy.deformable(keras.Sequential([keras.Input((5, 6, 2)), keras.layers.Conv2D(3, 3)]))
+assert type(model.layers[-1]) is type(layer)
+assert copy.xla_kernels_loaded()
 assert "deform_conv" not in sys.modules
 """
     run_in(tmp_path, program, DEFORM_CONV_LIBRARY="")  # as good as none
@@ -184,7 +189,11 @@ def test_library_beside_the_package_wins_over_the_build(tmp_path):
     copy_build(tmp_path / "build")
     beside = tmp_path / "installed" / OPS_LIBRARY
     beside.write_bytes(b"not a library")
-    run_in(tmp_path, f"assert {str(beside)!r} in failed_import('installed')")
+    program = f"""
+message = failed_import("installed")
+assert message.startswith({str(beside)!r}) and "not found" not in message, message
+"""
+    run_in(tmp_path, program)
 
 
 def test_environment_variable_wins_over_both(tmp_path):
@@ -204,10 +213,12 @@ def test_every_module_can_be_reloaded(tmp_path):
     program = """
 import deform_conv
 from deform_conv import _library, _reference, convert, layers, ops
-before = check_layer(deform_conv)
+before, old = check_layer(deform_conv), deform_conv.deform_conv2d
 for module in (deform_conv, _library, _reference, ops, layers, convert, deform_conv):
     importlib.reload(module)
 check(deform_conv)
+import types
+check(types.SimpleNamespace(deform_conv2d=old, __name__="deform_conv"))  # held since before
 after = check_layer(deform_conv)
 assert type(before) is not type(after)
 import keras
@@ -259,6 +270,38 @@ with open("/proc/self/maps") as maps:
 assert loaded and not [path for path in loaded if "second" in path], loaded
 """
     run_in(tmp_path, program)
+
+
+def test_two_threads_may_import_two_copies_at_once(tmp_path):
+    for name in ("first", "second"):
+        copy_package(tmp_path / name)
+    copy_build(tmp_path / "build")
+    program = """
+import threading
+start = threading.Barrier(2)
+def load(name):
+    start.wait()
+    importlib.import_module(name)
+threads = [threading.Thread(target=load, args=[name]) for name in ("first", "second")]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+for name in ("first", "second"):
+    check(sys.modules[name])
+"""
+    run_in(tmp_path, program)
+
+
+def test_import_works_where_the_modules_of_an_earlier_one_are_forgotten(tmp_path):
+    # As fixtures do that restore sys.modules.
+    program = """
+from unittest import mock
+with mock.patch.dict(sys.modules):
+    import deform_conv
+assert "deform_conv" not in sys.modules
+import deform_conv
+check(deform_conv)
+"""
+    run_in(tmp_path, program, PYTHONPATH=PROJECT)
 
 
 def test_another_version_beside_it_is_refused(tmp_path):

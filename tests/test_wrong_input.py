@@ -193,6 +193,16 @@ def test_integers_may_be_numpys_or_tensorflows(strides):
     assert deform_conv2d(**tensors, strides=strides).shape == (2, 3, 6, 8)
 
 
+def test_integers_that_are_known_at_run_time_only_are_refused():
+    tensors = {name: tf.zeros(shape) for name, shape in FITTING.items()}
+    function = tf.function(
+        lambda strides: deform_conv2d(**tensors, strides=strides),
+        input_signature=[tf.TensorSpec([2], tf.int32)],
+    )
+    with pytest.raises(ValueError, match="strides must be known while the graph is made"):
+        function(tf.constant([1, 1]))
+
+
 def test_process_goes_on_after_errors():
     tensors = {name: tf.zeros(shape) for name, shape in FITTING.items()}
     with pytest.raises(tf.errors.InvalidArgumentError):

@@ -1,6 +1,7 @@
 // What im2col and col2im work on, whatever the device.
 //
-// All tensors are in native form: NHWC, in the type that the device computes on. A "position"
+// All tensors are in native form: NHWC, in float or double on a CPU, in any element
+// type on a GPU. A "position"
 // numbers the output pixels of the whole batch, (n * out_h + y) * out_w + x; a "tap" numbers those
 // of the kernel, ky * kernel_w + kx.
 //

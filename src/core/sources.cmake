@@ -1,5 +1,5 @@
 # The core's sources, by what compiles them. CMakeLists.txt and benchmarks/gpu_core.py read this
-# file: one path a line, from here.
+# file: one path a line, relative to this folder.
 
 set(CORE_SOURCES
   params.cc

@@ -50,6 +50,7 @@ std::string Choose(const List& list, const char* what, const Call& call,
     lowest = cost;
   }
   if (*chosen != nullptr) return "";
+  if (misfits.empty()) misfits = ": this build has none";
   const char* kind = path == KernelPath::kFused     ? "fused "
                      : path == KernelPath::kGeneral ? "general "
                                                     : "";
