@@ -10,8 +10,8 @@
 namespace deform_conv {
 
 // Columns exist for one chunk of positions at a time. Backward, a micro-batch is some whole images
-// in one chunk, or one image in several chunks. The float sums of the input's gradient exist for one
-// micro-batch at a time.
+// in one chunk, or one image in several chunks. The float sums of the input's gradient exist for
+// one micro-batch at a time.
 struct ChunkPlan {
   int64_t images;     // of a micro-batch
   int64_t positions;  // of a chunk; at least 1
