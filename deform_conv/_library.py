@@ -53,7 +53,7 @@ def _load_libraries() -> None:
 def _find_library() -> Path:
     if chosen := os.environ.get("DEFORM_CONV_LIBRARY"):
         places = [Path(chosen).absolute()]
-        looked_for = f"{places[0]}, which DEFORM_CONV_LIBRARY names,"
+        looked_for = f"DEFORM_CONV_LIBRARY: {places[0]}"
     else:
         package, name = Path(__file__).resolve().parent, f"{_LIBRARY}.so"
         # Of an installed package, and of a checkout.
