@@ -1,9 +1,8 @@
 // What im2col and col2im work on, whatever the device.
 //
-// All tensors are in native form: NHWC, in float or double on a CPU, in any element
-// type on a GPU. A "position"
-// numbers the output pixels of the whole batch, (n * out_h + y) * out_w + x; a "tap" numbers those
-// of the kernel, ky * kernel_w + kx.
+// All tensors are in native form: NHWC, in float or double on a CPU, in any element type on a
+// GPU. A "position" numbers the output pixels of the whole batch, (n * out_h + y) * out_w + x; a
+// "tap" numbers those of the kernel, ky * kernel_w + kx.
 //
 // Columns are a row-major matrix with one row per position. A row holds, for each convolution
 // group (of those that are worked on at a time), for each tap, the samples of the group's channels:

@@ -61,8 +61,7 @@ struct RegionLayout {
 // TF32: the row of channel c in the transposed operand is c % 4 * (kChannels / 4) + c / 4. So lanes
 // with neighbouring vec16s write neighbouring rows, which the swizzle keeps in different banks.
 //
-// Where in it a lane's first number is, in bytes, and where number i of its
-// vec16 j is.
+// Where in it a lane's first number is, in bytes, and where number i of its vec16 j is.
 template <int kChannels>
 __device__ __forceinline__ uint32_t FirstTransposed(int p) {
   constexpr int kRow = kSlabRowSize<float>, kSize = kVec16Size<float>;
