@@ -10,12 +10,10 @@ a .png beside it.
 import argparse
 from pathlib import Path
 
-from utils.cli import PROJECT, UserError, number, run
-
 import cv2
-import keras
 import numpy as np
 
+from utils.cli import PROJECT, UserError, number, run
 from utils.files import replacing
 from utils.mnist import IMAGE_SIZE, warp, zoom_matrix
 from utils.model import (
@@ -27,6 +25,7 @@ from utils.model import (
     load_model,
     offsets_of,
 )
+from utils.quiet_tensorflow import keras
 from utils.visualization import Panel, draw_frame, sampling_locations, save_animation
 
 LAYERS = 2

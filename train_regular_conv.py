@@ -7,14 +7,12 @@ training goes on after its last whole epoch when it is started again with the sa
 
 import argparse
 
-from utils.cli import run
-
-import keras
 import numpy as np
-import tensorflow as tf
 
+from utils.cli import run
 from utils.mnist import Digits, load_mnist
 from utils.model import REGULAR, build_model, load_model
+from utils.quiet_tensorflow import keras, tf
 from utils.strategy import is_chief, open_strategy
 from utils.training import add_training_arguments, print_accuracies, train
 

@@ -11,12 +11,9 @@ its last whole epoch when it is started again with the same options.
 import argparse
 from pathlib import Path
 
-from utils.cli import number, run
-
-import keras
 import numpy as np
-import tensorflow as tf
 
+from utils.cli import number, run
 from utils.mnist import Digits, load_mnist, scale_images, scaled_test_digits
 from utils.model import (
     CONVOLUTION_NAMES,
@@ -27,6 +24,7 @@ from utils.model import (
     load_model,
     offsets_of,
 )
+from utils.quiet_tensorflow import keras, tf
 from utils.strategy import is_chief, open_strategy
 from utils.training import add_training_arguments, print_accuracies, train
 

@@ -32,12 +32,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.cli import number, run
-
 import numpy as np
 import peers
 import report
 from layers import EXPERIMENT, MEASUREMENTS, Layer
+
+from utils.cli import number, run
 
 # Peers take part in every so many rounds: they are slow.
 PEER_INTERVAL = 5
@@ -108,10 +108,9 @@ def tensorflow_functions(
     layer: Layer, name: str, dtype: str = "float32", data_format: str = "NHWC"
 ) -> dict[str, Callable[[], object]]:
     """For each measurement, a call of "deform_conv2d" or "tf.nn.conv2d" on random tensors."""
-    import tensorflow as tf
-
     # Here, so that run() can tell of a missing library.
     from deform_conv import deform_conv2d
+    from utils.quiet_tensorflow import tf
 
     def tensor(key, array):
         if data_format == "NCHW" and key != "filters":
@@ -279,7 +278,7 @@ def in_own_process(function: Callable, *arguments, threads: int | None = None):
 
 
 def _set_threads(threads: int) -> None:
-    import tensorflow as tf
+    from utils.quiet_tensorflow import tf
 
     tf.config.threading.set_intra_op_parallelism_threads(threads)
 
@@ -383,9 +382,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the report there")
     arguments = parser.parse_args()
 
-    import tensorflow as tf
-
     import deform_conv  # noqa: F401  fails early where the library is missing
+    from utils.quiet_tensorflow import tf
 
     compared = "".join(f", {name} {version}" for name, version in peers.versions().items())
     machine = (

@@ -9,7 +9,7 @@ from deform_conv.layers import DeformableConv2D
 import importlib as _importlib
 import typing as _typing
 
-__version__ = "0.1.0"  # before the imports: the loader of the library reads it
+__version__ = "0.2.0"  # before the imports: the loader of the library reads it
 
 from ._library import xla_kernels_loaded
 from .ops import deform_conv2d

@@ -1,17 +1,35 @@
 """Finds and loads the compiled libraries, once in a process."""
 
 import os
+import re
 import threading
 import types
 from pathlib import Path
 
-import tensorflow as tf
-
 from . import __version__
+
+try:
+    import tensorflow as tf
+except ModuleNotFoundError as error:
+    if error.name != "tensorflow":
+        raise
+    raise ImportError(
+        "deform_conv needs TensorFlow, 2.17 or newer, which is not installed. Install what suits "
+        "the machine: pip install 'tf-deform-conv[and-cuda]' (NVIDIA GPUs), "
+        "'tf-deform-conv[tensorflow]' or 'tf-deform-conv[tensorflow-cpu]'",
+        name="tensorflow",
+    ) from None
 
 # The library's file, and the name that ImportErrors of this module carry: scripts show those in one
 # line.
 _LIBRARY = "libdeform_conv"
+
+# What makes a library that fits.
+_BUILD = "build it with ./compile.sh"
+_REMEDY = (
+    "Install one of these, or build deform_conv for yours: ./compile.sh in a checkout, or "
+    "pip install --no-deps --force-reinstall --no-binary tf-deform-conv tf-deform-conv"
+)
 
 # TensorFlow registers an op, a kernel or a gradient once in a process. This record of it is kept on
 # TensorFlow's module, so that it lasts as long as the registrations do. A reload of the package
@@ -50,52 +68,70 @@ def _load_libraries() -> None:
         record.xla_problem = _load_xla_kernels(path)
 
 
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
+
+
 def _find_library() -> Path:
     if chosen := os.environ.get("DEFORM_CONV_LIBRARY"):
-        places = [Path(chosen).absolute()]
-        looked_for = f"DEFORM_CONV_LIBRARY: {places[0]}"
-    else:
-        package, name = Path(__file__).resolve().parent, f"{_LIBRARY}.so"
-        # Of an installed package, and of a checkout.
-        places = [package / name, package.parent / "build" / name]
-        looked_for = " and ".join(map(str, places))
+        path = Path(chosen).absolute()
+        if path.is_file():
+            return path
+        raise ImportError(f"DEFORM_CONV_LIBRARY: {path} not found: {_BUILD}", name=_LIBRARY)
+    package, name = Path(__file__).resolve().parent, f"{_LIBRARY}.so"
+    # Of an installed package, with one for each minor version of TensorFlow, and of a checkout.
+    places = [
+        package / "lib" / f"tensorflow_{_minor(tf.__version__).replace('.', '_')}" / name,
+        package.parent / "build" / name,
+    ]
     for place in places:
         if place.is_file():
             return place
-    raise ImportError(f"{looked_for} not found: build it with ./compile.sh", name=_LIBRARY)
+    if installed := sorted(package.glob(f"lib/tensorflow_*/{name}")):
+        versions = [path.parent.name.partition("_")[2].replace("_", ".") for path in installed]
+        raise ImportError(
+            f"this installation of deform_conv {__version__} is for TensorFlow "
+            f"{', '.join(versions)}, and TensorFlow {tf.__version__} is installed. {_REMEDY}",
+            name=_LIBRARY,
+        )
+    raise ImportError(f"{' and '.join(map(str, places))} not found: {_BUILD}", name=_LIBRARY)
+
+
+def built_for(path: Path) -> str | None:
+    """The TensorFlow that a library was built for, or None if it is none of deform_conv's."""
+    found = re.search(rb"deform_conv was built for TensorFlow (\d[^\0]*)\0", path.read_bytes())
+    return found and found[1].decode()
 
 
 def _load_ops(path: Path) -> types.ModuleType:
     """Loads the library of the ops."""
-    version_file = path.with_name("tensorflow_version.txt")
-    built_for = version_file.read_text().strip() if version_file.is_file() else None
-    same_version = built_for and built_for.split(".")[:2] == tf.__version__.split(".")[:2]
-    misfit = ImportError(
-        f"{path} was built for TensorFlow {built_for or '(unknown)'} and does not fit "
-        f"{tf.__version__}; a library fits one minor version only. Build it again with "
-        "./compile.sh",
-        name=_LIBRARY,
-    )
-    # A library of another version may load and yet disagree on the layout of TensorFlow's types.
-    if built_for and not same_version:
-        raise misfit
+    version = built_for(path)
+    if version is None:
+        raise ImportError(f"{path} is not the library of deform_conv: {_BUILD}", name=_LIBRARY)
+    # One of another minor version may load and yet disagree on the layout of TensorFlow's types, or
+    # end the process.
+    if _minor(version) != _minor(tf.__version__):
+        raise ImportError(
+            f"{path} was built for TensorFlow {version} and does not fit {tf.__version__}; a "
+            "library fits one minor version only. Build it again with ./compile.sh",
+            name=_LIBRARY,
+        )
     try:
-        ops = tf.load_op_library(str(path))
+        return tf.load_op_library(str(path))
     except (tf.errors.OpError, RuntimeError) as error:
-        if not same_version:
-            raise misfit from error
         raise ImportError(
             f"{path} does not load: {error}. Build it again with ./compile.sh", name=_LIBRARY
         ) from error
-    if not hasattr(ops, "deform_conv2d"):
-        raise ImportError(f"{path} does not hold the op deform_conv2d", name=_LIBRARY)
-    return ops
 
 
 def _load_xla_kernels(path: Path) -> str | None:
     """Loads the library of the ops' XLA kernels; returns why that cannot be done, or None."""
+    if tuple(map(int, _minor(tf.__version__).split("."))) < (2, 20):
+        return f"they need TensorFlow 2.20 or newer, and this is {tf.__version__}"
     if not path.is_file():
         return f"{path} not found"
+    if built_for(path) is None:
+        return f"{path} does not load: it is not of deform_conv"
     try:
         tf.load_library(str(path))
     except (tf.errors.OpError, OSError, RuntimeError) as error:
@@ -122,7 +158,7 @@ def check_xla() -> None:
     if control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
         raise RuntimeError(
             f"jit_compile=True needs the XLA kernels of deform_conv2d, but {record.xla_problem}. "
-            "Build them with ./compile.sh, or leave jit_compile out"
+            "Install or build deform_conv with them, or leave jit_compile out"
         )
 
 

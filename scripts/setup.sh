@@ -40,7 +40,7 @@ if [[ ! -d .venv ]]; then
 fi
 
 pip_install() {
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@"
+  .venv/bin/python -m pip install -qq --disable-pip-version-check "$@"
 }
 
 # What was installed last is kept beside it, so that nothing is done twice.

@@ -110,14 +110,72 @@ def test_objects_of_an_instruction_set_share_no_function_with_others():
         assert not shared
 
 
-def test_library_exports_nothing_of_its_own_and_imports_nothing_of_cuda():
+LIBRARIES = ("libdeform_conv_core.so", "libdeform_conv.so", "libdeform_conv_xla.so")
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_library_exports_the_cores_interface_alone_and_imports_nothing_of_cuda(library):
     """TensorFlow loads it beside its own CUDA, cuBLAS and Eigen: they must not get mixed up."""
-    library = str(BUILD / "libdeform_conv.so")
-    exported = [line.split(maxsplit=2)[2] for line in symbols("-D", "--defined-only", library)]
-    assert [name for name in exported if re.search("deform|cuda|cublas", name, re.I)] == []
-    imported = [line.split(maxsplit=1)[1] for line in symbols("-D", "--undefined-only", library)]
+    path = str(BUILD / library)
+    exported = [line.split(maxsplit=2)[2] for line in symbols("-D", "--defined-only", path)]
+    foreign = [name for name in exported if not re.search(r"(\b|^)deform_conv(::|_)", name)]
+    assert foreign == []
+    assert bool(exported) == (library == "libdeform_conv_core.so")
+    imported = [line.split(maxsplit=1)[1] for line in symbols("-D", "--undefined-only", path)]
     assert imported
     assert [name for name in imported if re.match("cuda|cublas|cudnn|cu[A-Z]", name)] == []
+
+
+def core_text(name, **environment):
+    """What a function of core/build_info.h says, in a process without TensorFlow."""
+    program = f"""
+import ctypes
+function = ctypes.CDLL({str(BUILD / LIBRARIES[0])!r}).deform_conv_{name}
+function.restype = ctypes.c_char_p
+print(function().decode())
+"""
+    completed = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return completed.stdout.strip()
+
+
+def test_best_instruction_set_of_the_processor_is_used():
+    """A linker that brings another __cpu_model would leave every processor with the baseline."""
+    best = "baseline"
+    if {"avx2", "fma", "f16c"} <= set(PROCESSOR.split()):
+        best = "avx2"
+        if {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= set(PROCESSOR.split()):
+            best = "avx512"
+    assert core_text("cpu_instruction_set") == best
+    assert core_text("cpu_instruction_set", DEFORM_CONV_CPU_ISA="baseline") == "baseline"
+
+
+# A driver for an older CUDA, as far as the CUDA runtime asks it.
+OLD_DRIVER = """
+int cuDriverGetVersion(int *version) { *version = 12040; return 0; }
+int cuInit(unsigned flags) { return 0; }
+"""
+
+
+def test_older_driver_is_named_with_what_to_do(tmp_path):
+    if not core_text("cuda"):
+        pytest.skip("built without CUDA kernels")
+    source = tmp_path / "driver.c"
+    source.write_text(OLD_DRIVER)
+    library = tmp_path / "libcuda.so.1"
+    compiler = os.environ.get("CXX", "g++")
+    subprocess.run([compiler, "-x", "c", "-shared", "-fPIC", "-o", library, source], check=True)
+    misfit = core_text("driver_misfit", LD_LIBRARY_PATH=str(tmp_path))
+    assert re.search(
+        r"built with CUDA 1[3-9]\.\d, which needs an NVIDIA driver for CUDA 1[3-9]\.0 or newer; "
+        r"this one is for CUDA 12\.4\. Update the driver, or compute on the CPU$",
+        misfit,
+    )
 
 
 # --- The sources ---
@@ -165,8 +223,8 @@ def test_loader_says_what_to_do_where_the_library_is_missing(tmp_path):
 def test_loader_says_which_tensorflow_a_library_was_built_for(tmp_path):
     library = tmp_path / "libdeform_conv.so"
     library.write_bytes(b"not a library")
-    assert "was built for TensorFlow (unknown)" in import_with(library)
-    (tmp_path / "tensorflow_version.txt").write_text("2.18.0\n")
+    assert "libdeform_conv.so is not the library of deform_conv" in import_with(library)
+    library.write_bytes(b"\0deform_conv was built for TensorFlow 2.18.0\0")
     message = import_with(library)
     assert "was built for TensorFlow 2.18.0" in message
     assert "Build it again with ./compile.sh" in message
@@ -174,8 +232,10 @@ def test_loader_says_which_tensorflow_a_library_was_built_for(tmp_path):
 
 def test_library_of_another_version_is_not_even_loaded(tmp_path):
     """It might load, and disagree with TensorFlow about what its types look like."""
-    library = shutil.copy(BUILD / "libdeform_conv.so", tmp_path)
-    (tmp_path / "tensorflow_version.txt").write_text("2.18.0\n")
+    text = (BUILD / "libdeform_conv.so").read_bytes()
+    assert len(re.findall(rb"built for TensorFlow \d+\.\d+", text)) == 1
+    library = tmp_path / "libdeform_conv.so"
+    library.write_bytes(re.sub(rb"(built for TensorFlow )\d+\.\d\d", rb"\g<1>2.18", text))
     assert "was built for TensorFlow 2.18.0 and does not fit" in import_with(library)
 
 
@@ -223,7 +283,7 @@ def test_compile_sh_stops_with_one_clear_line_without_tensorflow(tmp_path):
     python.chmod(0o755)
     completed = compile_sh(PYTHON=str(python))
     assert completed.returncode == 1
-    assert "cannot import TensorFlow" in completed.stderr
+    assert f"no TensorFlow in the environment of {sys.executable}" in completed.stderr
     assert len(completed.stderr.splitlines()) == 1
 
 

@@ -7,13 +7,12 @@ import socket
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 
-from utils.cli import UserError
-
 import numpy as np
 import pytest
 import tensorflow as tf
 from conftest import STOP_AFTER_ONE_EPOCH, error_of, script
 
+from utils.cli import UserError
 from utils.model import REGULAR, load_model, weights_file
 from utils.strategy import open_strategy
 

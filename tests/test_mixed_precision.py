@@ -3,8 +3,6 @@
 import json
 from argparse import Namespace
 
-from utils.cli import UserError
-
 import h5py
 import numpy as np
 import pytest
@@ -13,6 +11,7 @@ from conftest import script
 
 import train_regular_conv
 import tune_deform_conv
+from utils.cli import UserError
 from utils.loss_scale import LossScaleOptimizer
 from utils.model import DEFORM_MODULATED, REGULAR, build_model, load_model, weights_file
 from utils.training import _TrainingState, make_optimizer

@@ -20,6 +20,9 @@ from utils import deform_conv_wrapper
 PACKAGE = PROJECT / "deform_conv"
 DATA = PROJECT / "tests" / "data"
 OPS_LIBRARY, XLA_LIBRARY = "libdeform_conv.so", "libdeform_conv_xla.so"
+CORE_LIBRARY = "libdeform_conv_core.so"
+# Where an installed package has the libraries for this TensorFlow.
+INSTALLED = f"lib/tensorflow_{'_'.join(tf.__version__.split('.')[:2])}"
 
 # What the programs below begin with.
 CHECK = """
@@ -83,8 +86,8 @@ def copy_package(folder, version=None):
 
 
 def copy_build(folder, *names):
-    folder.mkdir(exist_ok=True)
-    for name in names or (OPS_LIBRARY, XLA_LIBRARY, "tensorflow_version.txt"):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names or (CORE_LIBRARY, OPS_LIBRARY, XLA_LIBRARY):
         shutil.copy(PROJECT / "build" / name, folder)
 
 
@@ -184,23 +187,77 @@ assert "deform_conv" not in sys.modules
     run_in(tmp_path, program, DEFORM_CONV_LIBRARY="")  # as good as none
 
 
-def test_library_beside_the_package_wins_over_the_build(tmp_path):
+def test_library_in_the_package_wins_over_the_build(tmp_path):
     copy_package(tmp_path / "installed")
     copy_build(tmp_path / "build")
-    beside = tmp_path / "installed" / OPS_LIBRARY
-    beside.write_bytes(b"not a library")
+    within = tmp_path / "installed" / INSTALLED / OPS_LIBRARY
+    within.parent.mkdir(parents=True)
+    within.write_bytes(b"not a library")
     program = f"""
 message = failed_import("installed")
-assert message.startswith({str(beside)!r}) and "not found" not in message, message
+assert message.startswith({str(within)!r}) and "not found" not in message, message
 """
     run_in(tmp_path, program)
+
+
+def test_installed_package_has_the_core_for_all_versions_of_tensorflow(tmp_path):
+    copy_package(tmp_path / "installed")
+    copy_build(tmp_path / "installed" / "lib", CORE_LIBRARY)
+    copy_build(tmp_path / "installed" / INSTALLED, OPS_LIBRARY, XLA_LIBRARY)
+    run_in(tmp_path, "import installed; check(installed); assert installed.xla_kernels_loaded()")
+
+
+def test_version_of_tensorflow_that_was_not_installed_for_is_named(tmp_path):
+    copy_package(tmp_path / "installed")
+    for version in ("2_17", "2_18"):
+        copy_build(tmp_path / "installed" / "lib" / f"tensorflow_{version}", OPS_LIBRARY)
+    program = """
+message = failed_import("installed")
+assert "is for TensorFlow 2.17, 2.18, and TensorFlow " + tf.__version__ + " is" in message, message
+assert "Install one of these, or build deform_conv for yours" in message, message
+"""
+    run_in(tmp_path, program)
+
+
+def test_without_tensorflow_it_says_what_to_install():
+    program = """
+import sys
+sys.modules["tensorflow"] = None
+try:
+    import deform_conv
+except ImportError as error:
+    print(error)
+"""
+    completed = subprocess.run(
+        [sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, check=True
+    )
+    assert completed.stdout.startswith("deform_conv needs TensorFlow, 2.17 or newer, which is not")
+    for extra in ("and-cuda", "tensorflow", "tensorflow-cpu"):
+        assert f"'tf-deform-conv[{extra}]'" in completed.stdout
+
+
+def test_describes_and_checks_itself():
+    completed = subprocess.run(
+        [sys.executable, "-m", "deform_conv"],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert completed.returncode == 0, completed.stderr
+    lines = completed.stdout.splitlines()
+    assert lines[0] == f"deform_conv {deform_conv.__version__}"
+    assert f"  library      {PROJECT}/build/{OPS_LIBRARY}" in lines
+    assert "  XLA          yes" in lines
+    assert "deform_conv2d, version 2, on CPU:0, against the reference" in lines
+    assert lines[-1] == "ok"
 
 
 def test_environment_variable_wins_over_both(tmp_path):
     copy_package(tmp_path / "local")
     copy_build(tmp_path)
-    (tmp_path / "build").mkdir()
-    for folder in ("local", "build"):
+    for folder in (f"local/{INSTALLED}", "build"):
+        (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / OPS_LIBRARY).write_bytes(b"not a library")
     # A path relative to the current folder will do.
     run_in(tmp_path, "import local; check(local)", DEFORM_CONV_LIBRARY=OPS_LIBRARY)
@@ -306,13 +363,13 @@ check(deform_conv)
 
 def test_another_version_beside_it_is_refused(tmp_path):
     copy_package(tmp_path / "old", version="0.0.9")
-    copy_package(tmp_path / "new", version="0.2.0")
+    copy_package(tmp_path / "new", version="0.1.9")
     program = f"""
 assert "not found" in failed_import("new")  # which leaves nothing behind
 os.symlink({str(PROJECT / "build")!r}, "build")
 import old
 message = failed_import("new")
-assert "deform_conv 0.2.0" in message and "deform_conv 0.0.9" in message, message
+assert "deform_conv 0.1.9" in message and "deform_conv 0.0.9" in message, message
 check(old)
 """
     run_in(tmp_path, program)
@@ -324,12 +381,12 @@ def test_import_works_after_one_that_failed(remedy, tmp_path):
     (tmp_path / "broken.so").write_bytes(b"not a library")
     program = f"""
 message = failed_import("local")
-for place in ("local", "build"):
+for place in ("local/{INSTALLED}", "build"):
     assert f"{{os.getcwd()}}/{{place}}/libdeform_conv.so" in message, message
 assert "not found: build it with ./compile.sh" in message
 os.environ["DEFORM_CONV_LIBRARY"] = "broken.so"
 message = failed_import("local")
-assert message.startswith(f"{{os.getcwd()}}/broken.so was built for TensorFlow (unknown)"), message
+assert message.startswith(f"{{os.getcwd()}}/broken.so is not the library of deform_conv"), message
 if {remedy!r} == "build":
     del os.environ["DEFORM_CONV_LIBRARY"]
     os.symlink({str(PROJECT / "build")!r}, "build")
@@ -343,7 +400,7 @@ check(local)
 
 def test_kernels_for_xla_that_were_missing_are_loaded_with_a_reload(tmp_path):
     copy_package(tmp_path / "local")
-    copy_build(tmp_path / "build", OPS_LIBRARY)
+    copy_build(tmp_path / "build", CORE_LIBRARY, OPS_LIBRARY)
     program = f"""
 import local
 assert not local.xla_kernels_loaded()

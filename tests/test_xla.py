@@ -12,6 +12,7 @@ import tensorflow as tf
 from conftest import PROJECT, random_case, relative_error, run, second_derivatives
 
 from deform_conv import deform_conv2d
+from deform_conv._library import record
 from deform_conv._reference import deform_conv2d_reference
 from deform_conv.layers import DeformableConv2D
 
@@ -165,8 +166,10 @@ except RuntimeError as error:
 
 @pytest.mark.parametrize("broken", [False, True], ids=["missing", "broken"])
 def test_without_its_library_the_error_says_what_to_do_and_fit_works(broken, tmp_path):
-    for name in ("libdeform_conv.so", "tensorflow_version.txt"):
-        shutil.copy(PROJECT / "build" / name, tmp_path)
+    library = record.path
+    (core,) = {*library.parent.glob("*_core.so"), *library.parent.parent.glob("*_core.so")}
+    for file in (library, core):
+        shutil.copy(file, tmp_path)
     if broken:
         (tmp_path / "libdeform_conv_xla.so").write_bytes(b"no library")
     printed = subprocess.run(
@@ -180,4 +183,4 @@ def test_without_its_library_the_error_says_what_to_do_and_fit_works(broken, tmp
     assert "fit works" in printed
     problem = "does not load" if broken else "not found"
     assert f"{tmp_path}/libdeform_conv_xla.so {problem}" in printed
-    assert "Build them with ./compile.sh, or leave jit_compile out" in printed
+    assert "Install or build deform_conv with them, or leave jit_compile out" in printed

@@ -1,17 +1,10 @@
-"""What every script of the project shares: its environment, number options, errors in one line."""
+"""What every script of the project shares: number options, errors in one line."""
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-
-# Before TensorFlow and Keras are imported. Most of TensorFlow's start-up notices, about CPU
-# features and absent GPUs, say nothing that a user of these scripts could act on; to see them, set
-# the variable yourself.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-os.environ["KERAS_BACKEND"] = "tensorflow"
 
 PROJECT = Path(__file__).resolve().parent.parent
 

@@ -13,7 +13,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.cli import run
-
 from utils.mnist import load_mnist
 from utils.model import DEFORM, DEFORM_MODULATED, REGULAR, load_model, weights_file
 from utils.training import add_evaluation_arguments, print_accuracies

@@ -1,7 +1,6 @@
 """`LossScaleOptimizer`: float16 training on any number of replicas."""
 
-import keras
-import tensorflow as tf
+from utils.quiet_tensorflow import keras, tf
 
 
 @keras.saving.register_keras_serializable(package="deform_conv")

@@ -4,10 +4,10 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-from utils.cli import PROJECT, UserError
-
 import cv2
 import numpy as np
+
+from utils.cli import PROJECT, UserError
 
 MNIST_FILE = PROJECT / "data" / "mnist.npz"
 IMAGE_SIZE = 28

@@ -2,14 +2,12 @@
 
 from pathlib import Path
 
-from utils.cli import PROJECT, UserError
-
-import keras
 import numpy as np
-import tensorflow as tf
 
+from utils.cli import PROJECT, UserError
 from utils.files import replacing
 from utils.mnist import CLASSES, IMAGE_SIZE
+from utils.quiet_tensorflow import keras, tf
 
 CHECKPOINTS = PROJECT / "checkpoint"
 

@@ -12,8 +12,7 @@ import os
 from collections.abc import Iterator
 
 from utils.cli import UserError, number
-
-import tensorflow as tf
+from utils.quiet_tensorflow import tf
 
 NONE, MIRRORED, MULTIWORKER = "none", "mirrored", "multiworker"
 

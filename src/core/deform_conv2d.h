@@ -6,6 +6,7 @@
 #include <string>
 
 #include "core/cpu/threads.h"
+#include "core/export.h"
 #include "core/gpu/device.h"
 #include "core/params.h"
 #include "core/sampling.h"
@@ -28,16 +29,19 @@ struct DeformConvGradients {
 // output [batch, out_h, out_w, out_channels] = deformable convolution of the tensors with
 // filters [kernel_h, kernel_w, in_channels / groups, out_channels].
 template <typename T>
-void DeformConv2DForwardCpu(const DeformConvParams& params, const SampledTensors<T>& tensors,
-                            const T* filters, const CpuThreads& threads, T* output);
+DEFORM_CONV_EXPORT void DeformConv2DForwardCpu(const DeformConvParams& params,
+                                               const SampledTensors<T>& tensors, const T* filters,
+                                               const CpuThreads& threads, T* output);
 
 // Writes each wanted gradient, given that of the output; with `add_filters`, adds that of the
 // filters to what is there. For one number of threads the result is the same in every run; for
 // different ones it differs by rounding.
 template <typename T>
-void DeformConv2DBackwardCpu(const DeformConvParams& params, const SampledTensors<T>& tensors,
-                             const T* filters, const T* grad_output, const CpuThreads& threads,
-                             bool add_filters, const DeformConvGradients<T>& gradients);
+DEFORM_CONV_EXPORT void DeformConv2DBackwardCpu(const DeformConvParams& params,
+                                                const SampledTensors<T>& tensors, const T* filters,
+                                                const T* grad_output, const CpuThreads& threads,
+                                                bool add_filters,
+                                                const DeformConvGradients<T>& gradients);
 
 // --- GPU ---
 
@@ -47,17 +51,17 @@ void DeformConv2DBackwardCpu(const DeformConvParams& params, const SampledTensor
 
 // As DeformConv2DForwardCpu.
 template <typename T>
-std::string DeformConv2DForwardGpu(const DeformConvParams& params,
-                                   const SampledTensors<T, ComputeType<T>>& tensors,
-                                   const T* filters, GpuDevice& device, T* output);
+DEFORM_CONV_EXPORT std::string DeformConv2DForwardGpu(
+    const DeformConvParams& params, const SampledTensors<T, ComputeType<T>>& tensors,
+    const T* filters, GpuDevice& device, T* output);
 
 // As DeformConv2DBackwardCpu, but unless device.deterministic(), the input's gradient is summed in
 // an order that is not fixed, and differs by rounding from run to run.
 template <typename T>
-std::string DeformConv2DBackwardGpu(const DeformConvParams& params,
-                                    const SampledTensors<T, ComputeType<T>>& tensors,
-                                    const T* filters, const T* grad_output, GpuDevice& device,
-                                    const DeformConvGradients<T, ComputeType<T>>& gradients);
+DEFORM_CONV_EXPORT std::string DeformConv2DBackwardGpu(
+    const DeformConvParams& params, const SampledTensors<T, ComputeType<T>>& tensors,
+    const T* filters, const T* grad_output, GpuDevice& device,
+    const DeformConvGradients<T, ComputeType<T>>& gradients);
 
 }  // namespace deform_conv
 

@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <string>
 
+#include "core/export.h"
+
 namespace deform_conv {
 
 // A dimension that is not known yet, in shape inference.
@@ -67,8 +69,8 @@ struct DeformConvParams {
 // Unknown dimensions pass every check that they are part of, and leave kUnknown wherever `params`
 // depends on them and no other argument tells; with all dimensions known, `params` is safe to
 // compute with. Where something is wrong, `params` is unspecified.
-std::string MakeParams(const DeformConvAttributes& attributes, const DeformConvShapes& shapes,
-                       DeformConvParams* params);
+DEFORM_CONV_EXPORT std::string MakeParams(const DeformConvAttributes& attributes,
+                                          const DeformConvShapes& shapes, DeformConvParams* params);
 
 }  // namespace deform_conv
 

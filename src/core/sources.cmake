@@ -6,6 +6,7 @@ set(CORE_SOURCES
 )
 
 set(CORE_CPU_SOURCES
+  build_info.cc
   cpu/backward.cc
   cpu/forward.cc
   cpu/kernels.cc
@@ -29,6 +30,7 @@ set(CORE_GPU_SOURCES
 
 # For every GPU.
 set(CORE_CUDA_SOURCES
+  cuda/errors.cu
   cuda/general/col2im.cu
   cuda/general/col2im_sorted.cu
   cuda/general/im2col.cu

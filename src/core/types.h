@@ -5,15 +5,17 @@
 
 #include <cstdint>
 
+#include "core/export.h"
+
 namespace deform_conv {
 
 // --- Element types ---
 
 // 16-bit numbers as they are stored; arithmetic is in float.
-struct Half {
+struct DEFORM_CONV_EXPORT Half {
   uint16_t bits;
 };
-struct BFloat16 {
+struct DEFORM_CONV_EXPORT BFloat16 {
   uint16_t bits;
 };
 

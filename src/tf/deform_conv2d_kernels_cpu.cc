@@ -3,13 +3,11 @@
 #include <functional>
 
 #include "core/cpu/kernels.h"
-#include "tensorflow/core/platform/threadpool.h"
 #include "tf/deform_conv2d_kernels.h"
+#include "tf/tensorflow_versions.h"
 
 namespace deform_conv {
 namespace {
-
-using tensorflow::thread::ThreadPool;
 
 // On TensorFlow's own threads. 16-bit tensors are converted to float.
 class CpuBackend {
@@ -61,8 +59,7 @@ class CpuBackend {
  private:
   CpuThreads Threads() const {
     const auto run = [workers = workers_](int count, const std::function<void(int)>& work) {
-      const auto one_each = ThreadPool::SchedulingParams::Fixed(/*block_size=*/1);
-      workers->ParallelFor(count, one_each, [&](int64_t begin, int64_t end) {
+      workers->ParallelFor(count, BlocksOf(1), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) work(static_cast<int>(i));
       });
     };
@@ -72,9 +69,8 @@ class CpuBackend {
   void ForEachPixelRange(const TensorExtent& extent,
                          const std::function<void(int64_t, int64_t)>& convert) {
     constexpr int64_t kCyclesPerElement = 2;
-    workers_->ParallelFor(
-        extent.batch * extent.pixels,
-        ThreadPool::SchedulingParams::Adaptive(kCyclesPerElement * extent.channels), convert);
+    workers_->ParallelFor(extent.batch * extent.pixels, ByCost(kCyclesPerElement * extent.channels),
+                          convert);
   }
 
   ThreadPool* workers_;

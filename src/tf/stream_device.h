@@ -13,12 +13,21 @@
 #include "tensorflow/core/kernels/numeric_options_utils.h"
 #include "tensorflow/core/util/determinism.h"
 #include "tf/kernel_path.h"
+#include "tf/tensorflow_versions.h"
 #include "tsl/platform/tensor_float_32_utils.h"
 #include "xla/stream_executor/blas.h"
 #include "xla/stream_executor/stream.h"
 #include "xla/stream_executor/stream_executor.h"
 
 namespace deform_conv {
+
+#if DEFORM_CONV_TENSORFLOW >= 221
+template <typename T>
+using DeviceAddress = stream_executor::DeviceAddress<T>;
+#else
+template <typename T>
+using DeviceAddress = stream_executor::DeviceMemory<T>;
+#endif
 
 template <typename T, typename Scalar>
 absl::Status StreamGemmOf(stream_executor::Stream* stream, GemmForm form,
@@ -31,8 +40,8 @@ absl::Status StreamGemmOf(stream_executor::Stream* stream, GemmForm form,
     return form == transposing ? blas::Transpose::kTranspose : blas::Transpose::kNoTranspose;
   };
   const auto address = [](const Matrix<const void>& matrix) {
-    return stream_executor::DeviceAddress<T>::MakeFromByteSize(
-        const_cast<void*>(matrix.data), matrix.rows * matrix.stride * sizeof(T));
+    return DeviceAddress<T>::MakeFromByteSize(const_cast<void*>(matrix.data),
+                                              matrix.rows * matrix.stride * sizeof(T));
   };
   auto out = address({c.data, c.rows, c.cols, c.stride});
   const int64_t k = form == GemmForm::kTransposeA ? a.rows : a.cols;

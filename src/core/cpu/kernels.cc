@@ -32,8 +32,8 @@ constexpr const char* kIsaNames[kIsaCount] = {"baseline", "avx2", "avx512"};
 Isa BestIsa() {
 #ifdef DEFORM_CONV_X86
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c");
+  // Every processor with AVX2 has F16C too, which Clang before 17 cannot ask for.
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (avx2 && avx512) return kAvx512;
@@ -64,6 +64,8 @@ const Kernels& Choose(const Kernels* const (&table)[kIsaCount]) {
 }
 
 }  // namespace
+
+const char* CpuInstructionSet() { return kIsaNames[ChosenIsa()]; }
 
 #ifdef DEFORM_CONV_X86
 #define DEFORM_CONV_TABLE(kernels) {&baseline::kernels, &avx2::kernels, &avx512::kernels}

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "core/bilinear.h"
+#include "core/export.h"
 #include "core/matrix.h"
 #include "core/params.h"
 #include "core/sampling.h"
@@ -98,13 +99,16 @@ struct CpuLayoutKernels {
                       int64_t begin, int64_t end, T* tensor);
 };
 
+// The instruction set of the kernels for this processor, as DEFORM_CONV_CPU_ISA names it.
+const char* CpuInstructionSet();
+
 // The kernels for this processor. T is float or double; for layout also Half or BFloat16.
 // Environment variable DEFORM_CONV_CPU_ISA (baseline, avx2, avx512) asks for a lower set than the
 // processor has, for tests and comparisons.
 template <typename T>
 const CpuKernels<T>& SelectCpuKernels();
 template <typename T>
-const CpuLayoutKernels<T>& SelectCpuLayoutKernels();
+DEFORM_CONV_EXPORT const CpuLayoutKernels<T>& SelectCpuLayoutKernels();
 
 }  // namespace deform_conv
 

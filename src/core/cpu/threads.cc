@@ -1,29 +1,27 @@
 #include "core/cpu/threads.h"
 
 #include <atomic>
-#include <exception>
-#include <vector>
+#include <new>
 
 namespace deform_conv {
 
 // Workspace is allocated by the worker that uses it, so it may throw. An exception must not leave a
-// pool's thread: it is carried over to the caller's.
+// pool's thread: the caller throws it instead. There is one kind only, so no std::exception_ptr is
+// needed, which would ask for the C++ library of GCC 11.
 void RunOn(const CpuThreads& threads, int64_t count, const std::function<void(int64_t)>& work) {
   if (count <= 1) {
     if (count == 1) work(0);
     return;
   }
-  std::vector<std::exception_ptr> exceptions(count);
+  std::atomic<bool> out_of_memory{false};
   threads.run(static_cast<int>(count), [&](int i) {
     try {
       work(i);
     } catch (...) {
-      exceptions[i] = std::current_exception();
+      out_of_memory = true;
     }
   });
-  for (const std::exception_ptr& exception : exceptions) {
-    if (exception) std::rethrow_exception(exception);
-  }
+  if (out_of_memory) throw std::bad_alloc();
 }
 
 void ForEachOn(const CpuThreads& threads, int64_t count, const std::function<void(int64_t)>& work) {

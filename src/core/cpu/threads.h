@@ -22,7 +22,8 @@ constexpr int64_t PartBegin(int64_t total, int64_t i, int64_t parts) {
   return total / parts * i + std::min(total % parts, i);
 }
 
-// Calls work(i) for each i in [0, count), side by side. Passes an exception of `work` on.
+// Calls work(i) for each i in [0, count), side by side. `work` may throw std::bad_alloc and nothing
+// else; this then does too, once all are done.
 void RunOn(const CpuThreads& threads, int64_t count, const std::function<void(int64_t)>& work);
 
 // Calls work(i) for each i in [0, count). Whichever thread is free takes the next.

@@ -24,11 +24,14 @@ inline unsigned Blocks(int64_t work, int64_t per_block) {
   return static_cast<unsigned>(CeilDiv(work, per_block));
 }
 
+// The runtime's text of an error, or a better one.
+std::string ErrorText(cudaError_t error);
+
 // What went wrong with the last launch, or an empty string.
 inline std::string LaunchError(const char* kernel) {
   const cudaError_t error = cudaGetLastError();
   if (error == cudaSuccess) return "";
-  return std::string("CUDA kernel ") + kernel + ": " + cudaGetErrorString(error);
+  return std::string("CUDA kernel ") + kernel + ": " + ErrorText(error);
 }
 
 // Lets blocks of `kernel` have so much dynamic shared memory.
@@ -37,7 +40,7 @@ std::string AllowSharedBytes(const char* name, Kernel kernel, int64_t bytes) {
   const cudaError_t error = cudaFuncSetAttribute(
       kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
   if (error == cudaSuccess) return "";
-  return std::string("shared memory of CUDA kernel ") + name + ": " + cudaGetErrorString(error);
+  return std::string("shared memory of CUDA kernel ") + name + ": " + ErrorText(error);
 }
 
 // The current GPU. All zeros where there is none.

@@ -27,6 +27,12 @@
 #include "tf/xla/custom_calls.h"
 #include "xla/ffi/api/ffi.h"
 
+namespace xla::ffi {
+// What XLA_FFI_GetApi() returns. Every build of TensorFlow exports this; not every one exports
+// that.
+const XLA_FFI_Api* GetXlaFfiApi();
+}  // namespace xla::ffi
+
 namespace deform_conv {
 
 namespace ffi = xla::ffi;

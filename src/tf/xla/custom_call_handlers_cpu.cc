@@ -96,8 +96,8 @@ ffi::Error Backward(ffi::ThreadPool pool, ffi::Span<const int64_t> words, int64_
 
 XLA_FFI_DEFINE_HANDLER(kForward, Forward, BindForward(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
 XLA_FFI_DEFINE_HANDLER(kBackward, Backward, BindBackward(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
-XLA_FFI_REGISTER_HANDLER(XLA_FFI_GetApi(), kForwardCall, "Host", kForward);
-XLA_FFI_REGISTER_HANDLER(XLA_FFI_GetApi(), kBackwardCall, "Host", kBackward);
+XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), kForwardCall, "Host", kForward);
+XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), kBackwardCall, "Host", kBackward);
 
 }  // namespace
 }  // namespace deform_conv

@@ -4,6 +4,7 @@
 #include <optional>
 
 #include "tf/stream_device.h"
+#include "tf/tensorflow_versions.h"
 #include "tf/xla/custom_call_handlers.h"
 #include "xla/ffi/api/c_api_internal.h"
 
@@ -17,6 +18,7 @@ struct xla::ffi::CtxDecoding<StreamOfXla> {
 
   static std::optional<Type> Decode(const XLA_FFI_Api* api, XLA_FFI_ExecutionContext* context,
                                     DiagnosticEngine& diagnostic) {
+#if DEFORM_CONV_TENSORFLOW >= 221
     void* stream = nullptr;
     XLA_FFI_Error* error = api->internal_api->XLA_FFI_INTERNAL_Stream_Get(context, &stream);
     if (error != nullptr) {
@@ -24,6 +26,13 @@ struct xla::ffi::CtxDecoding<StreamOfXla> {
       internal::DestroyError(api, error);
       return std::nullopt;
     }
+#else
+    void* stream = api->internal_api->XLA_FFI_INTERNAL_Stream_Get(context);
+    if (stream == nullptr) {
+      diagnostic.Emit("no stream");
+      return std::nullopt;
+    }
+#endif
     return static_cast<Type>(stream);
   }
 };
@@ -96,8 +105,8 @@ auto BindDevice() { return ffi::Ffi::Bind().Ctx<StreamOfXla>().Ctx<ffi::ScratchA
 
 XLA_FFI_DEFINE_HANDLER(kForward, Forward, BindForward(BindDevice()));
 XLA_FFI_DEFINE_HANDLER(kBackward, Backward, BindBackward(BindDevice()));
-XLA_FFI_REGISTER_HANDLER(XLA_FFI_GetApi(), kForwardCall, "CUDA", kForward);
-XLA_FFI_REGISTER_HANDLER(XLA_FFI_GetApi(), kBackwardCall, "CUDA", kBackward);
+XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), kForwardCall, "CUDA", kForward);
+XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), kBackwardCall, "CUDA", kBackward);
 
 }  // namespace
 }  // namespace deform_conv

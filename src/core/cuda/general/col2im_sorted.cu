@@ -132,7 +132,7 @@ struct SortPlan {
 };
 
 std::string CubError(cudaError_t error) {
-  return error == cudaSuccess ? "" : std::string("cub: ") + cudaGetErrorString(error);
+  return error == cudaSuccess ? "" : std::string("cub: ") + ErrorText(error);
 }
 
 // Memory for one step. The first half of keys and entries is unsorted, the second sorted.

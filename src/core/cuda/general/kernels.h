@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <string>
 
+#include "core/export.h"
 #include "core/gpu/device.h"
 #include "core/params.h"
 #include "core/sampling.h"
@@ -45,11 +46,11 @@ std::string Col2ImSortedMisfit(const DeformConvParams& params);
 
 // Converts a tensor in `format` to native form, and back.
 template <typename From, typename To>
-std::string ToNative(DataFormat format, const TensorExtent& extent, const From* from, To* to,
-                     void* stream);
+DEFORM_CONV_EXPORT std::string ToNative(DataFormat format, const TensorExtent& extent,
+                                        const From* from, To* to, void* stream);
 template <typename From, typename To>
-std::string FromNative(DataFormat format, const TensorExtent& extent, const From* from, To* to,
-                       void* stream);
+DEFORM_CONV_EXPORT std::string FromNative(DataFormat format, const TensorExtent& extent,
+                                          const From* from, To* to, void* stream);
 
 // to[i] += from[i]
 template <typename From, typename To>

@@ -110,7 +110,7 @@ std::string Add(int64_t count, const From* from, To* to, void* stream) {
 std::string Zero(void* memory, int64_t bytes, void* stream) {
   if (bytes == 0) return "";
   const cudaError_t error = cudaMemsetAsync(memory, 0, bytes, StreamOf(stream));
-  return error == cudaSuccess ? "" : std::string("cudaMemsetAsync: ") + cudaGetErrorString(error);
+  return error == cudaSuccess ? "" : std::string("cudaMemsetAsync: ") + ErrorText(error);
 }
 
 #define DEFORM_CONV_INSTANTIATE(From, To)                                                      \

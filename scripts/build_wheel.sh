@@ -1,0 +1,97 @@
+#!/usr/bin/env bash
+# Builds one wheel for many versions of TensorFlow, and leaves it in dist/.
+#
+#   scripts/build_wheel.sh [--cpu-only] [--aarch64] [VERSION...]
+#
+# VERSION is a minor version of TensorFlow, such as 2.20; without any, all from 2.17 to 2.21.
+# With nvcc on the PATH, there are CUDA kernels too, unless --cpu-only is given; CUDA_ARCHS chooses as
+# for compile.sh. --aarch64 builds for 64-bit ARM, on the CPU alone, with aarch64-linux-gnu-g++.
+#
+# All versions take 10 minutes on two cores with CUDA, 3 without, and 6 GB in build/wheel, which may be
+# removed afterwards. PYTHON chooses the Python, from 3.10 to 3.13; the wheel is for all of them.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+fail() {
+  echo "build_wheel.sh: error: $*" >&2
+  exit 1
+}
+
+arch=$(uname -m)
+settings=()
+versions=()
+for argument in "$@"; do
+  case $argument in
+    --cpu-only) settings+=(-C cmake.define.DEFORM_CONV_CUDA=OFF) ;;
+    --aarch64) arch=aarch64 ;;
+    2.*) versions+=("$argument") ;;
+    -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    *) fail "unknown argument $argument (there are --cpu-only, --aarch64 and versions)" ;;
+  esac
+done
+if [[ ${#versions[@]} == 0 ]]; then versions=(2.17 2.18 2.19 2.20 2.21); fi
+if [[ $arch != $(uname -m) ]]; then
+  command -v "$arch-linux-gnu-g++" > /dev/null \
+    || fail "$arch-linux-gnu-g++ not found (Debian: apt install g++-aarch64-linux-gnu)"
+  export CXX=$arch-linux-gnu-g++
+  export _PYTHON_HOST_PLATFORM=linux-$arch # what Python names the wheel after
+  settings+=(-C cmake.define.CMAKE_SYSTEM_NAME=Linux -C "cmake.define.CMAKE_SYSTEM_PROCESSOR=$arch")
+  settings+=(-C cmake.define.DEFORM_CONV_CUDA=OFF)
+fi
+
+work=$PWD/build/wheel
+python=$work/venv/bin/python
+if [[ ! -x $python ]]; then "${PYTHON:-python3}" -m venv "$work/venv"; fi
+"$python" -m pip install -qq --disable-pip-version-check -r requirements-wheel.txt
+
+# Of each version the headers, and the libraries to link against. tensorflow-cpu serves GPU builds of
+# TensorFlow too. It exists for x86-64 only.
+package=tensorflow-cpu
+if [[ $arch != x86_64 ]]; then package=tensorflow; fi
+tensorflows=
+for version in "${versions[@]}"; do
+  folder=$work/$arch/tensorflow-$version
+  if [[ ! -f $folder/version.txt ]]; then
+    echo "build_wheel.sh: fetching $package $version"
+    rm -rf "$folder"
+    "$python" -m pip download -qq --disable-pip-version-check --no-deps --only-binary :all: \
+      --python-version 3.11 --platform "manylinux_2_17_$arch" --platform "manylinux_2_27_$arch" \
+      --dest "$folder" "$package==$version.*"
+    "$python" - "$folder" << 'END'
+import sys, zipfile
+from pathlib import Path
+
+folder = Path(sys.argv[1])
+(archive,) = folder.glob("*.whl")
+with zipfile.ZipFile(archive) as wheel:
+    for name in wheel.namelist():
+        if name.startswith(("tensorflow/include/", "tensorflow/libtensorflow_")):
+            wheel.extract(name, folder)
+(folder / "version.txt").write_text(archive.name.split("-")[1])
+archive.unlink()
+END
+  fi
+  tensorflows+="${tensorflows:+;}$(cat "$folder/version.txt")=$folder/tensorflow"
+done
+
+echo "build_wheel.sh: building for TensorFlow ${versions[*]}"
+rm -rf "$work/unchecked"
+"$python" -m build --wheel --outdir "$work/unchecked" \
+  -C "build-dir=$work/$arch/cmake" -C "cmake.define.TENSORFLOWS=$tensorflows" \
+  -C cmake.define.DEFORM_CONV_OLD_GLIBC=ON -C "cmake.define.DEFORM_CONV_WERROR=${WERROR:-OFF}" \
+  "${settings[@]}" > "$work/build.log" 2>&1 \
+  || { tail -n 50 "$work/build.log" >&2; fail "the build failed; all of it is in $work/build.log"; }
+
+# auditwheel finds the oldest system that has all that the libraries need, but for TensorFlow's.
+echo "build_wheel.sh: checking"
+rm -f dist/*_"$arch".whl
+PATH=$work/venv/bin:$PATH "$python" -m auditwheel repair --only-plat \
+  --exclude 'libtensorflow_*' --wheel-dir dist "$work"/unchecked/*.whl > "$work/audit.log" 2>&1 \
+  || { tail -n 20 "$work/audit.log" >&2; fail "auditwheel refuses the wheel"; }
+# Ubuntu 18.04, Debian 10 and RHEL 8 have glibc 2.27 or newer.
+wheel=$(ls dist/*_"$arch".whl)
+[[ $wheel =~ -manylinux_2_([0-9]+)_ && ${BASH_REMATCH[1]} -le 27 ]] \
+  || fail "the wheel is for systems newer than glibc 2.27: $wheel"
+"$python" -m twine --no-color check --strict "$wheel"
+"$work/venv/bin/check-wheel-contents" "$wheel"
+echo "build_wheel.sh: built $wheel, $(du -h "$wheel" | cut -f1)"

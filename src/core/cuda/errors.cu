@@ -1,0 +1,41 @@
+#include <cuda_runtime.h>
+
+#include "core/cuda/errors.h"
+#include "core/cuda/launch.cuh"
+
+namespace deform_conv {
+namespace cuda {
+namespace {
+
+// As NVIDIA writes them: 13020 is 13.2.
+std::string VersionText(int version) {
+  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
+}  // namespace
+
+std::string DriverMisfit() {
+  int driver = 0;
+  cudaDriverGetVersion(&driver);
+  if (driver / 1000 >= CUDART_VERSION / 1000) return "";
+  const std::string needed = "the GPU kernels of deform_conv were built with CUDA " +
+                             VersionText(CUDART_VERSION) +
+                             ", which needs an NVIDIA driver for CUDA " +
+                             std::to_string(CUDART_VERSION / 1000) + ".0 or newer";
+  if (driver == 0) return needed + "; there is none here";
+  return needed + "; this one is for CUDA " + VersionText(driver) +
+         ". Update the driver, or compute on the CPU";
+}
+
+std::string ErrorText(cudaError_t error) {
+  if (error == cudaErrorInsufficientDriver) return DriverMisfit();
+  if (error == cudaErrorNoKernelImageForDevice) {
+    const Gpu gpu = CurrentGpu();
+    return "deform_conv was not built for the compute capability of this GPU, " +
+           std::to_string(gpu.major) + "." + std::to_string(gpu.minor);
+  }
+  return cudaGetErrorString(error);
+}
+
+}  // namespace cuda
+}  // namespace deform_conv

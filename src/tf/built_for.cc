@@ -1,0 +1,5 @@
+// Which TensorFlow a library was built for: the Python package looks for this text in the file,
+// since a library that does not fit must not even be loaded.
+
+extern "C" __attribute__((used)) const char deform_conv_built_for[] =
+    "deform_conv was built for TensorFlow " DEFORM_CONV_TENSORFLOW_VERSION;
