@@ -55,6 +55,7 @@ fi
 
 tensorflow=$("$PYTHON" scripts/find_tensorflow.py 2>&1) \
   || fail "$(tail -n 1 <<< "$tensorflow"); '$PYTHON -m pip install -r requirements.txt' brings one"
+tensorflow=$(tail -n 1 <<< "$tensorflow") # without what Python may say before
 
 echo "compile.sh: for TensorFlow ${tensorflow/=/ in }, $("$CXX" --version | head -n 1)"
 

@@ -10,6 +10,8 @@ a .png beside it.
 import argparse
 from pathlib import Path
 
+from utils.quiet_tensorflow import keras
+
 import cv2
 import numpy as np
 
@@ -25,7 +27,6 @@ from utils.model import (
     load_model,
     offsets_of,
 )
-from utils.quiet_tensorflow import keras
 from utils.visualization import Panel, draw_frame, sampling_locations, save_animation
 
 LAYERS = 2

@@ -7,12 +7,13 @@ training goes on after its last whole epoch when it is started again with the sa
 
 import argparse
 
+from utils.quiet_tensorflow import keras, tf
+
 import numpy as np
 
 from utils.cli import run
 from utils.mnist import Digits, load_mnist
 from utils.model import REGULAR, build_model, load_model
-from utils.quiet_tensorflow import keras, tf
 from utils.strategy import is_chief, open_strategy
 from utils.training import add_training_arguments, print_accuracies, train
 

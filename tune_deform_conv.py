@@ -11,6 +11,8 @@ its last whole epoch when it is started again with the same options.
 import argparse
 from pathlib import Path
 
+from utils.quiet_tensorflow import keras, tf
+
 import numpy as np
 
 from utils.cli import number, run
@@ -24,7 +26,6 @@ from utils.model import (
     load_model,
     offsets_of,
 )
-from utils.quiet_tensorflow import keras, tf
 from utils.strategy import is_chief, open_strategy
 from utils.training import add_training_arguments, print_accuracies, train
 

@@ -108,9 +108,10 @@ def tensorflow_functions(
     layer: Layer, name: str, dtype: str = "float32", data_format: str = "NHWC"
 ) -> dict[str, Callable[[], object]]:
     """For each measurement, a call of "deform_conv2d" or "tf.nn.conv2d" on random tensors."""
+    from utils.quiet_tensorflow import tf
+
     # Here, so that run() can tell of a missing library.
     from deform_conv import deform_conv2d
-    from utils.quiet_tensorflow import tf
 
     def tensor(key, array):
         if data_format == "NCHW" and key != "filters":
@@ -382,8 +383,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the report there")
     arguments = parser.parse_args()
 
-    import deform_conv  # noqa: F401  fails early where the library is missing
     from utils.quiet_tensorflow import tf
+
+    # This fails early where the library is missing.
+    import deform_conv  # noqa: F401
 
     compared = "".join(f", {name} {version}" for name, version in peers.versions().items())
     machine = (

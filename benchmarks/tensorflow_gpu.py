@@ -22,6 +22,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils.quiet_tensorflow import tf
+
 from gpu_layers import (
     CHAINED,
     CHAINED_TYPES,
@@ -34,7 +36,6 @@ from gpu_layers import (
 from layers import MEASUREMENTS, Layer
 
 from utils.cli import UserError, run
-from utils.quiet_tensorflow import tf
 
 DTYPES = {"float16": tf.float16, "bfloat16": tf.bfloat16, "tf32": tf.float32}
 DRY_LAYERS = (Layer(1, 8, 8, 5, 6), Layer(2, 4, 8, 7, 5))

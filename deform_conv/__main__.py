@@ -19,11 +19,12 @@ TOLERANCE = 1e-5
 
 def describe() -> None:
     """Prints what is installed, and what of it this machine can use."""
+    gpu = [text for name in ("cuda", "driver_misfit") if (text := _core_text(name))]
     rows = {
-        "TensorFlow": f"{tf.__version__}, built for {built_for(record.path)}",
-        "library": str(record.path),
+        "TensorFlow": tf.__version__,
+        "library": f"{record.path}, for TensorFlow {built_for(record.path)}",
         "CPU": _core_text("cpu_instruction_set"),
-        "GPU": _core_text("driver_misfit") or _core_text("cuda") or "built without CUDA kernels",
+        "GPU": "; ".join(gpu) or "built without CUDA kernels",
         "XLA": "yes" if xla_kernels_loaded() else f"no: {record.xla_problem}",
     }
     print(f"deform_conv {__version__}")
@@ -33,13 +34,8 @@ def describe() -> None:
 
 def _core_text(name: str) -> str:
     """What a function of core/build_info.h says."""
-    # It is in the process already, as a part of the library of the ops.
-    (path,) = (
-        place
-        for folder in record.path.parents[:2]
-        if (place := folder / f"{record.path.stem}_core.so").is_file()
-    )
-    function = getattr(ctypes.CDLL(str(path)), f"deform_conv_{name}")
+    # In the process already, with the library of the ops, and found by its name.
+    function = getattr(ctypes.CDLL("libdeform_conv_core.so"), f"deform_conv_{name}")
     function.restype = ctypes.c_char_p
     return function().decode()
 

@@ -13,7 +13,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "tensorflow":
         raise
-    raise ImportError(
+    raise ModuleNotFoundError(
         "deform_conv needs TensorFlow, 2.17 or newer, which is not installed. Install what suits "
         "the machine: pip install 'tf-deform-conv[and-cuda]' (NVIDIA GPUs), "
         "'tf-deform-conv[tensorflow]' or 'tf-deform-conv[tensorflow-cpu]'",
@@ -24,12 +24,14 @@ except ModuleNotFoundError as error:
 # line.
 _LIBRARY = "libdeform_conv"
 
-# What makes a library that fits.
+_XLA_LIBRARY = "libdeform_conv_xla"
+
+# An installed package has its libraries in a folder of its own, a checkout has them beside it.
+_PACKAGE = Path(__file__).resolve().parent
+_INSTALLED = _PACKAGE / "lib"
 _BUILD = "build it with ./compile.sh"
-_REMEDY = (
-    "Install one of these, or build deform_conv for yours: ./compile.sh in a checkout, or "
-    "pip install --no-deps --force-reinstall --no-binary tf-deform-conv tf-deform-conv"
-)
+# Without the cache: pip keeps what it built for another TensorFlow there.
+_REINSTALL = "pip install --no-deps --force-reinstall --no-cache-dir ."
 
 # TensorFlow registers an op, a kernel or a gradient once in a process. This record of it is kept on
 # TensorFlow's module, so that it lasts as long as the registrations do. A reload of the package
@@ -64,12 +66,17 @@ def _load_libraries() -> None:
         )
     if record.xla_problem is not None:
         # Everything but jit_compile works without it.
-        path = record.path.with_name(f"{record.path.stem}_xla.so")
+        path = record.path.with_name(f"{_XLA_LIBRARY}.so")
         record.xla_problem = _load_xla_kernels(path)
 
 
 def _minor(version: str) -> str:
     return ".".join(version.split(".")[:2])
+
+
+def _is_older_than(version: tuple[int, int]) -> bool:
+    """Whether the TensorFlow of this process is."""
+    return tuple(map(int, _minor(tf.__version__).split("."))) < version
 
 
 def _find_library() -> Path:
@@ -78,60 +85,73 @@ def _find_library() -> Path:
         if path.is_file():
             return path
         raise ImportError(f"DEFORM_CONV_LIBRARY: {path} not found: {_BUILD}", name=_LIBRARY)
-    package, name = Path(__file__).resolve().parent, f"{_LIBRARY}.so"
-    # Of an installed package, with one for each minor version of TensorFlow, and of a checkout.
+    name = f"{_LIBRARY}.so"
     places = [
-        package / "lib" / f"tensorflow_{_minor(tf.__version__).replace('.', '_')}" / name,
-        package.parent / "build" / name,
+        _INSTALLED / f"tensorflow_{_minor(tf.__version__).replace('.', '_')}" / name,
+        _PACKAGE.parent / "build" / name,
     ]
     for place in places:
         if place.is_file():
             return place
-    if installed := sorted(package.glob(f"lib/tensorflow_*/{name}")):
+    if installed := sorted(_INSTALLED.glob(f"tensorflow_*/{name}")):
         versions = [path.parent.name.partition("_")[2].replace("_", ".") for path in installed]
+        remedy = (
+            "2.17 is the oldest that deform_conv works with"
+            if _is_older_than((2, 17))
+            else f"Or build deform_conv for yours: in a checkout, {_REINSTALL}"
+        )
         raise ImportError(
             f"this installation of deform_conv {__version__} is for TensorFlow "
-            f"{', '.join(versions)}, and TensorFlow {tf.__version__} is installed. {_REMEDY}",
+            f"{', '.join(versions)}, and this is TensorFlow {tf.__version__}. Install one of "
+            f"those. {remedy}",
             name=_LIBRARY,
         )
     raise ImportError(f"{' and '.join(map(str, places))} not found: {_BUILD}", name=_LIBRARY)
 
 
-def built_for(path: Path) -> str | None:
-    """The TensorFlow that a library was built for, or None if it is none of deform_conv's."""
-    found = re.search(rb"deform_conv was built for TensorFlow (\d[^\0]*)\0", path.read_bytes())
+def built_for(path: Path, library: str = _LIBRARY) -> str | None:
+    """The TensorFlow that a file was built for, or None if it is not `library`."""
+    text = rb"%s was built for TensorFlow (\d[^\0]*)\0" % library.encode()
+    found = re.search(text, path.read_bytes())
     return found and found[1].decode()
+
+
+def _misfit(path: Path, library: str) -> str | None:
+    """Why a file is not `library` for this TensorFlow, or None if it is."""
+    version = built_for(path, library)
+    if version is None:
+        return f"{path} is not the {library}.so of deform_conv"
+    # One of another minor version may load and yet disagree on the layout of TensorFlow's types, or
+    # end the process.
+    if _minor(version) != _minor(tf.__version__):
+        return (
+            f"{path} was built for TensorFlow {version} and does not fit {tf.__version__}; a "
+            "library fits one minor version only"
+        )
+    return None
 
 
 def _load_ops(path: Path) -> types.ModuleType:
     """Loads the library of the ops."""
-    version = built_for(path)
-    if version is None:
-        raise ImportError(f"{path} is not the library of deform_conv: {_BUILD}", name=_LIBRARY)
-    # One of another minor version may load and yet disagree on the layout of TensorFlow's types, or
-    # end the process.
-    if _minor(version) != _minor(tf.__version__):
-        raise ImportError(
-            f"{path} was built for TensorFlow {version} and does not fit {tf.__version__}; a "
-            "library fits one minor version only. Build it again with ./compile.sh",
-            name=_LIBRARY,
-        )
+    remedy = "Build it again with ./compile.sh"
+    if _INSTALLED in path.parents:
+        remedy = f"Install deform_conv again, or build it: in a checkout, {_REINSTALL}"
+    if problem := _misfit(path, _LIBRARY):
+        raise ImportError(f"{problem}. {remedy}", name=_LIBRARY)
     try:
         return tf.load_op_library(str(path))
     except (tf.errors.OpError, RuntimeError) as error:
-        raise ImportError(
-            f"{path} does not load: {error}. Build it again with ./compile.sh", name=_LIBRARY
-        ) from error
+        raise ImportError(f"{path} does not load: {error}. {remedy}", name=_LIBRARY) from error
 
 
 def _load_xla_kernels(path: Path) -> str | None:
     """Loads the library of the ops' XLA kernels; returns why that cannot be done, or None."""
-    if tuple(map(int, _minor(tf.__version__).split("."))) < (2, 20):
+    if _is_older_than((2, 20)):
         return f"they need TensorFlow 2.20 or newer, and this is {tf.__version__}"
     if not path.is_file():
         return f"{path} not found"
-    if built_for(path) is None:
-        return f"{path} does not load: it is not of deform_conv"
+    if problem := _misfit(path, _XLA_LIBRARY):
+        return problem
     try:
         tf.load_library(str(path))
     except (tf.errors.OpError, OSError, RuntimeError) as error:
@@ -158,7 +178,7 @@ def check_xla() -> None:
     if control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
         raise RuntimeError(
             f"jit_compile=True needs the XLA kernels of deform_conv2d, but {record.xla_problem}. "
-            "Install or build deform_conv with them, or leave jit_compile out"
+            "Install or build what is missing, or leave jit_compile out"
         )
 
 

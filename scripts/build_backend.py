@@ -10,6 +10,7 @@ An editable installation is built as in a checkout, by compile.sh, which tells o
 
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -67,17 +68,35 @@ def prepare_metadata_for_build_editable(metadata_directory, config_settings=None
 
 def build_editable(wheel_directory, config_settings=None, metadata_directory=None):
     _tensorflow()
+    options = [_option_of_compile_sh(*setting) for setting in (config_settings or {}).items()]
     project = Path(__file__).resolve().parent.parent
-    environment = os.environ | {"PYTHON": sys.executable}
-    subprocess.run([project / "compile.sh"], env=environment, check=True)
+    command = [project / "compile.sh", *filter(None, options)]
+    subprocess.run(command, env=os.environ | {"PYTHON": sys.executable}, check=True)
     return _scikit_build.build_editable(
         wheel_directory, EDITABLE | (config_settings or {}), metadata_directory
     )
 
 
+def _option_of_compile_sh(name: str, value: str) -> str | None:
+    """What a setting of CMake is to compile.sh. Settings of others are None."""
+    options = {
+        ("cmake.define.DEFORM_CONV_CUDA", "OFF"): "--cpu-only",
+        ("cmake.define.DEFORM_CONV_XLA", "OFF"): "--no-xla",
+    }
+    if not name.startswith("cmake."):
+        return None
+    if (name, value) not in options:
+        allowed = ", ".join("=".join(option) for option in options)
+        raise SystemExit(
+            f"error: an editable installation takes {allowed} of CMake's settings; got "
+            f"{name}={value}"
+        )
+    return options[name, value]
+
+
 def _requires(config_settings) -> list[str]:
     """The TensorFlow that is asked for, where the environment does not have it."""
-    version = os.environ.get(VARIABLE)
+    version = _asked_for()
     given = config_settings and DEFINITION in config_settings
     if not version or given or find_tensorflow(version):
         return []
@@ -85,15 +104,26 @@ def _requires(config_settings) -> list[str]:
     return [f"{package}=={version}.*"]  # what is built fits every TensorFlow of that version
 
 
+def _asked_for() -> str | None:
+    """The minor version that the environment variable names."""
+    version = os.environ.get(VARIABLE)
+    if version and not (re.fullmatch(r"\d+\.\d+", version) and not check_version(version)):
+        raise SystemExit(
+            f"error: {VARIABLE} must be a minor version from 2.17 on, such as 2.20; got {version}"
+        )
+    return version or None
+
+
 def _tensorflow() -> str:
     """The TensorFlow to build for. Ends the build with one line where there is none."""
-    version = os.environ.get(VARIABLE)
+    version = _asked_for()
     found = find_tensorflow(version)
     if not found:
         name = f"TensorFlow {version}" if version else "TensorFlow"
         raise SystemExit(
-            f"error: no {name} in the environment of {sys.executable}. Install "
-            f"TensorFlow first, or name the version to build for, such as {VARIABLE}=2.20"
+            f"error: no {name} for {sys.executable}. If it is installed, the build cannot see it, "
+            f"as with uv: name its version, such as {VARIABLE}=2.20, or use --no-build-isolation. "
+            "Otherwise install it first"
         )
     if problem := check_version(found):
         raise SystemExit(f"error: {problem}")

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Builds one wheel for many versions of TensorFlow, and leaves it in dist/.
+# Builds one wheel for many versions of TensorFlow.
 #
-#   scripts/build_wheel.sh [--cpu-only] [--aarch64] [VERSION...]
+#   scripts/build_wheel.sh [--cpu-only] [--aarch64] [--to FOLDER] [VERSION...]
 #
-# VERSION is a minor version of TensorFlow, such as 2.20; without any, all from 2.17 to 2.21.
-# With nvcc on the PATH, there are CUDA kernels too, unless --cpu-only is given; CUDA_ARCHS chooses as
-# for compile.sh. --aarch64 builds for 64-bit ARM, on the CPU alone, with aarch64-linux-gnu-g++.
+# VERSION is a minor version of TensorFlow, such as 2.20; without any, all from 2.17 to 2.21. The wheel
+# goes to FOLDER, or else to dist/. It has CUDA kernels, for which nvcc must be on the PATH, unless
+# --cpu-only is given; CUDA_ARCHS chooses as for compile.sh. --aarch64 builds for 64-bit ARM, on the CPU
+# alone, with aarch64-linux-gnu-g++.
 #
-# All versions take 10 minutes on two cores with CUDA, 3 without, and 6 GB in build/wheel, which may be
+# All versions take 4 minutes on two cores with CUDA, 2 without, and 6 GB in build/wheel, which may be
 # removed afterwards. PYTHON chooses the Python, from 3.10 to 3.13; the wheel is for all of them.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -18,25 +19,33 @@ fail() {
 }
 
 arch=$(uname -m)
+cuda=ON
+to=dist
 settings=()
 versions=()
-for argument in "$@"; do
-  case $argument in
-    --cpu-only) settings+=(-C cmake.define.DEFORM_CONV_CUDA=OFF) ;;
+while [[ $# != 0 ]]; do
+  case $1 in
+    --cpu-only) cuda=OFF ;;
     --aarch64) arch=aarch64 ;;
-    2.*) versions+=("$argument") ;;
-    -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit 0 ;;
-    *) fail "unknown argument $argument (there are --cpu-only, --aarch64 and versions)" ;;
+    --to) to=${2:?--to needs a folder}; shift ;;
+    2.*) versions+=("$1") ;;
+    -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' scripts/build_wheel.sh; exit 0 ;;
+    *) fail "unknown argument $1 (there are --cpu-only, --aarch64, --to FOLDER and versions)" ;;
   esac
+  shift
 done
 if [[ ${#versions[@]} == 0 ]]; then versions=(2.17 2.18 2.19 2.20 2.21); fi
+mapfile -t versions < <(printf '%s\n' "${versions[@]}" | sort -Vu) # CMake wants the newest last
 if [[ $arch != $(uname -m) ]]; then
   command -v "$arch-linux-gnu-g++" > /dev/null \
     || fail "$arch-linux-gnu-g++ not found (Debian: apt install g++-aarch64-linux-gnu)"
+  cuda=OFF
   export CXX=$arch-linux-gnu-g++
   export _PYTHON_HOST_PLATFORM=linux-$arch # what Python names the wheel after
   settings+=(-C cmake.define.CMAKE_SYSTEM_NAME=Linux -C "cmake.define.CMAKE_SYSTEM_PROCESSOR=$arch")
-  settings+=(-C cmake.define.DEFORM_CONV_CUDA=OFF)
+fi
+if [[ $cuda == ON ]]; then
+  command -v "${CUDACXX:-nvcc}" > /dev/null || fail "${CUDACXX:-nvcc} not found; there is --cpu-only"
 fi
 
 work=$PWD/build/wheel
@@ -78,18 +87,20 @@ echo "build_wheel.sh: building for TensorFlow ${versions[*]}"
 rm -rf "$work/unchecked"
 "$python" -m build --wheel --outdir "$work/unchecked" \
   -C "build-dir=$work/$arch/cmake" -C "cmake.define.TENSORFLOWS=$tensorflows" \
-  -C cmake.define.DEFORM_CONV_OLD_GLIBC=ON -C "cmake.define.DEFORM_CONV_WERROR=${WERROR:-OFF}" \
+  -C "cmake.define.DEFORM_CONV_CUDA=$cuda" -C cmake.define.DEFORM_CONV_OLD_GLIBC=ON \
+  -C "cmake.define.DEFORM_CONV_WERROR=${WERROR:-OFF}" \
   "${settings[@]}" > "$work/build.log" 2>&1 \
   || { tail -n 50 "$work/build.log" >&2; fail "the build failed; all of it is in $work/build.log"; }
 
 # auditwheel finds the oldest system that has all that the libraries need, but for TensorFlow's.
 echo "build_wheel.sh: checking"
-rm -f dist/*_"$arch".whl
+sed -n 's/^.*-- deform_conv: /build_wheel.sh: with /p' "$work/build.log"
+rm -f "$to"/*_"$arch".whl
 PATH=$work/venv/bin:$PATH "$python" -m auditwheel repair --only-plat \
-  --exclude 'libtensorflow_*' --wheel-dir dist "$work"/unchecked/*.whl > "$work/audit.log" 2>&1 \
+  --exclude 'libtensorflow_*' --wheel-dir "$to" "$work"/unchecked/*.whl > "$work/audit.log" 2>&1 \
   || { tail -n 20 "$work/audit.log" >&2; fail "auditwheel refuses the wheel"; }
 # Ubuntu 18.04, Debian 10 and RHEL 8 have glibc 2.27 or newer.
-wheel=$(ls dist/*_"$arch".whl)
+wheel=$(ls "$to"/*_"$arch".whl)
 [[ $wheel =~ -manylinux_2_([0-9]+)_ && ${BASH_REMATCH[1]} -le 27 ]] \
   || fail "the wheel is for systems newer than glibc 2.27: $wheel"
 "$python" -m twine --no-color check --strict "$wheel"

@@ -8,11 +8,14 @@ exits with status 1.
 """
 
 import importlib.metadata
+import re
+import site
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
-OLDEST, NEWEST = (2, 17), (2, 21)  # that the libraries were built and tested with
+OLDEST = (2, 17)  # that the libraries can be built for
 
 
 def find_tensorflow(minor_version: str | None = None) -> str | None:
@@ -24,27 +27,34 @@ def find_tensorflow(minor_version: str | None = None) -> str | None:
     Returns:
       None where there is none.
     """
-    # While pip builds in an environment of its own, sys.path has that one's packages only, and
-    # sysconfig still has the user's folders.
-    folders = [*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
-    for folder in dict.fromkeys(folders):
+    for folder in dict.fromkeys(_folders()):
         package = Path(folder, "tensorflow")
         if not package.joinpath("include").is_dir():
             continue
         for distribution in importlib.metadata.distributions(path=[folder]):
-            # tensorflow, tensorflow-cpu, tf-nightly
-            name = distribution.metadata["Name"].lower().replace("_", "-")
-            if name not in ("tensorflow", "tf-nightly") and not name.startswith("tensorflow-"):
-                continue
-            # Not one that only depends on it, or has plugins for it.
-            files = distribution.files or []
-            if not any(
-                str(file).startswith("tensorflow/libtensorflow_framework") for file in files
-            ):
+            # Its name may be tensorflow, tensorflow-cpu, tf-nightly and more.
+            files = map(str, distribution.files or [])
+            if not any(file.startswith("tensorflow/libtensorflow_framework") for file in files):
                 continue
             if minor_version in (None, ".".join(distribution.version.split(".")[:2])):
                 return f"{distribution.version}={package}"
     return None
+
+
+def _folders() -> Iterator[str]:
+    """Where packages are, the first first."""
+    # While pip builds in an environment of its own, sys.path has that one's packages only, and the
+    # folders of the user's environment must be asked for.
+    yield from sys.path
+    yield sysconfig.get_path("purelib")
+    yield sysconfig.get_path("platlib")
+    configuration = Path(sys.prefix, "pyvenv.cfg")
+    if not configuration.is_file():
+        yield site.getusersitepackages()
+    elif re.search(r"^include-system-site-packages *= *true", configuration.read_text(), re.M):
+        base = {"base": sys.base_prefix, "platbase": sys.base_prefix}
+        yield sysconfig.get_path("purelib", vars=base)
+        yield site.getusersitepackages()
 
 
 def check_version(tensorflow: str) -> str | None:

@@ -1,6 +1,7 @@
 """How the package is built: for which TensorFlow, with what in it, and what the scripts print."""
 
 import os
+import site
 import subprocess
 import sys
 import sysconfig
@@ -31,9 +32,11 @@ def install(folder, name, version, files=("tensorflow/libtensorflow_framework.so
 @pytest.fixture
 def no_environment(monkeypatch, tmp_path):
     """An environment with nothing in it: sys.path, and the folder that pip hides behind it."""
-    seen = SimpleNamespace(path=[str(tmp_path / "path")])
+    prefix = str(tmp_path / "prefix")
+    seen = SimpleNamespace(path=[str(tmp_path / "path")], prefix=prefix, base_prefix=prefix)
     monkeypatch.setattr(sys.modules["find_tensorflow"], "sys", seen)
-    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "site"))
+    monkeypatch.setattr(sysconfig, "get_path", lambda *_, **__: str(tmp_path / "site"))
+    monkeypatch.setattr(site, "getusersitepackages", lambda: str(tmp_path / "user"))
     monkeypatch.delenv("DEFORM_CONV_TENSORFLOW", raising=False)
     return tmp_path
 
@@ -64,6 +67,11 @@ def test_tensorflow_that_pip_hides_while_it_builds_is_found(name, no_environment
     assert find_tensorflow("2.20") is None
 
 
+def test_tensorflow_that_the_user_installed_for_all_environments_is_found(no_environment):
+    install(no_environment / "user", "tensorflow", "2.20.0")
+    assert find_tensorflow() == f"2.20.0={no_environment}/user/tensorflow"
+
+
 def test_packages_named_like_tensorflow_are_not_taken_for_it(no_environment):
     files = ["tensorflow_datasets/__init__.py"]
     install(no_environment / "site", "tensorflow-datasets", "4.9.0", files)
@@ -79,8 +87,20 @@ def test_too_old_a_tensorflow_is_refused():
 
 
 def test_build_without_tensorflow_ends_with_what_to_do(no_environment):
-    with pytest.raises(SystemExit, match=r"no TensorFlow .*DEFORM_CONV_TENSORFLOW=2\.20"):
+    with pytest.raises(SystemExit, match=r"no TensorFlow for .*DEFORM_CONV_TENSORFLOW=2\.20"):
         build_backend.build_wheel(str(no_environment))
+
+
+@pytest.mark.parametrize("version", ["2.20.1", "2.16", "latest"])
+def test_version_that_cannot_be_built_for_is_refused_before_it_is_fetched(version, monkeypatch):
+    monkeypatch.setenv("DEFORM_CONV_TENSORFLOW", version)
+    with pytest.raises(SystemExit, match=rf"a minor version from 2\.17 on, .* got {version}"):
+        build_backend.get_requires_for_build_wheel()
+
+
+def test_settings_of_cmake_that_an_editable_installation_cannot_take_are_refused(tmp_path):
+    with pytest.raises(SystemExit, match=r"cmake\.define\.DEFORM_CONV_CUDA=OFF, .* got cmake.x=1"):
+        build_backend.build_editable(str(tmp_path), {"cmake.x": "1"})
 
 
 def test_build_requires_the_tensorflow_that_the_variable_names(no_environment, monkeypatch):
@@ -95,7 +115,7 @@ def test_build_requires_the_tensorflow_that_the_variable_names(no_environment, m
     required = build_backend.get_requires_for_build_wheel()
     assert not [name for name in required if name.startswith("tensorflow")]
     monkeypatch.setenv("DEFORM_CONV_TENSORFLOW", "2.21")
-    with pytest.raises(SystemExit, match=r"no TensorFlow 2\.21 in the environment"):
+    with pytest.raises(SystemExit, match=r"no TensorFlow 2\.21 for "):
         build_backend.build_wheel(str(no_environment))
 
 

@@ -223,8 +223,10 @@ def test_loader_says_what_to_do_where_the_library_is_missing(tmp_path):
 def test_loader_says_which_tensorflow_a_library_was_built_for(tmp_path):
     library = tmp_path / "libdeform_conv.so"
     library.write_bytes(b"not a library")
-    assert "libdeform_conv.so is not the library of deform_conv" in import_with(library)
-    library.write_bytes(b"\0deform_conv was built for TensorFlow 2.18.0\0")
+    assert f"{library} is not the libdeform_conv.so of deform_conv" in import_with(library)
+    xla_library = BUILD / "libdeform_conv_xla.so"
+    assert f"{xla_library} is not the libdeform_conv.so of" in import_with(xla_library)
+    library.write_bytes(b"\0libdeform_conv was built for TensorFlow 2.18.0\0")
     message = import_with(library)
     assert "was built for TensorFlow 2.18.0" in message
     assert "Build it again with ./compile.sh" in message

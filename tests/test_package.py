@@ -213,8 +213,11 @@ def test_version_of_tensorflow_that_was_not_installed_for_is_named(tmp_path):
         copy_build(tmp_path / "installed" / "lib" / f"tensorflow_{version}", OPS_LIBRARY)
     program = """
 message = failed_import("installed")
-assert "is for TensorFlow 2.17, 2.18, and TensorFlow " + tf.__version__ + " is" in message, message
-assert "Install one of these, or build deform_conv for yours" in message, message
+text = "is for TensorFlow 2.17, 2.18, and this is TensorFlow " + tf.__version__
+assert text + ". Install one of those. Or build deform_conv for yours" in message, message
+tf.__version__ = "2.16.2"
+message = failed_import("installed")
+assert "this is TensorFlow 2.16.2. Install one of those. 2.17 is the oldest" in message, message
 """
     run_in(tmp_path, program)
 
@@ -247,7 +250,7 @@ def test_describes_and_checks_itself():
     assert completed.returncode == 0, completed.stderr
     lines = completed.stdout.splitlines()
     assert lines[0] == f"deform_conv {deform_conv.__version__}"
-    assert f"  library      {PROJECT}/build/{OPS_LIBRARY}" in lines
+    assert f"  library      {PROJECT}/build/{OPS_LIBRARY}, for TensorFlow {tf.__version__}" in lines
     assert "  XLA          yes" in lines
     assert "deform_conv2d, version 2, on CPU:0, against the reference" in lines
     assert lines[-1] == "ok"
@@ -386,7 +389,7 @@ for place in ("local/{INSTALLED}", "build"):
 assert "not found: build it with ./compile.sh" in message
 os.environ["DEFORM_CONV_LIBRARY"] = "broken.so"
 message = failed_import("local")
-assert message.startswith(f"{{os.getcwd()}}/broken.so is not the library of deform_conv"), message
+assert message.startswith(f"{{os.getcwd()}}/broken.so is not the libdeform_conv.so of"), message
 if {remedy!r} == "build":
     del os.environ["DEFORM_CONV_LIBRARY"]
     os.symlink({str(PROJECT / "build")!r}, "build")

@@ -181,6 +181,6 @@ def test_without_its_library_the_error_says_what_to_do_and_fit_works(broken, tmp
         check=True,
     ).stdout
     assert "fit works" in printed
-    problem = "does not load" if broken else "not found"
+    problem = "is not the libdeform_conv_xla.so of deform_conv" if broken else "not found"
     assert f"{tmp_path}/libdeform_conv_xla.so {problem}" in printed
-    assert "Install or build deform_conv with them, or leave jit_compile out" in printed
+    assert "Install or build what is missing, or leave jit_compile out" in printed

@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
+from utils.quiet_tensorflow import keras, tf
+
 import numpy as np
 
 from utils.cli import PROJECT, UserError
 from utils.files import replacing
 from utils.mnist import CLASSES, IMAGE_SIZE
-from utils.quiet_tensorflow import keras, tf
 
 CHECKPOINTS = PROJECT / "checkpoint"
 

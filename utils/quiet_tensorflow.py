@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +13,10 @@ _NOTICES = [
     "WARNING: All log messages before absl::InitializeLog",
     r"I\d{4} ",  # for information
     "To enable the following instructions: ",
-    # Its own parts register twice.
+    # TensorFlow registers cuFFT, cuBLAS and the like twice.
     r"[WE]\d{4} .*(computation placer already registered|Unable to register cu\w+ factory)",
 ]
-if not Path("/proc/driver/nvidia/version").exists():
+if not any(Path(path).exists() for path in ("/proc/driver/nvidia/version", "/dev/dxg")):
     # Where there is no driver, there is no GPU to miss.
     _NOTICES.append(r"E\d{4} .*failed call to cuInit")
 
@@ -26,18 +27,19 @@ def _without_notices() -> Iterator[None]:
 
     Until TensorFlow has set its log up, no setting keeps it from writing them.
     """
-    notice = re.compile("|".join(_NOTICES))
     sys.stderr.flush()
     stderr = os.dup(2)
     read, write = os.pipe()
-    # In a process of its own, so that what comes before a crash is written still.
+    # In a process of its own, so that what comes before a crash is written still. Ctrl-C is for the
+    # other one alone.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     if (child := os.fork()) == 0:
-        os.close(write)
-        with os.fdopen(read, "rb") as lines:
-            for line in lines:
-                if not notice.match(line.decode(errors="replace")):
-                    os.write(stderr, line)
-        os._exit(0)
+        try:
+            os.close(write)
+            _copy_without_notices(read, stderr)
+        finally:
+            os._exit(0)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
     os.close(read)
     os.dup2(write, 2)
     os.close(write)
@@ -47,12 +49,21 @@ def _without_notices() -> Iterator[None]:
         sys.stderr.flush()
         os.dup2(stderr, 2)
         os.close(stderr)
-        os.waitpid(child, 0)
+        with contextlib.suppress(ChildProcessError):  # where SIGCHLD is ignored
+            os.waitpid(child, 0)
+
+
+def _copy_without_notices(read: int, write: int) -> None:
+    notice = re.compile("|".join(_NOTICES))
+    with os.fdopen(read, "rb") as lines:
+        for line in lines:
+            if not notice.match(line.decode(errors="replace")):
+                os.write(write, line)
 
 
 os.environ["KERAS_BACKEND"] = "tensorflow"
 # To see all of it, set the variable yourself.
-quiet = "TF_CPP_MIN_LOG_LEVEL" not in os.environ and "tensorflow" not in sys.modules
+quiet = "TF_CPP_MIN_LOG_LEVEL" not in os.environ and "tensorflow" not in sys.modules and sys.stderr
 if quiet:
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "1"  # warnings and errors, once the log is set up
 with _without_notices() if quiet else contextlib.nullcontext():

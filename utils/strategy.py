@@ -11,8 +11,9 @@ import json
 import os
 from collections.abc import Iterator
 
-from utils.cli import UserError, number
 from utils.quiet_tensorflow import tf
+
+from utils.cli import UserError, number
 
 NONE, MIRRORED, MULTIWORKER = "none", "mirrored", "multiworker"
 

@@ -7,13 +7,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from utils.quiet_tensorflow import keras, tf
+
 import numpy as np
 
 from utils.cli import UserError, number
 from utils.loss_scale import LossScaleOptimizer
 from utils.mnist import EASY_SHIFT, HARD_SHIFT, MNIST_FILE, Digits, scaled_test_digits
 from utils.model import CHECKPOINTS, save_weights, weights_file
-from utils.quiet_tensorflow import keras, tf
 from utils.strategy import add_strategy_arguments, all_workers_have, is_chief
 
 EVALUATION_BATCH = 500

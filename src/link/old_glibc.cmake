@@ -12,10 +12,10 @@ set(OLD_GLIBC_OBJECTS $<TARGET_OBJECTS:old_glibc>)
 # The static CUDA runtime names no versions, and would be linked with the newest.
 function(link_with_old_glibc library result)
   set(copy ${CMAKE_BINARY_DIR}/libcudart_static_old_glibc.a)
-  execute_process(
-    COMMAND ${CMAKE_OBJCOPY} --redefine-syms=${CMAKE_CURRENT_FUNCTION_LIST_DIR}/cudart_symbols.txt
-            ${library} ${copy}
-    RESULT_VARIABLE failed)
+  set(symbols ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/cudart_symbols.txt)
+  set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${symbols})
+  execute_process(COMMAND ${CMAKE_OBJCOPY} --redefine-syms=${symbols} ${library} ${copy}
+                  RESULT_VARIABLE failed)
   if(failed)
     message(FATAL_ERROR "objcopy could not copy ${library}")
   endif()

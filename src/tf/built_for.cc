@@ -2,4 +2,4 @@
 // since a library that does not fit must not even be loaded.
 
 extern "C" __attribute__((used)) const char deform_conv_built_for[] =
-    "deform_conv was built for TensorFlow " DEFORM_CONV_TENSORFLOW_VERSION;
+    "lib" DEFORM_CONV_LIBRARY_NAME " was built for TensorFlow " DEFORM_CONV_TENSORFLOW_VERSION;

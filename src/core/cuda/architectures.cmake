@@ -5,7 +5,13 @@
 
 set(DEFAULT_ARCHS 75 80 86 89 90 100 120)
 
-find_program(NVCC NAMES "$ENV{CUDACXX}" nvcc)
+if(DEFINED ENV{CUDACXX} AND DEFORM_CONV_CUDA)
+  find_program(NVCC NAMES "$ENV{CUDACXX}")
+  if(NOT NVCC)
+    message(FATAL_ERROR "CUDACXX: $ENV{CUDACXX} not found")
+  endif()
+endif()
+find_program(NVCC NAMES nvcc)
 if(DEFORM_CONV_CUDA STREQUAL AUTO)
   set(DEFORM_CONV_CUDA OFF)
   set(cuda_text "no CUDA (nvcc not found)")
@@ -15,7 +21,7 @@ if(DEFORM_CONV_CUDA STREQUAL AUTO)
 elseif(NOT DEFORM_CONV_CUDA)
   set(cuda_text "no CUDA")
 elseif(NOT NVCC)
-  message(FATAL_ERROR "DEFORM_CONV_CUDA is ON, and nvcc is not found")
+  message(FATAL_ERROR "DEFORM_CONV_CUDA is ON, and nvcc is not found; set CUDACXX to it")
 endif()
 
 if(DEFORM_CONV_CUDA)

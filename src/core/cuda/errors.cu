@@ -17,18 +17,19 @@ std::string VersionText(int version) {
 std::string DriverMisfit() {
   int driver = 0;
   cudaDriverGetVersion(&driver);
+  if (driver == 0) return "there is no NVIDIA driver here";
   if (driver / 1000 >= CUDART_VERSION / 1000) return "";
-  const std::string needed = "the GPU kernels of deform_conv were built with CUDA " +
-                             VersionText(CUDART_VERSION) +
-                             ", which needs an NVIDIA driver for CUDA " +
-                             std::to_string(CUDART_VERSION / 1000) + ".0 or newer";
-  if (driver == 0) return needed + "; there is none here";
-  return needed + "; this one is for CUDA " + VersionText(driver) +
+  return "the GPU kernels of deform_conv were built with CUDA " + VersionText(CUDART_VERSION) +
+         ", which needs an NVIDIA driver for CUDA " + std::to_string(CUDART_VERSION / 1000) +
+         ".0 or newer; this one is for CUDA " + VersionText(driver) +
          ". Update the driver, or compute on the CPU";
 }
 
 std::string ErrorText(cudaError_t error) {
-  if (error == cudaErrorInsufficientDriver) return DriverMisfit();
+  if (error == cudaErrorInsufficientDriver) {
+    const std::string misfit = DriverMisfit();
+    if (!misfit.empty()) return misfit;
+  }
   if (error == cudaErrorNoKernelImageForDevice) {
     const Gpu gpu = CurrentGpu();
     return "deform_conv was not built for the compute capability of this GPU, " +
