@@ -72,6 +72,8 @@ def test(wheel: Path, environment: str, uv: Path, folder: Path) -> dict[str, str
     xla = tuple(map(int, versions[package].split(".")[:2])) >= (2, 20)
     if ("XLA          yes" in described) != xla:
         sys.exit(f"XLA's kernels should {'' if xla else 'not '}load:\n{described}")
+    # tensorflow-cpu has no GPUs to run the kernels on.
+    gpu = package == "tensorflow" and "GPU          CUDA" in described
     tests = [*TESTS, "test_xla.py"] if xla else TESTS
     printed = run(python, "-m", "pytest", *(f"tests/{name}" for name in tests), cwd=place)
 
@@ -82,6 +84,7 @@ def test(wheel: Path, environment: str, uv: Path, folder: Path) -> dict[str, str
         "NumPy": versions["numpy"],
         "op, gradients, layer": "yes",
         "`jit_compile`": "yes" if xla else "no",
+        "CUDA kernels load": "yes" if gpu else "–",
         "tests": re.search(r"(\d+) passed", printed)[1],
     }
 
@@ -90,10 +93,10 @@ def write_table(rows: list[dict[str, str]]) -> None:
     """Writes a row for each environment between the marks of the page."""
     table = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
     lines = [f"| {' | '.join(cells)} |" for cells in table]
-    marks = r"(<!-- scripts/test_wheel.py writes this table -->\n).*?(\n<!-- end -->)"
+    marks = r"(<!-- scripts/test_wheel.py writes this table -->\n).*?(<!-- end -->)"
     text, count = re.subn(
         marks,
-        lambda match: match[1] + "\n".join(lines) + match[2],
+        lambda match: "".join([match[1], *(f"{line}\n" for line in lines), match[2]]),
         PAGE.read_text(),
         flags=re.DOTALL,
     )

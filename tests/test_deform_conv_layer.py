@@ -411,7 +411,7 @@ def test_weights_survive_saving_and_loading(images, tmp_path, rng):
 def test_exported_model_computes_the_same(given, images, tmp_path, rng):
     model = given_model() if given else random_model(rng, modulated=True)
     tensors = [images, *given_tensors(rng)] if given else images
-    model.export(tmp_path / "model", verbose=False)
+    model.export(tmp_path / "model")
     loaded = tf.saved_model.load(str(tmp_path / "model"))
     assert relative_error(loaded.serve(tensors), model(tensors)) <= 1e-6
 

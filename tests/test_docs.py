@@ -48,6 +48,19 @@ def test_links_lead_somewhere(page):
             assert ((PROJECT / page).parent / target).exists(), target
 
 
+def test_table_of_versions_has_every_minor_version_and_python():
+    text = (PROJECT / "docs" / "install.md").read_text()
+    for version in ("2.17", "2.18", "2.19", "2.20", "2.21"):
+        for package in ("tensorflow", "tensorflow-cpu"):
+            assert re.search(rf"^\| {package} {re.escape(version)}\.\d+ \| 3\.\d+", text, re.M)
+    assert set(re.findall(r"^\| tensorflow\S* \S+ \| (3\.\d+)", text, re.M)) == {
+        "3.10",
+        "3.11",
+        "3.12",
+        "3.13",
+    }
+
+
 def files_of_the_map() -> dict[str, set]:
     """What each entry in the first columns of src/README.md stands for, below core/ and tf/."""
     entries = {}

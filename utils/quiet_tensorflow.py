@@ -14,7 +14,7 @@ _NOTICES = [
     r"I\d{4} ",  # for information
     "To enable the following instructions: ",
     # TensorFlow registers cuFFT, cuBLAS and the like twice.
-    r"[WE]\d{4} .*(computation placer already registered|Unable to register cu\w+ factory)",
+    r".*(computation placer already registered|Unable to register cu\w+ factory)",
 ]
 if not any(Path(path).exists() for path in ("/proc/driver/nvidia/version", "/dev/dxg")):
     # Where there is no driver, there is no GPU to miss.
