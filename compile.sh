@@ -64,11 +64,25 @@ tool=$(command -v ninja || command -v make)
 nvcc=$("${CUDACXX:-nvcc}" --version 2> /dev/null | tail -n 1 || true)
 stamp="$PWD $tensorflow $generator $tool $("$CXX" --version | head -n 1) $nvcc $cuda ${CUDA_ARCHS:-}"
 if [[ $(cat build/configuration.txt 2> /dev/null) != "$stamp" ]]; then
-  rm -rf build/CMakeCache.txt build/CMakeFiles build/*.ninja build/Makefile build/configuration.txt
+  # It is kept until the new one is there: a mistyped setting must not cost a build.
+  rm -rf build/previous
+  mkdir -p build/previous
+  move_configuration() {
+    find "build$1" -maxdepth 1 \( -name 'CMake*' -o -name '*.ninja' -o -name Makefile \
+      -o -name configuration.txt \) -exec mv -t "build$2" {} +
+  }
+  move_configuration "" /previous
   output=$(cmake -S . -B build -G "$generator" -DCMAKE_CXX_COMPILER="$CXX" \
     -DTENSORFLOWS="$tensorflow" -DDEFORM_CONV_CUDA=$cuda \
     -DDEFORM_CONV_CUDA_ARCHS="${CUDA_ARCHS:-}" 2>&1) \
-    || { echo "$output" >&2; fail "CMake could not configure the build"; }
+    || {
+      echo "$output" >&2
+      rm -rf build/CMakeCache.txt build/CMakeFiles
+      move_configuration /previous ""
+      rmdir build/previous
+      fail "CMake could not configure the build"
+    }
+  rm -rf build/previous
   sed -n 's/^-- deform_conv: \(.*\)/compile.sh: building with \1; the first time this takes some minutes/p' <<< "$output"
   rm -f build/libdeform_conv{,_core,_xla}.so # one that is not built again would be loaded
   echo "$stamp" > build/configuration.txt
@@ -78,5 +92,6 @@ cmake -DDEFORM_CONV_WERROR="${WERROR:-OFF}" -DDEFORM_CONV_XLA=$xla build > /dev/
 if [[ $xla == OFF ]]; then rm -f build/libdeform_conv_xla.so; fi
 quiet=--quiet
 if [[ $generator != Ninja ]]; then quiet=--silent; fi
-cmake --build build --parallel "$(getconf _NPROCESSORS_ONLN)" -- $quiet
+cmake --build build --parallel "$(getconf _NPROCESSORS_ONLN)" -- $quiet \
+  | { grep -v '^ninja: no work to do' || true; } # some versions say so in quiet too
 echo "compile.sh: built build/libdeform_conv.so"
