@@ -85,6 +85,13 @@ def test_instruction_set_changes_rounding_at_most(instruction_set, two_threads):
         assert any(np.any(value != two_threads[key]) for key, value in results.items())
 
 
+def test_unknown_instruction_set_is_refused():
+    message = 'DEFORM_CONV_CPU_ISA must be "baseline", "avx2", "avx512" or unset; received "sse9"'
+    with pytest.raises(AssertionError, match=f"InvalidArgumentError: .*{re.escape(message)}"):
+        compute(threads=1, DEFORM_CONV_CPU_ISA="sse9")
+    assert core_text("cpu_instruction_set", DEFORM_CONV_CPU_ISA="sse9") == message
+
+
 def symbols(*arguments):
     if shutil.which("nm") is None:
         pytest.skip("nm is not installed")

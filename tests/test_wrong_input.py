@@ -186,6 +186,41 @@ def test_output_of_more_than_2_to_the_63_elements_raises(data_format):
         deform_conv2d(image, filters, offset, data_format=data_format)
 
 
+# Sizes that no tensor has can stand in a graph beside sizes that are unknown. Products of them are
+# more than 64 bits hold.
+@pytest.mark.parametrize(
+    ("shapes", "deform_groups", "message"),
+    [
+        (
+            [None, (2**31 - 1, 2**31 - 1, None, None), (None, None, None, 18)],
+            2**31 - 1,
+            "filters must have fewer than 2^63 bytes; received sizes 2147483647, 2147483647,",
+        ),
+        (
+            [None, (2**29, 2**29, None, None), (None, None, None, 0)],
+            64,
+            "offset has 0 channels; 2 * deform_groups * 536870912 * 536870912 = more than 2^63",
+        ),
+        (
+            [(None, 2**31 - 1, 2**31 - 1, 16), (1, 1, 16, 1), None],
+            1,
+            "input must have fewer than 2^63 bytes; received sizes -1, 2147483647, 2147483647, 16",
+        ),
+        (
+            [(2**19, 2**20, 2**20, 1), (1, 1, 1, 2**10), None],
+            1,
+            "the output of input and filters must have fewer than 2^63 bytes",
+        ),
+    ],
+)
+def test_sizes_whose_product_overflows_are_refused_while_the_graph_is_built(
+    shapes, deform_groups, message
+):
+    with tf.Graph().as_default(), pytest.raises(ValueError, match=re.escape(message)):
+        tensors = [tf.compat.v1.placeholder(tf.float32, shape) for shape in shapes]
+        deform_conv2d(*tensors, deform_groups=deform_groups)
+
+
 @pytest.mark.parametrize("strides", [np.array([2, 1]), tf.constant([2, 1]), (np.int64(2), 1)])
 def test_integers_may_be_numpys_or_tensorflows(strides):
     shapes = FITTING | {"offset": (2, 3, 6, 18), "mask": (2, 3, 6, 9)}

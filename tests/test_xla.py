@@ -1,6 +1,7 @@
 """The op compiled by XLA, with jit_compile=True."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from conftest import PROJECT, random_case, relative_error, run, second_derivatives
+from tensorflow.compiler.tf2xla.python.xla import call_module
 
 from deform_conv import deform_conv2d
 from deform_conv._library import record
@@ -110,6 +112,131 @@ def test_wrong_shapes_are_refused():
     filters = tf.zeros((3, 3, 2, 3))
     with pytest.raises((ValueError, tf.errors.InvalidArgumentError), match="18 expected"):
         function(tf.zeros((1, 5, 5, 36)))
+
+
+# Nobody but deform_conv2d calls the gradient op. It must not read out of bounds all the same.
+@pytest.mark.parametrize("shape", [(0,), (1,), (), (1, 5, 5, 4), (1, 3, 5, 5), (1, 5, 5, 3, 1)])
+@pytest.mark.parametrize("static", [True, False], ids=["static", "unknown"])
+def test_gradient_of_another_shape_is_refused(static, shape):
+    specs = [tf.TensorSpec(shape if static else None, tf.float32)]
+
+    @tf.function(jit_compile=True, input_signature=specs)
+    def gradients(grad_output):
+        return record.ops.deform_conv2d_grad(
+            input=tf.zeros((1, 5, 5, 2)),
+            filters=tf.zeros((3, 3, 2, 3)),
+            offset=tf.zeros((1, 5, 5, 18)),
+            mask=[],
+            grad_output=grad_output,
+            strides=[1, 1, 1, 1],
+            padding="SAME",
+        )
+
+    with pytest.raises(
+        (ValueError, tf.errors.InvalidArgumentError),
+        match=r"grad_output must have the output's shape \[1, 5, 5, 3\]; received \[",
+    ):
+        gradients(tf.ones(shape))
+
+
+ALL_TYPES = list(TOLERANCES)
+
+
+@pytest.mark.parametrize("offset_dtype", ALL_TYPES, ids=lambda dtype: dtype.name)
+@pytest.mark.parametrize("dtype", ALL_TYPES, ids=lambda dtype: dtype.name)
+def test_raw_ops_take_the_pairs_of_types_that_they_take_without_xla(dtype, offset_dtype, rng):
+    tensors = random_case(rng, mask=False, padding="SAME").tensors(dtype, offset_dtype)
+    attributes = {"mask": [], "strides": [1, 1, 1, 1], "padding": "SAME"}
+
+    def outputs(tensors):
+        output = record.ops.deform_conv2d(**tensors, **attributes)
+        gradients = record.ops.deform_conv2d_grad(**tensors, grad_output=output, **attributes)
+        return [output, *gradients[:3]]
+
+    if offset_dtype == dtype or (dtype.size == 2 and offset_dtype == tf.float32):
+        for ours, theirs in zip(jitted(outputs)(tensors), outputs(tensors), strict=True):
+            assert relative_error(ours, theirs) <= TOLERANCES[dtype]
+    else:
+        for function in (outputs, jitted(outputs)):
+            with pytest.raises((tf.errors.InvalidArgumentError, tf.errors.NotFoundError)):
+                function(tensors)
+
+
+def test_compiled_module_has_the_attributes_and_nothing_that_differs_from_run_to_run(rng):
+    """Or caches of compiled modules, which XLA can keep on disk, would miss."""
+    tensors = random_case(rng).tensors(tf.float32)
+    gradients = jitted(lambda t: run(t, {"padding": "SAME"}))
+    module = gradients.experimental_get_compiler_ir(tensors)(stage="hlo")
+    # The words' version, SAME, strides, dilations, padding, deform_groups.
+    words = "{attributes = array<i64: 1, 0, 1, 1, 1, 1, 0, 0, 0, 0, 1>"
+    configurations = re.findall("backend_config=(.*)", module)
+    assert set(configurations) == {f"{words}}}", f"{words}, wanted = 15 : i64}}"}
+
+
+# A compiled module of foreign make: the custom call of deform_conv2d, with what it is given.
+MODULE = """
+func.func public @main(%input: tensor<1x5x5x2x{type}>, %filters: tensor<3x3x2x3x{type}>,
+                       %offset: tensor<1x5x5x18x{offset_type}>) -> tensor<{output}> {{
+  %output = stablehlo.custom_call @deform_conv2d_forward(%input, %filters, %offset)
+      {{api_version = 4 : i32, backend_config = {{attributes = array<i64: {words}>}}}}
+      : (tensor<1x5x5x2x{type}>, tensor<3x3x2x3x{type}>, tensor<1x5x5x18x{offset_type}>)
+      -> tensor<{output}>
+  return %output : tensor<{output}>
+}}
+"""
+FITTING = {
+    "type": "f32",
+    "offset_type": "f32",
+    "output": "1x5x5x3xf32",
+    "words": "1, 0, 1, 1, 1, 1, 0, 0, 0, 0, 1",
+}
+
+
+def call_of_module(**differences):
+    parts = FITTING | differences
+    types = {"f32": tf.float32, "f64": tf.float64, "i32": tf.int32}
+    *shape, output_type = parts["output"].split("x")
+
+    @jitted
+    def call(input, filters, offset):
+        return call_module(
+            [input, filters, offset],
+            version=9,
+            module=MODULE.format(**parts).encode(),
+            Tout=[types[output_type]],
+            Sout=[[int(size) for size in shape]],
+            platforms=["CUDA" if "GPU" in input.device else "CPU"],
+        )
+
+    tensors = [tf.ones((1, 5, 5, 2)), tf.ones((3, 3, 2, 3)), tf.zeros((1, 5, 5, 18))]
+    dtypes = [types[parts["type"]]] * 2 + [types[parts["offset_type"]]]
+    return call(*map(tf.cast, tensors, dtypes))[0]
+
+
+def test_custom_call_of_a_foreign_module():
+    assert np.all(call_of_module()[0, 1:-1, 1:-1] == 3 * 3 * 2)
+
+
+FOREIGN = {
+    "fewer words": ({"words": "1, 0, 1, 1, 1, 1, 0, 0, 0, 0"}, "not those of this version"),
+    "version": ({"words": "2, 0, 1, 1, 1, 1, 0, 0, 0, 0, 1"}, "not those of this version"),
+    "padding": ({"words": "1, 3, 1, 1, 1, 1, 0, 0, 0, 0, 1"}, "not those of this version"),
+    "stride of 0": ({"words": "1, 0, 0, 1, 1, 1, 0, 0, 0, 0, 1"}, "strides must be from 1"),
+    "stride of 2": ({"words": "1, 0, 2, 1, 1, 1, 0, 0, 0, 0, 1"}, "offset has height and width"),
+    "groups": ({"words": "1, 0, 1, 1, 1, 1, 0, 0, 0, 0, 2"}, "36 expected"),
+    "offset's type": ({"offset_type": "f64"}, "argument 2 has another type"),
+    "output's type": ({"output": "1x5x5x3xf64"}, "the output has another type"),
+    "output's shape": ({"output": "1x5x5x2xf32"}, "the output's shape"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_custom_call_that_does_not_fit_is_an_error_of_the_call(name):
+    """The handler reads nothing out of bounds, and the process goes on, on a GPU too."""
+    differences, message = FOREIGN[name]
+    with pytest.raises(tf.errors.OpError, match=message):
+        call_of_module(**differences)
+    assert call_of_module().shape == (1, 5, 5, 3)
 
 
 def test_jitted_fit_learns_what_fit_does(device, rng):

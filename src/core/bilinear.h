@@ -3,6 +3,9 @@
 // An image is extended with zeros, and a sample is 0 unless -1 < h < H and -1 < w < W. Inside, it
 // interpolates bilinearly between the four pixels around (h, w). At an integer position the
 // derivative is the one towards +.
+//
+// Corners outside the image have no part in a sample, also beside infinite numbers, with which a
+// product with 0 would be NaN. Corners inside take part even where their weight is 0.
 
 #ifndef DEFORM_CONV_CORE_BILINEAR_H_
 #define DEFORM_CONV_CORE_BILINEAR_H_
@@ -54,6 +57,9 @@ DEFORM_CONV_INLINE AxisSample<T, Int> LocateOnAxis(Int base, T offset, Int size)
 
 // The four pixels around a sample, in the order in which the arrays below list them.
 enum Corner { kTopLeft, kTopRight, kBottomLeft, kBottomRight, kCorners };
+
+// The bits of a sample all of whose corners count.
+constexpr int32_t kAllCorners = (1 << kCorners) - 1;
 
 // Weight of each corner in the sample.
 template <typename T>

@@ -1,5 +1,6 @@
 #include "core/build_info.h"
 
+#include <stdexcept>
 #include <string>
 
 #include "core/cpu/kernels.h"
@@ -7,7 +8,16 @@
 #include "core/cuda/errors.h"
 #endif
 
-const char* deform_conv_cpu_instruction_set() { return deform_conv::CpuInstructionSet(); }
+const char* deform_conv_cpu_instruction_set() {
+  static const std::string text = [] {
+    try {
+      return std::string(deform_conv::CpuInstructionSet());
+    } catch (const std::invalid_argument& error) {
+      return std::string(error.what());
+    }
+  }();
+  return text.c_str();
+}
 
 #ifdef DEFORM_CONV_CUDA_TEXT
 

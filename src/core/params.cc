@@ -1,6 +1,7 @@
 #include "core/params.h"
 
 #include <algorithm>
+#include <initializer_list>
 #include <limits>
 #include <sstream>
 #include <vector>
@@ -94,6 +95,43 @@ std::string CheckAttributes(const DeformConvAttributes& attributes) {
   return "";
 }
 
+// The product of known sizes, or kUnknown if it is more than an int64_t holds.
+int64_t Product(std::initializer_list<int64_t> sizes) {
+  if (std::find(sizes.begin(), sizes.end(), 0) != sizes.end()) return 0;
+  int64_t product = 1;
+  for (const int64_t size : sizes) {
+    if (__builtin_mul_overflow(product, size, &product)) return kUnknown;
+  }
+  return product;
+}
+
+// Checks one tensor's sizes: what it takes, in bytes too, is to fit an int64_t. An image is to fit it
+// even where there is none.
+std::string CheckSizes(const char* tensor, const std::array<int64_t, 4>& shape) {
+  const auto received = [&] {
+    return Message("; received sizes ", shape[0], ", ", shape[1], ", ", shape[2], ", ", shape[3],
+                   ", where ", kUnknown, " is unknown");
+  };
+  if (*std::min_element(shape.begin(), shape.end()) < kUnknown) {
+    return Message(tensor, " must have sizes of 0 or more", received());
+  }
+  constexpr int64_t kBytesOfElement = sizeof(double);
+  const auto known = [](int64_t size) { return Known(size) ? size : 1; };
+  if (!Known(Product({std::max<int64_t>(shape[0], 1), known(shape[1]), known(shape[2]),
+                      known(shape[3]), kBytesOfElement}))) {
+    return Message(tensor, " must have fewer than 2^63 bytes", received());
+  }
+  return "";
+}
+
+std::string CheckAllSizes(const DeformConvShapes& shapes) {
+  std::string error = CheckSizes("input", shapes.input);
+  if (error.empty()) error = CheckSizes("filters", shapes.filters);
+  if (error.empty()) error = CheckSizes("offset", shapes.offset);
+  if (error.empty() && shapes.has_mask) error = CheckSizes("mask", shapes.mask);
+  return error;
+}
+
 std::string CheckExtents(const DeformConvShapes& shapes) {
   const int64_t in_h = shapes.input[1], in_w = shapes.input[2];
   const int64_t kernel_h = shapes.filters[0], kernel_w = shapes.filters[1];
@@ -160,10 +198,13 @@ std::string CheckPerPosition(const char* argument, const std::array<int64_t, 4>&
                    ", expected");
   }
   if (Known(shape[3]) && Known(params.kernel_h) && Known(params.kernel_w)) {
-    const int64_t expected = per_tap * params.deform_groups * params.taps();
+    // No shape has more channels than an int64_t holds.
+    const int64_t expected =
+        Product({per_tap, params.deform_groups, params.kernel_h, params.kernel_w});
     if (shape[3] != expected) {
+      const std::string number = Known(expected) ? Message(expected) : "more than 2^63";
       return Message(argument, " has ", shape[3], " channels; ", rule, params.kernel_h, " * ",
-                     params.kernel_w, " = ", expected, " expected");
+                     params.kernel_w, " = ", number, " expected");
     }
   }
   return "";
@@ -209,6 +250,8 @@ std::string MakeParams(const DeformConvAttributes& attributes, const DeformConvS
                        DeformConvParams* params) {
   std::string error = CheckAttributes(attributes);
   if (!error.empty()) return error;
+  error = CheckAllSizes(shapes);
+  if (!error.empty()) return error;
   error = CheckExtents(shapes);
   if (!error.empty()) return error;
   *params = GivenSizes(attributes, shapes);
@@ -219,10 +262,13 @@ std::string MakeParams(const DeformConvAttributes& attributes, const DeformConvS
   error = CheckPerPosition("offset", shapes.offset, *params, 2, "2 * deform_groups * ");
   if (!error.empty()) return error;
   FillFrom(shapes.offset, params);
-  if (!shapes.has_mask) return "";
-  error = CheckPerPosition("mask", shapes.mask, *params, 1, "deform_groups * ");
-  FillFrom(shapes.mask, params);
-  return error;
+  if (shapes.has_mask) {
+    error = CheckPerPosition("mask", shapes.mask, *params, 1, "deform_groups * ");
+    if (!error.empty()) return error;
+    FillFrom(shapes.mask, params);
+  }
+  return CheckSizes("the output of input and filters",
+                    {params->batch, params->out_h, params->out_w, params->out_channels});
 }
 
 }  // namespace deform_conv

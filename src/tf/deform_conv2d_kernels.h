@@ -40,6 +40,7 @@
 #include "tf/exception_to_status.h"
 #include "tf/native_tensor.h"
 #include "tf/op_attributes.h"
+#include "tf/type_pairs.h"
 
 namespace deform_conv {
 
@@ -67,11 +68,13 @@ class DeformConv2DKernel : public OpKernel {
   bool has_mask() const { return attributes_.has_mask; }
 
   absl::Status ReadShapes(OpKernelContext* context, DeformConvParams* params) const {
-    const auto dimensions = [context](int index) {
-      const auto sizes = context->input(index).shape().dim_sizes();
-      return std::vector<int64_t>(sizes.begin(), sizes.end());
-    };
-    return MakeParamsOf(attributes_, dimensions, params);
+    return MakeParamsOf(
+        attributes_, [context](int index) { return Dimensions(context, index); }, params);
+  }
+
+  static std::vector<int64_t> Dimensions(OpKernelContext* context, int index) {
+    const auto sizes = context->input(index).shape().dim_sizes();
+    return std::vector<int64_t>(sizes.begin(), sizes.end());
   }
 
   absl::Status OutputShape(const DeformConvParams& params, TensorShape* shape) const {
@@ -178,14 +181,9 @@ class DeformConv2DGradOp : public DeformConv2DKernel {
   absl::Status ComputeStatus(OpKernelContext* context) override {
     DeformConvParams params;
     TF_RETURN_IF_ERROR(ReadShapes(context, &params));
-    const Tensor& grad_output = context->input(context->num_inputs() - 1);
-    TensorShape expected;
-    TF_RETURN_IF_ERROR(OutputShape(params, &expected));
-    if (grad_output.shape() != expected) {
-      return absl::InvalidArgumentError(absl::StrCat("grad_output must have the output's shape ",
-                                                     expected.DebugString(), "; received ",
-                                                     grad_output.shape().DebugString()));
-    }
+    const int grad_output_index = context->num_inputs() - 1;
+    const Tensor& grad_output = context->input(grad_output_index);
+    TF_RETURN_IF_ERROR(CheckGradOutput(format(), params, Dimensions(context, grad_output_index)));
 
     Backend backend(context);
     DataTensor grad_input(context, backend, format());
@@ -238,21 +236,13 @@ class DeformConv2DGradOp : public DeformConv2DKernel {
 }  // namespace deform_conv
 
 // Registers both ops' kernels on `device` for one pair of TensorFlow's types.
-#define DEFORM_CONV_REGISTER_OP(Backend, device, name, Op, TfT, TfOffsetT)                     \
-  REGISTER_KERNEL_BUILDER(                                                                     \
-      Name(name).Device(device).TypeConstraint<TfT>("T").TypeConstraint<TfOffsetT>("Toffset"), \
-      Op<Backend, CoreType<TfT>, CoreType<TfOffsetT>>)
-#define DEFORM_CONV_REGISTER_PAIR(Backend, device, TfT, TfOffsetT)                          \
-  DEFORM_CONV_REGISTER_OP(Backend, device, "DeformConv2D", DeformConv2DOp, TfT, TfOffsetT); \
-  DEFORM_CONV_REGISTER_OP(Backend, device, "DeformConv2DGrad", DeformConv2DGradOp, TfT, TfOffsetT)
+#define DEFORM_CONV_REGISTER_PAIR(TfT, TfOffsetT, Backend, device)                           \
+  REGISTER_KERNEL_BUILDER(DEFORM_CONV_KERNEL_OF(TfT, TfOffsetT, device, "DeformConv2D"),     \
+                          DeformConv2DOp<Backend, CoreType<TfT>, CoreType<TfOffsetT>>);      \
+  REGISTER_KERNEL_BUILDER(DEFORM_CONV_KERNEL_OF(TfT, TfOffsetT, device, "DeformConv2DGrad"), \
+                          DeformConv2DGradOp<Backend, CoreType<TfT>, CoreType<TfOffsetT>>)
 
-// For every pair: offset and mask in the input's type, or in float beside a 16-bit one.
-#define DEFORM_CONV_REGISTER(Backend, device)                                   \
-  DEFORM_CONV_REGISTER_PAIR(Backend, device, float, float);                     \
-  DEFORM_CONV_REGISTER_PAIR(Backend, device, double, double);                   \
-  DEFORM_CONV_REGISTER_PAIR(Backend, device, Eigen::half, Eigen::half);         \
-  DEFORM_CONV_REGISTER_PAIR(Backend, device, Eigen::half, float);               \
-  DEFORM_CONV_REGISTER_PAIR(Backend, device, Eigen::bfloat16, Eigen::bfloat16); \
-  DEFORM_CONV_REGISTER_PAIR(Backend, device, Eigen::bfloat16, float)
+#define DEFORM_CONV_REGISTER(Backend, device) \
+  DEFORM_CONV_FOR_TYPE_PAIRS(DEFORM_CONV_REGISTER_PAIR, Backend, device)
 
 #endif  // DEFORM_CONV_TF_DEFORM_CONV2D_KERNELS_H_

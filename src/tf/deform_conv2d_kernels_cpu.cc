@@ -1,10 +1,13 @@
 // The ops' kernels on the CPU.
 
+#include <algorithm>
 #include <functional>
 
 #include "core/cpu/kernels.h"
+#include "core/cpu/threads.h"
+#include "tensorflow/core/platform/threadpool.h"
 #include "tf/deform_conv2d_kernels.h"
-#include "tf/tensorflow_versions.h"
+#include "tf/shared_work.h"
 
 namespace deform_conv {
 namespace {
@@ -57,23 +60,24 @@ class CpuBackend {
   }
 
  private:
-  CpuThreads Threads() const {
-    const auto run = [workers = workers_](int count, const std::function<void(int)>& work) {
-      workers->ParallelFor(count, BlocksOf(1), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) work(static_cast<int>(i));
-      });
-    };
-    return {workers_->NumThreads(), run};
-  }
+  CpuThreads Threads() const { return ThreadsOf(workers_, workers_->NumThreads()); }
 
+  // Calls convert(begin, end) for parts of the tensor's pixels, side by side where they are worth
+  // it.
   void ForEachPixelRange(const TensorExtent& extent,
-                         const std::function<void(int64_t, int64_t)>& convert) {
-    constexpr int64_t kCyclesPerElement = 2;
-    workers_->ParallelFor(extent.batch * extent.pixels, ByCost(kCyclesPerElement * extent.channels),
-                          convert);
+                         const std::function<void(int64_t, int64_t)>& convert) const {
+    constexpr int64_t kElementsOfPart = 1 << 13;
+    const CpuThreads threads = Threads();
+    const int64_t pixels = extent.batch * extent.pixels;
+    const int64_t parts =
+        std::clamp<int64_t>(extent.elements() / kElementsOfPart, 1, threads.count);
+    if (parts == 1) return convert(0, pixels);
+    threads.run(static_cast<int>(parts), [&](int i) {
+      convert(PartBegin(pixels, i, parts), PartBegin(pixels, i + 1, parts));
+    });
   }
 
-  ThreadPool* workers_;
+  tensorflow::thread::ThreadPool* workers_;
 };
 
 DEFORM_CONV_REGISTER(CpuBackend, tensorflow::DEVICE_CPU);

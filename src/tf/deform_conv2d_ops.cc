@@ -47,6 +47,8 @@ absl::Status GradShape(InferenceContext* context) {
   OpAttributes attributes;
   DeformConvParams params;
   TF_RETURN_IF_ERROR(InferParams(context, &attributes, &params));
+  TF_RETURN_IF_ERROR(
+      CheckGradOutput(attributes.format, params, Dimensions(context, context->num_inputs() - 1)));
   for (int i = 0; i < context->num_outputs(); ++i) {
     bool wanted;
     TF_RETURN_IF_ERROR(context->GetAttr(kWantAttributes[i], &wanted));

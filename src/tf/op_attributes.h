@@ -3,6 +3,7 @@
 #ifndef DEFORM_CONV_TF_OP_ATTRIBUTES_H_
 #define DEFORM_CONV_TF_OP_ATTRIBUTES_H_
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <string>
@@ -173,6 +174,27 @@ absl::Status MakeParamsOf(const OpAttributes& attributes, const Dimensions& dime
   if (!status.ok()) return status;
   const std::string error = MakeParams(attributes.conv, shapes, params);
   return error.empty() ? absl::OkStatus() : absl::InvalidArgumentError(error);
+}
+
+// Fails unless grad_output, the gradient op's last argument, has the output's shape.
+inline absl::Status CheckGradOutput(DataFormat format, const DeformConvParams& params,
+                                    const std::vector<int64_t>& grad_output) {
+  const std::array<int64_t, 4> expected =
+      FromNativeShape(format, {params.batch, params.out_h, params.out_w, params.out_channels});
+  const auto fits = [](int64_t size, int64_t expected_size) {
+    return size == expected_size || size == kUnknown || expected_size == kUnknown;
+  };
+  if (std::equal(grad_output.begin(), grad_output.end(), expected.begin(), expected.end(), fits)) {
+    return absl::OkStatus();
+  }
+  const auto text = [](const auto& sizes) {
+    return absl::StrJoin(sizes, ", ", [](std::string* to, int64_t size) {
+      absl::StrAppend(to, size == kUnknown ? "?" : absl::StrCat(size));
+    });
+  };
+  return absl::InvalidArgumentError(absl::StrCat("grad_output must have the output's shape [",
+                                                 text(expected), "]; received [", text(grad_output),
+                                                 "]"));
 }
 
 }  // namespace deform_conv

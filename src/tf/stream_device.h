@@ -21,14 +21,6 @@
 
 namespace deform_conv {
 
-#if DEFORM_CONV_TENSORFLOW >= 221
-template <typename T>
-using DeviceAddress = stream_executor::DeviceAddress<T>;
-#else
-template <typename T>
-using DeviceAddress = stream_executor::DeviceMemory<T>;
-#endif
-
 template <typename T, typename Scalar>
 absl::Status StreamGemmOf(stream_executor::Stream* stream, GemmForm form,
                           const Matrix<const void>& a, const Matrix<const void>& b,

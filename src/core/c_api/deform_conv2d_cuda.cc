@@ -4,6 +4,8 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <map>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -51,10 +53,16 @@ class ToolkitDevice : public GpuDevice {
   // cuBLAS is column-major: there, a row-major matrix is its transpose, and c^T = b^T a^T.
   std::string Gemm(ElementType type, GemmForm form, const Matrix<const void>& a,
                    const Matrix<const void>& b, const Matrix<void>& c, bool accumulate) override {
-    static thread_local cublasHandle_t handle = nullptr;
-    if (handle == nullptr && cublasCreate(&handle) != CUBLAS_STATUS_SUCCESS) {
-      return "cuBLAS cannot be started";
+    // A handle belongs to the device that is current when it is made.
+    static thread_local std::map<int, cublasHandle_t> handles;
+    const int device = CurrentDevice();
+    auto found = handles.find(device);
+    if (found == handles.end()) {
+      cublasHandle_t made;
+      if (cublasCreate(&made) != CUBLAS_STATUS_SUCCESS) return "cuBLAS cannot be started";
+      found = handles.emplace(device, made).first;
     }
+    const cublasHandle_t handle = found->second;
     cublasSetStream(handle, stream_);
     const float one = 1, beta = accumulate ? 1 : 0;
     const double one_double = 1, beta_double = accumulate ? 1 : 0;
@@ -80,17 +88,22 @@ class ToolkitDevice : public GpuDevice {
   }
 
  private:
+  static int CurrentDevice() {
+    int device = 0;
+    cudaGetDevice(&device);
+    return device;
+  }
+
   // By default, each synchronisation would give the pool's free memory back to the system.
   static void KeepFreedMemory() {
-    static const bool done = [] {
-      cudaMemPool_t pool;
-      int device;
-      uint64_t all = UINT64_MAX;
-      return cudaGetDevice(&device) == cudaSuccess &&
-             cudaDeviceGetDefaultMemPool(&pool, device) == cudaSuccess &&
-             cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &all) == cudaSuccess;
-    }();
-    static_cast<void>(done);
+    static thread_local std::set<int> done;
+    const int device = CurrentDevice();
+    if (!done.insert(device).second) return;
+    cudaMemPool_t pool;
+    uint64_t all = UINT64_MAX;
+    if (cudaDeviceGetDefaultMemPool(&pool, device) == cudaSuccess) {
+      cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &all);
+    }
   }
 
   cudaStream_t stream_;
@@ -119,6 +132,9 @@ std::string ParamsOf(const DeformConvProblem& problem, DeformConvParams* params)
   std::copy_n(problem.offset, 4, shapes.offset.begin());
   std::copy_n(problem.mask, 4, shapes.mask.begin());
   shapes.has_mask = problem.mask[3] != 0;
+  for (const auto* shape : {&shapes.input, &shapes.filters, &shapes.offset, &shapes.mask}) {
+    if (*std::min_element(shape->begin(), shape->end()) < 0) return "a size is negative";
+  }
   return MakeParams(attributes, shapes, params);
 }
 

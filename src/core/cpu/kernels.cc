@@ -1,9 +1,9 @@
 #include "core/cpu/kernels.h"
 
 #include <algorithm>
-#include <cstdio>
 #include <cstdlib>
-#include <cstring>
+#include <stdexcept>
+#include <string>
 
 namespace deform_conv {
 
@@ -42,17 +42,19 @@ Isa BestIsa() {
   return kBaseline;
 }
 
+// Throws std::invalid_argument, at every call, if the environment names another set.
 Isa ChosenIsa() {
   static const Isa chosen = [] {
     const Isa best = BestIsa();
-    const char* asked = std::getenv("DEFORM_CONV_CPU_ISA");
-    if (asked == nullptr) return best;
+    const char* value = std::getenv("DEFORM_CONV_CPU_ISA");
+    const std::string asked = value == nullptr ? "" : value;
+    if (asked.empty()) return best;
     for (int isa = kBaseline; isa < kIsaCount; ++isa) {
-      if (std::strcmp(asked, kIsaNames[isa]) == 0) return std::min(static_cast<Isa>(isa), best);
+      if (asked == kIsaNames[isa]) return std::min(static_cast<Isa>(isa), best);
     }
-    std::fprintf(stderr, "DEFORM_CONV_CPU_ISA is baseline, avx2 or avx512, not %s: ignored\n",
-                 asked);
-    return best;
+    throw std::invalid_argument(
+        "DEFORM_CONV_CPU_ISA must be \"baseline\", \"avx2\", \"avx512\" or unset; received \"" +
+        asked + "\"");
   }();
   return chosen;
 }

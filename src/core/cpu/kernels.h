@@ -24,14 +24,15 @@ struct ChannelRun {
   int64_t tap_stride;  // distance in the row from one tap to the next
 };
 
-// Samples as LocateSample() gives them. The weights are times the mask. Where no corner counts, the
-// weights, h_low and w_low are 0. Sixteen samples lie side by side, for vector code to write them,
-// and close together, for one pointer to reach them.
+// Samples as LocateSample() gives them, and their masks, 1 where there is none. Where no corner
+// counts, the mask, h_low and w_low are 0. The mask is kept apart from the weights, since the
+// product of the two may overflow where a sample times its mask does not. Sixteen samples lie side
+// by side, for vector code to write them, and close together, for one pointer to reach them.
 template <typename T>
 struct SampleBlock {
   static constexpr int kSize = 16;
   T weights[kCorners][kSize];
-  T h_fraction[kSize], w_fraction[kSize];
+  T h_fraction[kSize], w_fraction[kSize], mask[kSize];
   int32_t corner_bits[kSize], h_low[kSize], w_low[kSize];
 };
 
@@ -64,7 +65,7 @@ struct CpuKernels {
   // Writes the tile's columns for the runs' channels, a row for each position.
   //   zeros  as many as a run has channels, at least; read where a corner lies outside the image
   void (*im2col)(const DeformConvParams& params, const ChannelRuns& runs,
-                 const TileSamples<T>& tile, const T* input, const T* zeros,
+                 const TileSamples<T>& tile, const SampledTensors<T>& tensors, const T* zeros,
                  const Matrix<T>& columns);
 
   // Adds to `gradients` what the columns' gradient, in `columns`, means for the sampled tensors.
@@ -99,12 +100,12 @@ struct CpuLayoutKernels {
                       int64_t begin, int64_t end, T* tensor);
 };
 
-// The instruction set of the kernels for this processor, as DEFORM_CONV_CPU_ISA names it.
+// The instruction set of the kernels for this processor. Environment variable DEFORM_CONV_CPU_ISA
+// (baseline, avx2, avx512) asks for a lower one than the processor has, for tests and comparisons.
+// This and what follows throw std::invalid_argument if it names another.
 const char* CpuInstructionSet();
 
 // The kernels for this processor. T is float or double; for layout also Half or BFloat16.
-// Environment variable DEFORM_CONV_CPU_ISA (baseline, avx2, avx512) asks for a lower set than the
-// processor has, for tests and comparisons.
 template <typename T>
 const CpuKernels<T>& SelectCpuKernels();
 template <typename T>

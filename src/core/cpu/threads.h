@@ -12,8 +12,8 @@ namespace deform_conv {
 // The threads to compute on.
 struct CpuThreads {
   int count = 1;
-  // Calls work(i) for each i in [0, count), side by side, and returns when all are done. Unused if
-  // `count` is 1.
+  // Calls work(i) for each i in [0, count), side by side. Returns, or throws, only when no call
+  // goes on or is still to come. Unused if `count` is 1.
   std::function<void(int count, const std::function<void(int)>& work)> run;
 };
 

@@ -53,9 +53,7 @@ class Tile {
     kernels_.locate(params_, tensors_, located_);
   }
 
-  void Im2Col() {
-    kernels_.im2col(params_, Runs(), located_, tensors_.input, zeros_.data(), Columns());
-  }
+  void Im2Col() { kernels_.im2col(params_, Runs(), located_, tensors_, zeros_.data(), Columns()); }
 
   void Col2Im(bool replace, const SampledGradients<T>& gradients) {
     kernels_.col2im(params_, Runs(), located_, tensors_, zeros_.data(), ignored_.data(), replace,

@@ -20,8 +20,12 @@
 
 #include <string>
 #include <utility>
+#include <vector>
 
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
 #include "core/deform_conv2d.h"
+#include "tensorflow/core/platform/errors.h"
 #include "tf/exception_to_status.h"
 #include "tf/op_attributes.h"
 #include "tf/xla/custom_calls.h"
@@ -51,20 +55,18 @@ inline ffi::Error ErrorOf(const absl::Status& status) {
 // Calls work(TypeTag<T>()), which returns an empty string or what went wrong, for the T that `type`
 // stands for.
 template <typename Backend, typename Work>
-ffi::Error ForType(ffi::DataType type, const Work& work) {
-  return ErrorOf(ExceptionToStatus([&] {
-    std::string error = "the custom calls take no such type";
-    if (type == ffi::F32) {
-      error = work(TypeTag<float>());
-    } else if (type == ffi::F64) {
-      error = work(TypeTag<double>());
-    }
-    if constexpr (Backend::kHas16Bit) {
-      if (type == ffi::F16) error = work(TypeTag<Half>());
-      if (type == ffi::BF16) error = work(TypeTag<BFloat16>());
-    }
-    return error.empty() ? absl::OkStatus() : absl::InternalError(error);
-  }));
+absl::Status ForType(ffi::DataType type, const Work& work) {
+  std::string error = "the custom calls take no such type";
+  if (type == ffi::F32) {
+    error = work(TypeTag<float>());
+  } else if (type == ffi::F64) {
+    error = work(TypeTag<double>());
+  }
+  if constexpr (Backend::kHas16Bit) {
+    if (type == ffi::F16) error = work(TypeTag<Half>());
+    if (type == ffi::BF16) error = work(TypeTag<BFloat16>());
+  }
+  return error.empty() ? absl::OkStatus() : absl::InternalError(error);
 }
 
 template <typename T>
@@ -72,25 +74,91 @@ T* DataOf(const ffi::AnyBuffer& buffer) {
   return static_cast<T*>(buffer.untyped_data());
 }
 
-// The mask's data, or null where `masks` has none.
-template <typename OffsetT>
-const OffsetT* OptionalMask(const ffi::RemainingArgs& masks) {
-  return masks.size() == 0 ? nullptr : DataOf<OffsetT>(*masks.get<ffi::AnyBuffer>(0));
-}
+// The arguments of a call. Their types and shapes are checked once more: a compiled module may have
+// been made by another version, or changed.
+class CallArguments {
+ public:
+  // Without a mask, `masks` is empty.
+  CallArguments(const ffi::AnyBuffer& input, const ffi::AnyBuffer& filters,
+                const ffi::AnyBuffer& offset, const ffi::RemainingArgs& masks)
+      : buffers_{input, filters, offset} {
+    for (size_t i = 0; i < masks.size(); ++i) buffers_.push_back(*masks.get<ffi::AnyBuffer>(i));
+  }
+
+  ffi::DataType type() const { return buffers_[kInput].element_type(); }
+
+  absl::Status MakeParams(ffi::Span<const int64_t> words, DeformConvParams* params) const {
+    OpAttributes attributes;
+    if (!FromWords(words.begin(), words.size(), &attributes.conv)) {
+      return absl::InvalidArgumentError("attributes are not those of this version of the calls");
+    }
+    if (buffers_.size() > kArguments) return absl::InvalidArgumentError("mask is given twice");
+    attributes.has_mask = buffers_.size() > kMask;
+    const ffi::DataType compute_type = type() == ffi::F64 ? ffi::F64 : ffi::F32;
+    for (size_t i = 0; i < buffers_.size(); ++i) {
+      if (buffers_[i].element_type() != (i < kOffset ? type() : compute_type)) {
+        return absl::InvalidArgumentError(absl::StrCat("argument ", i, " has another type"));
+      }
+    }
+    const auto dimensions = [this](int i) { return DimensionsOf(buffers_[i]); };
+    return MakeParamsOf(attributes, dimensions, params);
+  }
+
+  // Fails unless `result`, the output or its gradient, has the type of the input and the shape of
+  // the output.
+  absl::Status CheckOutput(const DeformConvParams& params, const ffi::AnyBuffer& output) const {
+    if (output.element_type() != type()) {
+      return absl::InvalidArgumentError("the output has another type than the input");
+    }
+    return CheckGradOutput(DataFormat::kNhwc, params, DimensionsOf(output));
+  }
+
+  // Fails unless `result`, the gradient of argument i, has its type and shape.
+  absl::Status CheckGradient(size_t i, const ffi::AnyBuffer& result) const {
+    if (i < buffers_.size() && result.element_type() == buffers_[i].element_type() &&
+        DimensionsOf(result) == DimensionsOf(buffers_[i])) {
+      return absl::OkStatus();
+    }
+    return absl::InvalidArgumentError(absl::StrCat("gradient ", i, " does not fit its argument"));
+  }
+
+  template <typename T>
+  SampledTensors<T, ComputeType<T>> Tensors() const {
+    using OffsetT = ComputeType<T>;
+    return {DataOf<T>(buffers_[kInput]), DataOf<OffsetT>(buffers_[kOffset]),
+            buffers_.size() > kMask ? DataOf<OffsetT>(buffers_[kMask]) : nullptr};
+  }
+
+  template <typename T>
+  const T* Filters() const {
+    return DataOf<T>(buffers_[kFilters]);
+  }
+
+ private:
+  static std::vector<int64_t> DimensionsOf(const ffi::AnyBuffer& buffer) {
+    return {buffer.dimensions().begin(), buffer.dimensions().end()};
+  }
+
+  std::vector<ffi::AnyBuffer> buffers_;
+};
 
 template <typename Backend>
 ffi::Error HandleForward(Backend& backend, ffi::Span<const int64_t> words,
                          const ffi::AnyBuffer& input, const ffi::AnyBuffer& filters,
                          const ffi::AnyBuffer& offset, const ffi::RemainingArgs& masks,
                          const ffi::AnyBuffer& output) {
-  if (output.element_count() == 0) return ffi::Error::Success();
-  const DeformConvParams params = FromWords(words.begin());
-  return ForType<Backend>(input.element_type(), [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    const SampledTensors<T, ComputeType<T>> tensors = {
-        DataOf<T>(input), DataOf<ComputeType<T>>(offset), OptionalMask<ComputeType<T>>(masks)};
-    return backend.template Forward<T>(params, tensors, DataOf<T>(filters), DataOf<T>(output));
-  });
+  return ErrorOf(ExceptionToStatus([&]() -> absl::Status {
+    const CallArguments arguments(input, filters, offset, masks);
+    DeformConvParams params;
+    TF_RETURN_IF_ERROR(arguments.MakeParams(words, &params));
+    TF_RETURN_IF_ERROR(arguments.CheckOutput(params, output));
+    if (output.element_count() == 0) return absl::OkStatus();
+    return ForType<Backend>(arguments.type(), [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      return backend.template Forward<T>(params, arguments.Tensors<T>(), arguments.Filters<T>(),
+                                         DataOf<T>(output));
+    });
+  }));
 }
 
 template <typename Backend>
@@ -98,30 +166,38 @@ ffi::Error HandleBackward(Backend& backend, ffi::Span<const int64_t> words, int6
                           const ffi::AnyBuffer& input, const ffi::AnyBuffer& filters,
                           const ffi::AnyBuffer& offset, const ffi::AnyBuffer& grad_output,
                           const ffi::RemainingArgs& masks, const ffi::RemainingRets& results) {
-  const DeformConvParams params = FromWords(words.begin());
-  void* gradients[kArguments] = {};
-  size_t next = 0;
-  for (int i = 0; i < kArguments; ++i) {
-    if (wanted >> i & 1) gradients[i] = (*results.get<ffi::AnyBuffer>(next++))->untyped_data();
-  }
-  return ForType<Backend>(input.element_type(), [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    const SampledTensors<T, ComputeType<T>> tensors = {
-        DataOf<T>(input), DataOf<ComputeType<T>>(offset), OptionalMask<ComputeType<T>>(masks)};
-    const DeformConvGradients<T, ComputeType<T>> typed = {
-        {static_cast<T*>(gradients[kInput]), static_cast<ComputeType<T>*>(gradients[kOffset]),
-         static_cast<ComputeType<T>*>(gradients[kMask])},
-        static_cast<T*>(gradients[kFilters])};
-    return backend.template Backward<T>(params, tensors, DataOf<T>(filters), DataOf<T>(grad_output),
-                                        typed);
-  });
+  return ErrorOf(ExceptionToStatus([&]() -> absl::Status {
+    const CallArguments arguments(input, filters, offset, masks);
+    DeformConvParams params;
+    TF_RETURN_IF_ERROR(arguments.MakeParams(words, &params));
+    TF_RETURN_IF_ERROR(arguments.CheckOutput(params, grad_output));
+    void* gradients[kArguments] = {};
+    size_t next = 0;
+    for (size_t i = 0; i < kArguments; ++i) {
+      if (!(wanted >> i & 1)) continue;
+      if (next == results.size()) return absl::InvalidArgumentError("a gradient has no result");
+      const ffi::AnyBuffer result = **results.get<ffi::AnyBuffer>(next++);
+      TF_RETURN_IF_ERROR(arguments.CheckGradient(i, result));
+      gradients[i] = result.untyped_data();
+    }
+    return ForType<Backend>(arguments.type(), [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      using OffsetT = ComputeType<T>;
+      const DeformConvGradients<T, OffsetT> typed = {
+          {static_cast<T*>(gradients[kInput]), static_cast<OffsetT*>(gradients[kOffset]),
+           static_cast<OffsetT*>(gradients[kMask])},
+          static_cast<T*>(gradients[kFilters])};
+      return backend.template Backward<T>(params, arguments.Tensors<T>(), arguments.Filters<T>(),
+                                          DataOf<T>(grad_output), typed);
+    });
+  }));
 }
 
 // Binds what XLA passes to a handler, after the device's own part, to the functions above.
 template <typename Binding>
 auto BindForward(Binding binding) {
   return std::move(binding)
-      .template Attr<ffi::Span<const int64_t>>(kParamsAttribute)
+      .template Attr<ffi::Span<const int64_t>>(kAttributesAttribute)
       .template Arg<ffi::AnyBuffer>()
       .template Arg<ffi::AnyBuffer>()
       .template Arg<ffi::AnyBuffer>()
@@ -132,7 +208,7 @@ auto BindForward(Binding binding) {
 template <typename Binding>
 auto BindBackward(Binding binding) {
   return std::move(binding)
-      .template Attr<ffi::Span<const int64_t>>(kParamsAttribute)
+      .template Attr<ffi::Span<const int64_t>>(kAttributesAttribute)
       .template Attr<int64_t>(kWantedAttribute)
       .template Arg<ffi::AnyBuffer>()
       .template Arg<ffi::AnyBuffer>()

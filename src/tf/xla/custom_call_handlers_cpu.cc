@@ -1,46 +1,12 @@
 // The custom calls on the CPU, on XLA's threads.
 
-#include <algorithm>
-#include <atomic>
-#include <condition_variable>
-#include <functional>
-#include <memory>
-#include <mutex>
+#include <utility>
 
+#include "tf/shared_work.h"
 #include "tf/xla/custom_call_handlers.h"
 
 namespace deform_conv {
 namespace {
-
-// Work that is handed out by number. Any free thread takes the next number, and so does the caller.
-// So the caller never waits for a thread that is itself waiting: XLA runs calls on the threads that
-// this work is scheduled on.
-class SharedWork {
- public:
-  SharedWork(int count, const std::function<void(int)>& work) : count_(count), work_(work) {}
-
-  // Works until every number is taken. `work` is not touched once all are done.
-  void TakePart() {
-    for (int i = next_++; i < count_; i = next_++) {
-      work_(i);
-      const std::lock_guard<std::mutex> lock(mutex_);
-      if (++done_ == count_) all_done_.notify_all();
-    }
-  }
-
-  void Wait() {
-    std::unique_lock<std::mutex> lock(mutex_);
-    all_done_.wait(lock, [this] { return done_ == count_; });
-  }
-
- private:
-  const int count_;
-  const std::function<void(int)>& work_;
-  std::atomic<int> next_{0};
-  int done_ = 0;
-  std::mutex mutex_;
-  std::condition_variable all_done_;
-};
 
 class CpuBackend {
  public:
@@ -65,15 +31,7 @@ class CpuBackend {
   }
 
  private:
-  CpuThreads Threads() {
-    const auto run = [this](int count, const std::function<void(int)>& work) {
-      const auto shared = std::make_shared<SharedWork>(count, work);
-      for (int i = 1; i < count; ++i) pool_.Schedule([shared] { shared->TakePart(); });
-      shared->TakePart();
-      shared->Wait();
-    };
-    return {static_cast<int>(std::max<int64_t>(pool_.num_threads(), 1)), run};
-  }
+  CpuThreads Threads() { return ThreadsOf(&pool_, pool_.num_threads()); }
 
   ffi::ThreadPool pool_;
 };

@@ -10,10 +10,10 @@
 #ifndef DEFORM_CONV_TF_XLA_CUSTOM_CALLS_H_
 #define DEFORM_CONV_TF_XLA_CUSTOM_CALLS_H_
 
-#include <array>
+#include <cstddef>
 #include <cstdint>
-#include <cstring>
-#include <type_traits>
+#include <iterator>
+#include <vector>
 
 #include "core/params.h"
 
@@ -22,27 +22,35 @@ namespace deform_conv {
 constexpr char kForwardCall[] = "deform_conv2d_forward";
 constexpr char kBackwardCall[] = "deform_conv2d_backward";
 
-// Attributes of the calls: the sizes, as words, and backward a bit for each gradient that is
-// wanted.
-constexpr char kParamsAttribute[] = "params";
+// Attributes of the calls: the ops' attributes, as words, and backward a bit for each gradient that
+// is wanted. Sizes come from the tensors.
+constexpr char kAttributesAttribute[] = "attributes";
 constexpr char kWantedAttribute[] = "wanted";
 
-// Sizes as an attribute holds them.
-using ParamsWords = std::array<int64_t, sizeof(DeformConvParams) / sizeof(int64_t)>;
-static_assert(std::is_trivially_copyable_v<DeformConvParams> &&
-              sizeof(ParamsWords) == sizeof(DeformConvParams));
+// A compiled module may outlive the library that made it. This changes with what the words mean.
+constexpr int64_t kWordsVersion = 1;
 
-inline ParamsWords ToWords(const DeformConvParams& params) {
-  ParamsWords words;
-  std::memcpy(words.data(), &params, sizeof params);
+// The words, after the version and the padding.
+constexpr int64_t DeformConvAttributes::* kWordFields[] = {
+    &DeformConvAttributes::stride_h,     &DeformConvAttributes::stride_w,
+    &DeformConvAttributes::dilation_h,   &DeformConvAttributes::dilation_w,
+    &DeformConvAttributes::pad_top,      &DeformConvAttributes::pad_bottom,
+    &DeformConvAttributes::pad_left,     &DeformConvAttributes::pad_right,
+    &DeformConvAttributes::deform_groups};
+
+inline std::vector<int64_t> ToWords(const DeformConvAttributes& attributes) {
+  std::vector<int64_t> words = {kWordsVersion, static_cast<int64_t>(attributes.padding)};
+  for (const auto field : kWordFields) words.push_back(attributes.*field);
   return words;
 }
 
-// `words` are those of ToWords().
-inline DeformConvParams FromWords(const int64_t* words) {
-  DeformConvParams params;
-  std::memcpy(&params, words, sizeof params);
-  return params;
+// Returns false if these are not words of ToWords() in this version.
+inline bool FromWords(const int64_t* words, size_t count, DeformConvAttributes* attributes) {
+  if (count != 2 + std::size(kWordFields) || words[0] != kWordsVersion) return false;
+  if (words[1] < 0 || words[1] > static_cast<int64_t>(Padding::kExplicit)) return false;
+  attributes->padding = static_cast<Padding>(words[1]);
+  for (size_t i = 0; i < std::size(kWordFields); ++i) attributes->*kWordFields[i] = words[2 + i];
+  return true;
 }
 
 }  // namespace deform_conv

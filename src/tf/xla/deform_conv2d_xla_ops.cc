@@ -5,10 +5,12 @@
 #include <vector>
 
 #include "absl/strings/str_join.h"
+#include "absl/types/span.h"
 #include "tensorflow/compiler/tf2xla/xla_op_kernel.h"
 #include "tensorflow/compiler/tf2xla/xla_op_registry.h"
 #include "tf/kernel_path.h"
 #include "tf/op_attributes.h"
+#include "tf/type_pairs.h"
 #include "tf/xla/custom_calls.h"
 #include "xla/hlo/builder/lib/constants.h"
 #include "xla/hlo/builder/xla_builder.h"
@@ -39,12 +41,21 @@ class DeformConv2DXlaOp : public XlaOpKernel {
   bool has_mask() const { return attributes_.has_mask; }
 
   absl::Status ReadShapes(XlaOpKernelContext* context, DeformConvParams* params) const {
-    const auto dimensions = [context](int index) {
-      const auto shape = context->InputXlaShape(index);
-      if (!shape.ok()) return std::vector<int64_t>();
-      return std::vector<int64_t>(shape->dimensions().begin(), shape->dimensions().end());
-    };
-    return MakeParamsOf(attributes_, dimensions, params);
+    for (int i = 0; i < context->num_inputs(); ++i) {
+      const auto shape = context->InputXlaShape(i);
+      TF_RETURN_IF_ERROR(shape.status());
+      if (shape->is_static()) continue;
+      return absl::InvalidArgumentError(
+          absl::StrCat("XLA compiles deform_conv2d for static shapes only; received ",
+                       shape->ToString(), " as argument ", i));
+    }
+    return MakeParamsOf(
+        attributes_, [context](int index) { return Dimensions(context, index); }, params);
+  }
+
+  absl::Status CheckGradOutput(XlaOpKernelContext* context, const DeformConvParams& params) const {
+    return deform_conv::CheckGradOutput(attributes_.format, params,
+                                        Dimensions(context, context->num_inputs() - 1));
   }
 
   // ComputeType, as XLA names types.
@@ -72,10 +83,11 @@ class DeformConv2DXlaOp : public XlaOpKernel {
     return IsTransposed(index) ? xla::Transpose(value, {0, 3, 1, 2}) : value;
   }
 
-  // The attributes of a custom call; `more` are those besides the sizes, each after a comma.
-  static std::string Attributes(const DeformConvParams& params, const std::string& more = "") {
-    return absl::StrCat("{", kParamsAttribute,
-                        " = array<i64: ", absl::StrJoin(ToWords(params), ", "), ">", more, "}");
+  // The attributes of a custom call; `more` are those besides the op's, each after a comma.
+  std::string Attributes(const std::string& more = "") const {
+    return absl::StrCat("{", kAttributesAttribute,
+                        " = array<i64: ", absl::StrJoin(ToWords(attributes_.conv), ", "), ">", more,
+                        "}");
   }
 
   // Calls `target` with row-major operands and results.
@@ -99,6 +111,12 @@ class DeformConv2DXlaOp : public XlaOpKernel {
   }
 
  private:
+  static std::vector<int64_t> Dimensions(XlaOpKernelContext* context, int index) {
+    const auto shape = context->InputXlaShape(index);
+    if (!shape.ok()) return {};
+    return {shape->dimensions().begin(), shape->dimensions().end()};
+  }
+
   bool IsTransposed(int index) const {
     return index != kFilters && attributes_.format == DataFormat::kNchw;  // filters never are
   }
@@ -122,7 +140,7 @@ class ForwardXlaOp : public DeformConv2DXlaOp<kDevice> {
     const xla::Shape result = this->RowMajor(
         this->NativeType(type), {params.batch, params.out_h, params.out_w, params.out_channels});
     const xla::XlaOp output =
-        this->Call(context, kForwardCall, operands, result, this->Attributes(params));
+        this->Call(context, kForwardCall, operands, result, this->Attributes());
     context->SetOutput(0, this->FromNative(output, kInput, type));
   }
 };
@@ -137,6 +155,7 @@ class BackwardXlaOp : public DeformConv2DXlaOp<kDevice> {
   void Compile(XlaOpKernelContext* context) override {
     DeformConvParams params;
     OP_REQUIRES_OK(context, this->ReadShapes(context, &params));
+    OP_REQUIRES_OK(context, this->CheckGradOutput(context, params));
     std::vector<xla::XlaOp> arguments;
     for (int i = 0; i < context->num_inputs(); ++i) arguments.push_back(this->ToNative(context, i));
     // The mask, of which there may be none, comes last.
@@ -156,9 +175,8 @@ class BackwardXlaOp : public DeformConv2DXlaOp<kDevice> {
     xla::XlaOp gradients;
     if (!results.empty()) {
       const std::string wanted = absl::StrCat(", ", kWantedAttribute, " = ", wanted_bits, " : i64");
-      gradients =
-          this->Call(context, kBackwardCall, operands, xla::ShapeUtil::MakeTupleShape(results),
-                     this->Attributes(params, wanted));
+      gradients = this->Call(context, kBackwardCall, operands,
+                             xla::ShapeUtil::MakeTupleShape(results), this->Attributes(wanted));
     }
     int64_t next = 0;
     for (int i = 0; i < context->num_outputs(); ++i) {
@@ -175,12 +193,15 @@ class BackwardXlaOp : public DeformConv2DXlaOp<kDevice> {
 
 // Registered as kernels, not with REGISTER_XLA_OP: XLA turns those into kernels once, at its first
 // use, and would miss a library loaded later.
-#define DEFORM_CONV_REGISTER_XLA(device, kDevice)                                                  \
-  REGISTER_KERNEL_BUILDER(Name("DeformConv2D").Device(tensorflow::device), ForwardXlaOp<kDevice>); \
-  REGISTER_KERNEL_BUILDER(Name("DeformConv2DGrad").Device(tensorflow::device),                     \
+#define DEFORM_CONV_REGISTER_PAIR(TfT, TfOffsetT, kDevice, device)                           \
+  REGISTER_KERNEL_BUILDER(DEFORM_CONV_KERNEL_OF(TfT, TfOffsetT, device, "DeformConv2D"),     \
+                          ForwardXlaOp<kDevice>);                                            \
+  REGISTER_KERNEL_BUILDER(DEFORM_CONV_KERNEL_OF(TfT, TfOffsetT, device, "DeformConv2DGrad"), \
                           BackwardXlaOp<kDevice>)
-DEFORM_CONV_REGISTER_XLA(DEVICE_CPU_XLA_JIT, XlaDevice::kCpu);
-DEFORM_CONV_REGISTER_XLA(DEVICE_GPU_XLA_JIT, XlaDevice::kGpu);
+DEFORM_CONV_FOR_TYPE_PAIRS(DEFORM_CONV_REGISTER_PAIR, XlaDevice::kCpu,
+                           tensorflow::DEVICE_CPU_XLA_JIT);
+DEFORM_CONV_FOR_TYPE_PAIRS(DEFORM_CONV_REGISTER_PAIR, XlaDevice::kGpu,
+                           tensorflow::DEVICE_GPU_XLA_JIT);
 
 }  // namespace
 }  // namespace deform_conv

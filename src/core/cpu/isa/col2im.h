@@ -28,6 +28,15 @@ struct CornerProducts {
   alignas(kVectorBytes) Vector<T> vectors[kCorners] = {};
   T numbers[kCorners] = {};  // what did not fill a vector
 
+  // Corners outside the image have no part in a sample, but 0 times an infinite gradient is NaN.
+  DEFORM_CONV_INLINE void DropUncounted(int32_t corner_bits) {
+    for (int corner = 0; corner < kCorners; ++corner) {
+      if (corner_bits >> corner & 1) continue;
+      vectors[corner] = Vector<T>{};
+      numbers[corner] = 0;
+    }
+  }
+
   template <int n>
   DEFORM_CONV_INLINE void Add(int corner, const Vector<T, n>& product) {
     if constexpr (n == kLanes<T>) {
@@ -43,19 +52,18 @@ struct CornerProducts {
 template <typename T>
 DEFORM_CONV_INLINE void AddOffsetAndMaskGradients(const CornerProducts<T>& products,
                                                   bool has_vectors, T h_fraction, T w_fraction,
-                                                  const T* mask, int64_t index,
+                                                  T mask, int64_t index,
                                                   const SampledGradients<T>& gradients) {
   constexpr int n = kLanes<T>;
   if (gradients.offset != nullptr) {
-    const T mask_value = mask == nullptr ? T(1) : mask[index];
     T h = BilinearDerivativeH(w_fraction, products.numbers);
     T w = BilinearDerivativeW(h_fraction, products.numbers);
     if (has_vectors) {
       h += Sum<n, T>(BilinearDerivativeH(w_fraction, products.vectors));
       w += Sum<n, T>(BilinearDerivativeW(h_fraction, products.vectors));
     }
-    gradients.offset[2 * index] += mask_value * h;
-    gradients.offset[2 * index + 1] += mask_value * w;
+    gradients.offset[2 * index] += mask * h;
+    gradients.offset[2 * index + 1] += mask * w;
   }
   if (gradients.mask != nullptr) {
     T weights[kCorners];
@@ -79,7 +87,7 @@ void Col2ImFor(const DeformConvParams& params, const ChannelRuns& runs,
   const TileSamples<T> tile = tile_samples;
   const Matrix<T> columns = columns_matrix;
   const SampledGradients<T> gradients = sampled_gradients;
-  const T *input = tensors.input, *mask = tensors.mask;
+  const T* input = tensors.input;
   const int64_t right = params.in_channels, down = params.in_w * params.in_channels;
   const int64_t taps = params.taps(), deform_groups = params.deform_groups;
   ForEachRead(params, runs, tile, input,
@@ -95,6 +103,7 @@ void Col2ImFor(const DeformConvParams& params, const ChannelRuns& runs,
                 for (int corner = 0; corner < kCorners; ++corner) {
                   weights[corner] = block.weights[corner][lane];
                 }
+                const T mask = block.mask[lane];
                 const Corners<const T> from(input + at, right, down, corner_bits, zeros);
                 // Corners are different pixels, or the one whose content is ignored.
                 const Corners<T> to(want_input ? gradients.input + at : ignored, right, down,
@@ -103,6 +112,7 @@ void Col2ImFor(const DeformConvParams& params, const ChannelRuns& runs,
                 ForEachVector<T>(run.count, [&](int64_t i, auto lanes) DEFORM_CONV_INLINE_LAMBDA {
                   constexpr int n = lanes();
                   const Vector<T, n> grad = Load<n>(column + i);
+                  const Vector<T, n> masked_grad = mask * grad;
                   Vector<T, n> sum = {};
 #pragma GCC unroll 4
                   for (int corner = 0; corner < kCorners; ++corner) {
@@ -113,12 +123,13 @@ void Col2ImFor(const DeformConvParams& params, const ChannelRuns& runs,
                     }
                     if (want_input) {
                       T* pixel = to.at[corner] + i;
-                      Store<n>(pixel, Load<n>(pixel) + weights[corner] * grad);
+                      Store<n>(pixel, Load<n>(pixel) + weights[corner] * masked_grad);
                     }
                   }
-                  if (replace) Store<n>(column + i, sum);
+                  if (replace) Store<n>(column + i, mask * sum);
                 });
                 if (!want_offset_or_mask) return;
+                if (corner_bits != kAllCorners) products.DropUncounted(corner_bits);
                 const int64_t position = tile.begin + row;
                 AddOffsetAndMaskGradients(
                     products, run.count >= kLanes<T>, block.h_fraction[lane],

@@ -5,6 +5,8 @@
 #ifndef DEFORM_CONV_CORE_CPU_ISA_IM2COL_H_
 #define DEFORM_CONV_CORE_CPU_ISA_IM2COL_H_
 
+#include <type_traits>
+
 #include "core/cpu/isa/vector.h"
 #include "core/cpu/kernels.h"
 
@@ -29,8 +31,9 @@ class InputPrefetcher {
     // The lowest pixel without offsets, and so many below it.
     constexpr int64_t kRowsAhead = 5;
     const int64_t rows = (params.kernel_h - 1) * params.dilation_h - params.pad_top + kRowsAhead;
-    pixel_ = tile.begin * (params.in_h * params.in_w) / (params.out_h * params.out_w) +
-             rows * params.in_w;
+    const int64_t y_n = tile.begin / params.out_w, x = tile.begin - y_n * params.out_w;
+    const int64_t n = y_n / params.out_h, y = y_n - n * params.out_h;
+    pixel_ = (n * params.in_h + y * params.stride_h + rows) * params.in_w + x * params.stride_w;
     if (pixel_ < 0) pixel_ = 0;
     const ChannelRun& last = runs.end[-1];
     from_ = input + runs.begin->channel;
@@ -105,7 +108,7 @@ struct Corners {
 };
 
 // With `channels` > 0, every run has that many, known to the compiler.
-template <int channels, typename T>
+template <int channels, bool has_mask, typename T>
 void Im2ColFor(const DeformConvParams& params, const ChannelRuns& runs,
                const TileSamples<T>& tile_samples, const T* input, const T* zeros,
                const Matrix<T>& columns_matrix) {
@@ -122,25 +125,37 @@ void Im2ColFor(const DeformConvParams& params, const ChannelRuns& runs,
                 const T top_right = block.weights[kTopRight][lane];
                 const T bottom_left = block.weights[kBottomLeft][lane];
                 const T bottom_right = block.weights[kBottomRight][lane];
+                const T mask = block.mask[lane];
                 const Corners<const T> from(input + at, right, down, corner_bits, zeros);
                 const int64_t count = channels > 0 ? channels : run.count;
                 ForEachVector<T>(count, [=](int64_t i, auto lanes) DEFORM_CONV_INLINE_LAMBDA {
                   constexpr int n = lanes();
-                  Store<n>(to + i, top_left * Load<n>(from.at[kTopLeft] + i) +
-                                       top_right * Load<n>(from.at[kTopRight] + i) +
-                                       bottom_left * Load<n>(from.at[kBottomLeft] + i) +
-                                       bottom_right * Load<n>(from.at[kBottomRight] + i));
+                  const Vector<T, n> sample = top_left * Load<n>(from.at[kTopLeft] + i) +
+                                              top_right * Load<n>(from.at[kTopRight] + i) +
+                                              bottom_left * Load<n>(from.at[kBottomLeft] + i) +
+                                              bottom_right * Load<n>(from.at[kBottomRight] + i);
+                  Store<n>(to + i, has_mask ? mask * sample : sample);
                 });
               });
 }
 
 template <typename T>
 void Im2Col(const DeformConvParams& params, const ChannelRuns& runs, const TileSamples<T>& tile,
-            const T* input, const T* zeros, const Matrix<T>& columns) {
+            const SampledTensors<T>& tensors, const T* zeros, const Matrix<T>& columns) {
+  const auto run = [&](auto channels) {
+    const auto im2col =
+        tensors.mask == nullptr ? Im2ColFor<channels(), false, T> : Im2ColFor<channels(), true, T>;
+    im2col(params, runs, tile, tensors.input, zeros, columns);
+  };
   // Grey and colour images: too few channels for the general loops to pay.
   const int64_t count = runs.end - runs.begin == 1 ? runs.begin->count : 0;
-  const auto im2col = count == 1 ? Im2ColFor<1, T> : count == 3 ? Im2ColFor<3, T> : Im2ColFor<0, T>;
-  im2col(params, runs, tile, input, zeros, columns);
+  if (count == 1) {
+    run(std::integral_constant<int, 1>());
+  } else if (count == 3) {
+    run(std::integral_constant<int, 3>());
+  } else {
+    run(std::integral_constant<int, 0>());
+  }
 }
 
 }  // namespace DEFORM_CONV_ISA

@@ -59,18 +59,19 @@ DEFORM_CONV_INLINE void LocateInBlock(const int32_t* h_bases, const int32_t* w_b
   T* bottom_left = block.weights[kBottomLeft] + lane;
   T* bottom_right = block.weights[kBottomRight] + lane;
   T *h_fraction = block.h_fraction + lane, *w_fraction = block.w_fraction + lane;
+  T* block_mask = block.mask + lane;
   int32_t* corner_bits = block.corner_bits + lane;
   int32_t *h_low = block.h_low + lane, *w_low = block.w_low + lane;
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
     const ImageSample<T, Int> sample =
         LocateSample<T, Int>(h_bases[i], w_bases[i], offset[2 * i], offset[2 * i + 1], in_h, in_w);
-    // What lies outside weighs nothing, whatever the mask.
-    const T mask_value = sample.corner_bits != 0 ? (has_mask ? mask[i] : T(1)) : T(0);
-    top_left[i] = mask_value * sample.weights[kTopLeft];
-    top_right[i] = mask_value * sample.weights[kTopRight];
-    bottom_left[i] = mask_value * sample.weights[kBottomLeft];
-    bottom_right[i] = mask_value * sample.weights[kBottomRight];
+    top_left[i] = sample.weights[kTopLeft];
+    top_right[i] = sample.weights[kTopRight];
+    bottom_left[i] = sample.weights[kBottomLeft];
+    bottom_right[i] = sample.weights[kBottomRight];
+    // What lies outside is 0, whatever the mask.
+    block_mask[i] = sample.corner_bits != 0 ? (has_mask ? mask[i] : T(1)) : T(0);
     h_fraction[i] = sample.h_fraction;
     w_fraction[i] = sample.w_fraction;
     corner_bits[i] = sample.corner_bits;

@@ -39,13 +39,17 @@ __device__ __forceinline__ float LoadMask(const SampledTensors<T, float>& tensor
 
 // --- Corners ---
 
-constexpr int32_t kAllCorners = (1 << kCornerBits) - 1;
-
 // The weights of a sample's corners as they are kept: in the type that they are multiplied in.
 template <typename T>
 struct alignas(kCorners * sizeof(T)) CornerWeights {
   T of[kCorners];
 };
+
+// A corner's weight times the mask. A weight of 0 stays 0 beside an infinite mask: the product
+// would be NaN, and the sample would not.
+__device__ __forceinline__ float MaskedWeight(float weight, float mask) {
+  return weight == 0 ? 0.0f : mask * weight;
+}
 
 // Distances of corners, in bytes.
 struct CornerDistances {

@@ -40,12 +40,12 @@ struct SampleTable {
                                                 sizes.in_w);
     const MovedInside vertical(h, sizes.in_h), horizontal(w, sizes.in_w);
     const bool inside = h.inside && w.inside;
-    const float upper = inside ? mask * vertical.weights[0] : 0.0f;
-    const float lower = inside ? mask * vertical.weights[1] : 0.0f;
-    weights[entry] = {static_cast<T>(upper * horizontal.weights[0]),
-                      static_cast<T>(upper * horizontal.weights[1]),
-                      static_cast<T>(lower * horizontal.weights[0]),
-                      static_cast<T>(lower * horizontal.weights[1])};
+    const float upper = inside ? vertical.weights[0] : 0.0f;
+    const float lower = inside ? vertical.weights[1] : 0.0f;
+    weights[entry] = {static_cast<T>(MaskedWeight(upper * horizontal.weights[0], mask)),
+                      static_cast<T>(MaskedWeight(upper * horizontal.weights[1], mask)),
+                      static_cast<T>(MaskedWeight(lower * horizontal.weights[0], mask)),
+                      static_cast<T>(MaskedWeight(lower * horizontal.weights[1], mask))};
     const int32_t top_left = (position.n * sizes.in_h + vertical.low) * sizes.in_w + horizontal.low;
     const int32_t bits =
         (vertical.bits & 1 ? horizontal.bits : 0) | (vertical.bits & 2 ? horizontal.bits << 2 : 0);

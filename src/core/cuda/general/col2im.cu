@@ -70,6 +70,8 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
     const bool active = s < count;
     const LocatedSample<ComputeType<T>>& sample = samples[active ? s : 0];
     const int corner_bits = sample.corner_bits;
+    // What lies outside is 0, whatever the mask.
+    const ComputeType<T> mask = corner_bits != 0 ? sample.mask : ComputeType<T>(0);
     const int64_t pixel = sample.top_left * params.in_channels + sample.channel;
     ComputeType<T> products[kCorners] = {};
     const int channels_end = active && (corner_bits != 0 || replace) ? channels : 0;
@@ -83,7 +85,7 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
       for (int corner = 0; corner < kCorners; ++corner) {
         if (!(corner_bits >> corner & 1)) continue;
         const int64_t at = pixel + CornerDistance(params, corner) * params.in_channels + c;
-        const ComputeType<T> weight = sample.mask * sample.weights[corner];
+        const ComputeType<T> weight = sample.weights[corner];
         if (want_products || replace) {
           const Vector<T, kSize> values = Load<T, kSize>(tensors.input + at);
 #pragma unroll
@@ -96,11 +98,15 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
         if (gradients.input != nullptr) {
           ComputeType<T> terms[kSize];
 #pragma unroll
-          for (int i = 0; i < kSize; ++i) terms[i] = weight * grads[i];
+          for (int i = 0; i < kSize; ++i) terms[i] = weight * (mask * grads[i]);
           AtomicAdd<kSize>(gradients.input + at, terms);
         }
       }
-      if (replace) Store(column, sums);
+      if (replace) {
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) sums[i] *= mask;
+        Store(column, sums);
+      }
     }
     if (!want_products) continue;
 #pragma unroll

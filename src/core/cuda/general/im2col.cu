@@ -18,12 +18,9 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
   for (int s = lanes.row(); s < count; s += lanes.rows()) {
     const LocatedSample<ComputeType<T>>& sample = samples[s];
     const int corner_bits = sample.corner_bits;
+    // What lies outside is 0, whatever the mask.
+    const ComputeType<T> mask = corner_bits != 0 ? sample.mask : ComputeType<T>(0);
     const T* pixel = tensors.input + sample.top_left * params.in_channels + sample.channel;
-    ComputeType<T> weights[kCorners];
-#pragma unroll
-    for (int corner = 0; corner < kCorners; ++corner) {
-      weights[corner] = sample.mask * sample.weights[corner];
-    }
     for (int c = lanes.lane() * kSize; c < channels; c += lanes.count() * kSize) {
       ComputeType<T> sums[kSize] = {};
 #pragma unroll
@@ -33,9 +30,13 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
             Load<T, kSize>(pixel + CornerDistance(params, corner) * params.in_channels + c);
 #pragma unroll
         for (int i = 0; i < kSize; ++i) {
-          sums[i] += weights[corner] * static_cast<ComputeType<T>>(values.elements[i]);
+          sums[i] += sample.weights[corner] * static_cast<ComputeType<T>>(values.elements[i]);
         }
       }
+      // Times the mask at last: a corner's product with it may overflow where the sample's does
+      // not.
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) sums[i] *= mask;
       Store(columns + ColumnOf(params, sample.column, sample.channel + c), sums);
     }
   }

@@ -53,8 +53,8 @@ __device__ __forceinline__ CornerWeights<T> WeightsOf(const PatchSample& sample)
   CornerWeights<T> counted;
 #pragma unroll
   for (int corner = 0; corner < kCorners; ++corner) {
-    counted.of[corner] =
-        static_cast<T>(sample.packed_corner >> corner & 1 ? sample.mask * weights[corner] : 0.0f);
+    const bool counts = sample.packed_corner >> corner & 1;
+    counted.of[corner] = static_cast<T>(counts ? MaskedWeight(weights[corner], sample.mask) : 0.0f);
   }
   return counted;
 }
@@ -68,10 +68,16 @@ __device__ __forceinline__ float WeightOfCorner(const PatchSample& sample, int c
   return weight;
 }
 
-// The gradients of a sample, to be written over it. `products` are those of the columns'
+// The gradients of a sample, to be written over it. `all_products` are those of the columns'
 // gradient with each corner.
 __device__ __forceinline__ PatchSample GradientsOf(const PatchSample& sample,
-                                                   const float (&products)[kCorners]) {
+                                                   const float (&all_products)[kCorners]) {
+  // Those with corners that do not count are 0 times the gradient, which may be infinite.
+  float products[kCorners];
+#pragma unroll
+  for (int corner = 0; corner < kCorners; ++corner) {
+    products[corner] = sample.packed_corner >> corner & 1 ? all_products[corner] : 0.0f;
+  }
   // Where no corner counts every gradient is 0, also beside an infinite mask.
   PatchSample gradients = {0, 0, 0, sample.packed_corner};
   if (sample.packed_corner != 0) {
