@@ -105,8 +105,8 @@ int64_t Product(std::initializer_list<int64_t> sizes) {
   return product;
 }
 
-// Checks one tensor's sizes: what it takes, in bytes too, is to fit an int64_t. An image is to fit it
-// even where there is none.
+// Checks one tensor's sizes: what it takes, in bytes too, is to fit an int64_t. An image is to fit
+// it even where there is none.
 std::string CheckSizes(const char* tensor, const std::array<int64_t, 4>& shape) {
   const auto received = [&] {
     return Message("; received sizes ", shape[0], ", ", shape[1], ", ", shape[2], ", ", shape[3],
