@@ -384,6 +384,31 @@ def test_positions_keep_float32_precision_far_from_the_origin(rng):
     np.testing.assert_allclose(slope, np.diff(image.numpy()[0, 0, :, 0]), rtol=1e-5)
 
 
+@pytest.mark.parametrize("where", [(0.0, 0.0), (-0.5, 7.25)], ids=["one", "border"])
+def test_gradient_of_a_pixel_that_all_samples_share(where, device, rng):
+    """A sum of 360 000 terms. The CPU sums them up by blocks; a GPU adds them in any order."""
+    size, batch = 200, 2
+    y, x, ky, kx = np.indices((size, size, 3, 3))
+    offset = np.stack([where[0] - (y - 1 + ky), where[1] - (x - 1 + kx)], axis=-1)
+    arrays = {
+        "input": np.ones((batch, size, size, 1)),
+        "filters": np.ones((3, 3, 1, 1)),
+        "offset": np.broadcast_to(offset.reshape(1, size, size, 18), (batch, size, size, 18)),
+    }
+    grad_output = rng.uniform(20, 40, (batch, size, size, 1))
+    exact, summed = (
+        run(
+            {name: tf.constant(array, dtype) for name, array in arrays.items()},
+            {},
+            tf.constant(grad_output, dtype),
+        )["grad_input"]
+        for dtype in (tf.float64, tf.float32)
+    )
+    assert np.sum(exact) > 1e7
+    tolerance = 2e-6 if "CPU" in device else 2e-4
+    np.testing.assert_allclose(summed, exact, rtol=tolerance)
+
+
 # --- Batches and sizes ---
 
 

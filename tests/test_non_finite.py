@@ -126,6 +126,71 @@ def test_infinite_gradient_at_a_corner_of_the_image(position, slopes):
     assert results["grad_mask"] == np.inf
 
 
+# --- Tensor cores ---
+
+LOW_PRECISION = [tf.float16, tf.bfloat16, tf.float32]
+
+
+@pytest.fixture
+def tensor_cores():
+    """Lets float32 be multiplied as TensorFloat-32."""
+    tf.config.experimental.enable_tensor_float_32_execution(True)
+    yield
+    tf.config.experimental.enable_tensor_float_32_execution(False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=lambda dtype: dtype.name)
+@pytest.mark.parametrize("argument", ARGUMENTS)
+@pytest.mark.usefixtures("tensor_cores")
+def test_one_bad_number_on_tensor_cores(argument, dtype, rng):
+    """Finite where the formula is, but for the input's gradient, which is summed region by region:
+    of a patch of 8x8 positions, all pixels of a channel may be NaN together."""
+    with tf.device("GPU:0"):
+        clean = {
+            name: tf.cast(tf.cast(array, dtype), tf.float64).numpy()
+            for name, array in problem(rng, channels=64).items()
+        }
+        for index in rng.choice(clean[argument].size, 12, replace=False):
+            arrays = clean | {argument: clean[argument].copy()}
+            arrays[argument].flat[index] = np.inf
+            with np.errstate(invalid="ignore"):
+                expected = formula(**arrays)
+            for name, value in results_of(arrays, dtype).items():
+                bad = ~np.isfinite(tf.cast(value, tf.float64))
+                if name == "grad_input":
+                    assert np.all(bad[~np.isfinite(expected[name])])
+                    assert not np.any(bad[..., np.all(np.isfinite(expected[name]), (0, 1, 2))])
+                else:
+                    np.testing.assert_array_equal(bad, ~np.isfinite(expected[name]), name)
+
+
+def half_sample(mask, corners, weight=0.5):
+    """A sample between two pixels of float16, with a mask of float32, on tensor cores."""
+    image = np.zeros((1, 8, 8, 8), np.float16)
+    image[0, 3, 3], image[0, 3, 4] = corners
+    offset = np.zeros((1, 8, 8, 2), np.float32)
+    offset[0, 3, 3, 1] = weight
+    masks = np.ones((1, 8, 8, 1), np.float32)
+    masks[0, 3, 3] = mask
+    filters = np.eye(8, dtype=np.float16)[np.newaxis, np.newaxis]
+    with tf.device("GPU:0"):
+        return deform_conv2d(image, filters, offset, masks).numpy()[0, 3, 3, 0]
+
+
+@pytest.mark.gpu
+def test_bounds_of_masks_beside_float16():
+    """docs/reliability.md states them: in fused kernels, a mask times a weight is a float16, and so
+    is its product with a corner."""
+    assert half_sample(8.0, (3e3, -3e3)) == 0
+    assert half_sample(2.0, (3e4, -3e4)) == 0
+    assert half_sample(6e-5, (1e3, 1e3)) == pytest.approx(6e-2, rel=2e-3)
+    assert half_sample(1e-6, (1e3, 1e3)) == pytest.approx(1e-3, abs=6e-8 * 1e3)
+
+
+# --- At the border ---
+
+
 def test_infinite_pixel_reaches_one_pixel_further_than_in_conv2d(rng):
     """With offsets of 0, a sample has four corners all the same, three of them without weight."""
     image = np.zeros((1, 9, 9, 1), np.float32)

@@ -196,6 +196,7 @@ def call_of_module(**differences):
     parts = FITTING | differences
     types = {"f32": tf.float32, "f64": tf.float64, "i32": tf.int32}
     *shape, output_type = parts["output"].split("x")
+    platform = "CUDA" if "GPU" in tf.zeros(()).device else "CPU"
 
     @jitted
     def call(input, filters, offset):
@@ -205,7 +206,7 @@ def call_of_module(**differences):
             module=MODULE.format(**parts).encode(),
             Tout=[types[output_type]],
             Sout=[[int(size) for size in shape]],
-            platforms=["CUDA" if "GPU" in input.device else "CPU"],
+            platforms=[platform],
         )
 
     tensors = [tf.ones((1, 5, 5, 2)), tf.ones((3, 3, 2, 3)), tf.zeros((1, 5, 5, 18))]

@@ -36,6 +36,16 @@ struct SampleBlock {
   int32_t corner_bits[kSize], h_low[kSize], w_low[kSize];
 };
 
+// Where a tile sums up the gradient of the few pixels that it samples, before it adds them to the
+// input's gradient: pixels [h, h + rows) x [w, w + cols) of the tile's images. Without it, `sums`
+// is null. See Tile::PlanSums().
+template <typename T>
+struct PixelSums {
+  T* sums;  // [images, rows, cols, in_channels]
+  int64_t first_image;
+  int64_t h, w, rows, cols;
+};
+
 // What positions [begin, end) sample for deformable groups [first_deform_group, end_deform_group),
 // numbered [position - begin][group - first_deform_group][tap].
 template <typename T>
@@ -44,6 +54,7 @@ struct TileSamples {
   int64_t first_deform_group, end_deform_group;
   int32_t *h_bases, *w_bases;  // coordinates without offsets; workspace of locate
   SampleBlock<T>* blocks;
+  PixelSums<T> pixel_sums;
 };
 
 // The channels that im2col and col2im work on.
@@ -68,8 +79,9 @@ struct CpuKernels {
                  const TileSamples<T>& tile, const SampledTensors<T>& tensors, const T* zeros,
                  const Matrix<T>& columns);
 
-  // Adds to `gradients` what the columns' gradient, in `columns`, means for the sampled tensors.
-  // With `replace`, writes the columns themselves over their gradient.
+  // Adds to `gradients` what the columns' gradient, in `columns`, means for the sampled tensors;
+  // for the input, to the tile's `pixel_sums` instead where it has some. With `replace`, writes the
+  // columns themselves over their gradient.
   //   ignored  as large as `zeros`; receives what falls outside the image
   void (*col2im)(const DeformConvParams& params, const ChannelRuns& runs,
                  const TileSamples<T>& tile, const SampledTensors<T>& tensors, const T* zeros,

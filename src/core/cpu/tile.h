@@ -56,8 +56,11 @@ class Tile {
   void Im2Col() { kernels_.im2col(params_, Runs(), located_, tensors_, zeros_.data(), Columns()); }
 
   void Col2Im(bool replace, const SampledGradients<T>& gradients) {
+    located_.pixel_sums = {};
+    if (gradients.input != nullptr) PlanSums();
     kernels_.col2im(params_, Runs(), located_, tensors_, zeros_.data(), ignored_.data(), replace,
                     Columns(), gradients);
+    if (located_.pixel_sums.sums != nullptr) AddSumsTo(gradients.input);
   }
 
   int64_t begin() const { return located_.begin; }
@@ -70,6 +73,49 @@ class Tile {
   }
 
  private:
+  // Where many samples share few pixels, each pixel's gradient is the sum of many terms. One after
+  // the other, the rounding errors of so many additions add up. So a tile sums up its own terms
+  // first. Where samples lie apart, as they nearly always do, the loop ends soon.
+  void PlanSums() {
+    constexpr int64_t kManySamples = 64;  // for each pixel
+    const int64_t first_image = located_.begin / params_.image_positions();
+    const int64_t images = (located_.end - 1) / params_.image_positions() + 1 - first_image;
+    const int64_t samples = (located_.end - located_.begin) * params_.taps() *
+                            (located_.end_deform_group - located_.first_deform_group);
+    const int64_t most_pixels = samples / (kManySamples * images);
+    int64_t top = params_.in_h, bottom = -1, left = params_.in_w, right = -1;
+    for (int64_t i = 0; i < samples; ++i) {
+      const SampleBlock<T>& block = blocks_[i / SampleBlock<T>::kSize];
+      const int64_t lane = i % SampleBlock<T>::kSize;
+      if (block.corner_bits[lane] == 0) continue;
+      top = std::min<int64_t>(top, block.h_low[lane]);
+      bottom = std::max<int64_t>(bottom, block.h_low[lane] + 1);
+      left = std::min<int64_t>(left, block.w_low[lane]);
+      right = std::max<int64_t>(right, block.w_low[lane] + 1);
+      if ((bottom + 1 - top) * (right + 1 - left) > most_pixels) return;
+    }
+    if (bottom < top) return;  // no sample lies in an image
+    const int64_t rows = bottom + 1 - top, cols = right + 1 - left;
+    pixel_sums_.assign(images * rows * cols * params_.in_channels, T(0));
+    located_.pixel_sums = {pixel_sums_.data(), first_image, top, left, rows, cols};
+  }
+
+  void AddSumsTo(T* grad_input) const {
+    const PixelSums<T>& from = located_.pixel_sums;
+    const int64_t channels = params_.in_channels;
+    const T* sums = from.sums;
+    for (int64_t row = 0; sums < pixel_sums_.data() + pixel_sums_.size(); ++row) {
+      const int64_t n = from.first_image + row / from.rows, h = from.h + row % from.rows;
+      for (int64_t w = from.w; w < from.w + from.cols; ++w, sums += channels) {
+        if (h < 0 || h >= params_.in_h || w < 0 || w >= params_.in_w) continue;
+        T* pixel = grad_input + ((n * params_.in_h + h) * params_.in_w + w) * channels;
+        for (const ChannelRun& run : runs_) {
+          for (int64_t c = run.channel; c < run.channel + run.count; ++c) pixel[c] += sums[c];
+        }
+      }
+    }
+  }
+
   Matrix<T> Columns() {
     return {columns_.data(), end() - begin(), params_.taps() * slice_.channels(), stride_};
   }
@@ -98,7 +144,7 @@ class Tile {
   std::vector<ChannelRun> runs_;
   WorkspaceVector<int32_t> bases_;
   WorkspaceVector<SampleBlock<T>> blocks_;
-  WorkspaceVector<T> columns_, zeros_, ignored_;
+  WorkspaceVector<T> columns_, zeros_, ignored_, pixel_sums_;
 };
 
 }  // namespace deform_conv

@@ -87,12 +87,13 @@ void Col2ImFor(const DeformConvParams& params, const ChannelRuns& runs,
   const TileSamples<T> tile = tile_samples;
   const Matrix<T> columns = columns_matrix;
   const SampledGradients<T> gradients = sampled_gradients;
+  const PixelSums<T> pixel_sums = tile_samples.pixel_sums;
   const T* input = tensors.input;
   const int64_t right = params.in_channels, down = params.in_w * params.in_channels;
   const int64_t taps = params.taps(), deform_groups = params.deform_groups;
   ForEachRead(params, runs, tile, input,
               [=](const ChannelRun& run, int64_t row, int64_t tap, const SampleBlock<T>& block,
-                  uint64_t lane, int64_t at) DEFORM_CONV_INLINE_LAMBDA {
+                  uint64_t lane, int64_t n, int64_t at) DEFORM_CONV_INLINE_LAMBDA {
                 T* column = columns.data + row * columns.stride + run.column + tap * run.tap_stride;
                 const int32_t corner_bits = block.corner_bits[lane];
                 if (corner_bits == 0) {
@@ -106,8 +107,16 @@ void Col2ImFor(const DeformConvParams& params, const ChannelRuns& runs,
                 const T mask = block.mask[lane];
                 const Corners<const T> from(input + at, right, down, corner_bits, zeros);
                 // Corners are different pixels, or the one whose content is ignored.
-                const Corners<T> to(want_input ? gradients.input + at : ignored, right, down,
-                                    corner_bits, ignored);
+                T* to_first = want_input ? gradients.input + at : ignored;
+                int64_t to_down = down;
+                if (want_input && pixel_sums.sums != nullptr) {
+                  const int64_t h = (n - pixel_sums.first_image) * pixel_sums.rows +
+                                    block.h_low[lane] - pixel_sums.h;
+                  const int64_t w = block.w_low[lane] - pixel_sums.w;
+                  to_first = pixel_sums.sums + (h * pixel_sums.cols + w) * right + run.channel;
+                  to_down = pixel_sums.cols * right;
+                }
+                const Corners<T> to(to_first, right, to_down, corner_bits, ignored);
                 CornerProducts<T> products;
                 ForEachVector<T>(run.count, [&](int64_t i, auto lanes) DEFORM_CONV_INLINE_LAMBDA {
                   constexpr int n = lanes();

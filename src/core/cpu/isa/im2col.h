@@ -55,9 +55,9 @@ class InputPrefetcher {
   int64_t channels_, pixels_, step_, wanted_, pixel_, size_;
 };
 
-// Calls visit(run, row, tap, block, lane, top_left) for all that a tile reads: `row` is the
-// position's, counted from the tile's first; the sample is the block's lane; and `top_left` is
-// where the run's channels at its top left corner are in the input, in elements.
+// Calls visit(run, row, tap, block, lane, n, top_left) for all that a tile reads: `row` is the
+// position's, counted from the tile's first; the sample is the block's lane; `n` is the image; and
+// `top_left` is where the run's channels at its top left corner are in the input, in elements.
 template <typename T, typename Visit>
 DEFORM_CONV_INLINE void ForEachRead(const DeformConvParams& params, const ChannelRuns& runs,
                                     const TileSamples<T>& tile, const T* input,
@@ -84,7 +84,7 @@ DEFORM_CONV_INLINE void ForEachRead(const DeformConvParams& params, const Channe
           const SampleBlock<T>& block = blocks[sample / kSize];
           const uint64_t lane = sample % kSize;
           const int64_t pixel = block.h_low[lane] * in_w + block.w_low[lane];
-          visit(run, row, tap, block, lane, image + pixel * channels);
+          visit(run, row, tap, block, lane, n, image + pixel * channels);
         }
       }
     }
@@ -118,7 +118,7 @@ void Im2ColFor(const DeformConvParams& params, const ChannelRuns& runs,
   const int64_t right = params.in_channels, down = params.in_w * params.in_channels;
   ForEachRead(params, runs, tile, input,
               [=](const ChannelRun& run, int64_t row, int64_t tap, const SampleBlock<T>& block,
-                  uint64_t lane, int64_t at) DEFORM_CONV_INLINE_LAMBDA {
+                  uint64_t lane, int64_t /*n*/, int64_t at) DEFORM_CONV_INLINE_LAMBDA {
                 T* to = columns.data + row * columns.stride + run.column + tap * run.tap_stride;
                 const int32_t corner_bits = block.corner_bits[lane];
                 const T top_left = block.weights[kTopLeft][lane];
