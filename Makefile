@@ -1,6 +1,6 @@
 # Each target sets up what it needs by itself: .venv, the requirements, the library.
 
-.PHONY: all demo test benchmark wheel clean
+.PHONY: all demo test fuzz benchmark wheel clean
 
 all:
 	@scripts/setup.sh
@@ -10,6 +10,11 @@ demo:
 
 test:
 	@scripts/test.sh $(TEST_ARGUMENTS)
+
+# SECONDS of random problems for the core and as many for the op. SEED repeats a run.
+SECONDS = 120
+fuzz:
+	@scripts/fuzz.sh --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
 
 benchmark:
 	@scripts/setup.sh

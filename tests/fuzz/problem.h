@@ -1,0 +1,43 @@
+// A random problem: sizes and the values of all tensors.
+
+#ifndef DEFORM_CONV_TESTS_FUZZ_PROBLEM_H_
+#define DEFORM_CONV_TESTS_FUZZ_PROBLEM_H_
+
+#include <string>
+#include <vector>
+
+#include "core/params.h"
+#include "core/types.h"
+#include "random.h"
+
+namespace deform_conv::fuzz {
+
+struct Problem {
+  ElementType type;
+  DeformConvAttributes attributes;
+  DeformConvShapes shapes;
+  DeformConvParams params;  // from formulas of its own, not the core's
+  // Numbers of the element type; those of offset and mask are float's (double's beside double).
+  std::vector<double> input, filters, offset, mask, grad_output;
+  std::vector<double> filters_before;  // what the filters' gradient may be added to
+  std::string values;                  // how they were drawn
+};
+
+// Sizes and attributes alone, valid.
+Problem DrawSizes(Random& random);
+
+// Draws the values too.
+Problem DrawProblem(Random& random, ElementType type);
+
+// Sizes, attributes and how the values were drawn; with `numbers`, the values too.
+std::string Describe(const Problem& problem, bool numbers);
+
+// The coordinate on one axis without an offset.
+inline int64_t BaseOf(int64_t position, int64_t stride, int64_t pad, int64_t tap,
+                      int64_t dilation) {
+  return position * stride - pad + tap * dilation;
+}
+
+}  // namespace deform_conv::fuzz
+
+#endif  // DEFORM_CONV_TESTS_FUZZ_PROBLEM_H_
