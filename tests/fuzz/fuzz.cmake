@@ -1,7 +1,7 @@
-# The programs that try the core with random problems:
+# The program that tries the core with random problems:
 #   cmake --build <folder> --target fuzz_core
-# and, where there are CUDA kernels, fuzz_gpu. CMakeLists.txt includes this where DEFORM_CONV_FUZZ
-# is set; then the core is compiled with the sanitizers too.
+# CMakeLists.txt includes this where DEFORM_CONV_FUZZ is set; then the core is compiled with the
+# sanitizers too. gpu.py builds the program for a GPU.
 
 set(fuzz_dir ${CMAKE_CURRENT_LIST_DIR})
 set(fuzz_flags)
@@ -15,7 +15,7 @@ if(NOT DEFORM_CONV_FUZZ STREQUAL none)
                          -Wno-maybe-uninitialized -Wno-uninitialized)
 endif()
 
-# What both programs share. Not slowed down by sanitizers.
+# What the program for a GPU has too. Not slowed down by sanitizers.
 add_library(fuzz_common OBJECT EXCLUDE_FROM_ALL ${fuzz_dir}/driver.cc ${fuzz_dir}/problem.cc
             ${fuzz_dir}/reference.cc)
 target_include_directories(fuzz_common PRIVATE src ${fuzz_dir})

@@ -53,7 +53,8 @@ struct Sizes {
   }
 };
 
-int64_t DrawChannels(Random& random) {
+int64_t DrawChannels(Random& random, bool eights) {
+  if (eights) return 8 * random.Pick({1, 1, 2, 3, 4, 5, 8, 9, 12, 16, 17, 24, 32, 33});
   if (random.Chance(0.06)) return random.Pick({48, 63, 64, 65, 96, 127, 128, 144, 200, 257});
   if (random.Chance(0.3)) return random.Pick({15, 16, 17, 24, 31, 32, 33});
   return random.Pick({1, 1, 2, 3, 3, 4, 5, 7, 8, 8, 9, 12});
@@ -108,8 +109,11 @@ void MakeExtreme(Random& random, Axis& axis) {
 }
 
 // Makes one of the sizes smaller.
-void Shrink(Random& random, Sizes& sizes) {
+void Shrink(Random& random, bool eights, Sizes& sizes) {
   const auto halve = [](int64_t& size) { size = std::max<int64_t>(size / 2, 1); };
+  const auto halve_channels = [eights](int64_t& size) {
+    size = eights ? std::max<int64_t>(size / 16 * 8, 8) : std::max<int64_t>(size / 2, 1);
+  };
   Axis& axis = random.Chance(0.5) ? sizes.height : sizes.width;
   switch (random.Between(0, 9)) {
     case 0:
@@ -126,9 +130,9 @@ void Shrink(Random& random, Sizes& sizes) {
     case 6:
       return halve(axis.kernel);
     case 7:
-      return halve(sizes.group_out);
+      return halve_channels(sizes.group_out);
     case 8:
-      halve(sizes.group_in);
+      halve_channels(sizes.group_in);
       sizes.deform_groups = 1;
       return;
     default:
@@ -137,15 +141,15 @@ void Shrink(Random& random, Sizes& sizes) {
   }
 }
 
-Sizes DrawAnySizes(Random& random) {
+Sizes DrawAnySizes(Random& random, bool eights) {
   Sizes sizes = {};
   sizes.batch = random.Chance(0.02)   ? 0
                 : random.Chance(0.5)  ? 1
                 : random.Chance(0.85) ? random.Between(1, 5)
                                       : random.Between(5, 40);
   sizes.groups = random.Chance(0.65) ? 1 : random.Pick({2, 2, 2, 3, 3, 4, 5, 8, 16, 33});
-  sizes.group_in = DrawChannels(random);
-  sizes.group_out = DrawChannels(random);
+  sizes.group_in = DrawChannels(random, eights);
+  sizes.group_out = DrawChannels(random, eights);
   sizes.deform_groups = DrawDivisor(random, sizes.groups * sizes.group_in);
   sizes.padding = random.Pick(
       {Padding::kSame, Padding::kSame, Padding::kValid, Padding::kExplicit, Padding::kExplicit});
@@ -163,10 +167,10 @@ double DrawWork(Random& random) {
   return std::pow(10, exponent);
 }
 
-Sizes DrawValidSizes(Random& random) {
-  const double most_work = DrawWork(random);
+Sizes DrawValidSizes(Random& random, const Shaping& shaping) {
+  const double most_work = shaping.work * DrawWork(random);
   for (;;) {
-    Sizes sizes = DrawAnySizes(random);
+    Sizes sizes = DrawAnySizes(random, shaping.eights);
     if (random.Chance(0.004)) {  // filters that take several rounds, of hundreds of channels
       sizes.batch = random.Between(1, 2);
       sizes.groups = random.Between(1, 2);
@@ -184,7 +188,7 @@ Sizes DrawValidSizes(Random& random) {
       const bool valid = Settle(sizes.padding, sizes.height) & Settle(sizes.padding, sizes.width);
       if (valid && sizes.work() <= most_work) return sizes;
       if (!valid && tries > 20) break;
-      Shrink(random, sizes);
+      Shrink(random, shaping.eights, sizes);
     }
   }
 }
@@ -340,8 +344,8 @@ void Print(std::ostream& stream, const char* name, const std::vector<double>& va
 
 }  // namespace
 
-Problem DrawSizes(Random& random) {
-  const Sizes sizes = DrawValidSizes(random);
+Problem DrawSizes(Random& random, const Shaping& shaping) {
+  const Sizes sizes = DrawValidSizes(random, shaping);
   const Axis &height = sizes.height, &width = sizes.width;
   Problem problem = {};
   problem.attributes = {height.stride,   width.stride,       height.dilation,  width.dilation,
@@ -383,8 +387,8 @@ Problem DrawSizes(Random& random) {
   return problem;
 }
 
-Problem DrawProblem(Random& random, ElementType type) {
-  Problem problem = DrawSizes(random);
+Problem DrawProblem(Random& random, ElementType type, const Shaping& shaping) {
+  Problem problem = DrawSizes(random, shaping);
   problem.type = type;
   const DeformConvParams& params = problem.params;
   const auto draw = [&](ElementType of, int64_t size, const char* name) {

@@ -23,11 +23,16 @@ struct Problem {
   std::string values;                  // how they were drawn
 };
 
+struct Shaping {
+  double work = 1;      // how large problems are
+  bool eights = false;  // whether a group's channels are multiples of 8
+};
+
 // Sizes and attributes alone, valid.
-Problem DrawSizes(Random& random);
+Problem DrawSizes(Random& random, const Shaping& shaping = {});
 
 // Draws the values too.
-Problem DrawProblem(Random& random, ElementType type);
+Problem DrawProblem(Random& random, ElementType type, const Shaping& shaping = {});
 
 // Sizes, attributes and how the values were drawn; with `numbers`, the values too.
 std::string Describe(const Problem& problem, bool numbers);

@@ -40,19 +40,21 @@ struct Rounding {
   double sum_unit;      // largest relative error of an addition
   // Whether factors, products or sums of the problem may overflow though the result does not.
   bool may_overflow;
-  // Bounds what all underflowing products of one value together are off by.
-  double underflow;
+  // What underflowing products are off by: all of one value together, and those that are stored in
+  // 16 bits, for each addition.
+  double underflow, stored_underflow;
 };
 
-// Of computing in the type itself, or of computing in float and storing 16-bit numbers.
+// Of computing in the type itself, or of computing in float and storing columns in 16 bits.
 Rounding RoundingOf(const Problem& problem);
 
-// Whether an infinite or NaN result is what the formula gives; this is the rule for such values.
+// Whether `actual` is right where the formula gives infinity or NaN: it must not be finite.
+// Compute() holds the rule for where that is.
 //
 // Corners outside the image have no part in a sample. Those inside do, even with weight 0, so that
-// 0 * inf = NaN. Among infinite terms the order of multiplications decides between NaN and
-// infinity (0 * inf + 1 * inf, and (0 + 1) * inf), so either is right where the formula gives one
-// of them. But a result is never infinite of the opposite sign, and never finite.
+// 0 * inf = NaN. Which of the non-finite values it is depends on rounding and on the order of
+// multiplications: 0 * inf + 1 * inf is not (0 + 1) * inf, and the sign of a sum near 0 is not
+// sure.
 bool NonFiniteAgree(double expected, double actual);
 
 // Returns an empty string, or which element is wrong. `shape` is for the message.
