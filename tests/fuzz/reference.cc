@@ -10,10 +10,6 @@
 namespace deform_conv::fuzz {
 namespace {
 
-// What a sample outside the image is, and brings to the gradient of its mask, whatever the output's
-// gradient. So mask * sample is NaN where the mask is NaN or infinite, and the gradient is 0.
-constexpr double kOutsideSample = 0, kOutsideMaskGradient = 0;
-
 // Where a sample lies on one axis. An offset is compared with whole numbers and split without the
 // base being added, so nothing is rounded.
 struct AxisSample {
@@ -122,7 +118,8 @@ class Loop {
     const AxisSample w(BaseOf(x, params_.stride_w, params_.pad_left, kx, params_.dilation_w),
                        problem_.offset[2 * index + 1], params_.in_w);
     const Sample sample(h, w, params_.in_h, params_.in_w);
-    const double mask = params_.has_mask ? problem_.mask[index] : 1;
+    // Outside the image, a sample is 0 whatever its mask, and has no gradients.
+    const double mask = !sample.inside ? 0 : params_.has_mask ? problem_.mask[index] : 1;
     const double mask_magnitude = std::fabs(mask);
     const int64_t image = position / params_.image_positions() * params_.image_size();
 
@@ -135,7 +132,6 @@ class Loop {
         const double pixel = problem_.input[image + corner.pixel * params_.in_channels + c];
         pixels.Add(corner.weight * pixel, corner.weight_magnitude * std::fabs(pixel));
       }
-      if (!sample.inside) pixels.value = kOutsideSample;
       const Sum grad_column =
           AddChannel(position, tap, c, {mask * pixels.value, mask_magnitude * pixels.magnitude});
       if (!backward_ || !sample.inside) continue;
@@ -156,7 +152,6 @@ class Loop {
       }
     }
     if (!backward_) return;
-    if (!sample.inside) grad_mask.value = kOutsideMaskGradient;
     const auto write = [](Expected& gradient, int64_t at, const Sum& sum) {
       gradient.values[at] = sum.value;
       gradient.magnitudes[at] = sum.magnitude;
