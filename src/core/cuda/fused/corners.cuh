@@ -45,12 +45,6 @@ struct alignas(kCorners * sizeof(T)) CornerWeights {
   T of[kCorners];
 };
 
-// A corner's weight times the mask. A weight of 0 stays 0 beside an infinite mask: the product
-// would be NaN, and the sample would not.
-__device__ __forceinline__ float MaskedWeight(float weight, float mask) {
-  return weight == 0 ? 0.0f : mask * weight;
-}
-
 // Distances of corners, in bytes.
 struct CornerDistances {
   int32_t pixel;

@@ -40,15 +40,17 @@ struct SampleTable {
                                                 sizes.in_w);
     const MovedInside vertical(h, sizes.in_h), horizontal(w, sizes.in_w);
     const bool inside = h.inside && w.inside;
-    const float upper = inside ? vertical.weights[0] : 0.0f;
-    const float lower = inside ? vertical.weights[1] : 0.0f;
-    weights[entry] = {static_cast<T>(MaskedWeight(upper * horizontal.weights[0], mask)),
-                      static_cast<T>(MaskedWeight(upper * horizontal.weights[1], mask)),
-                      static_cast<T>(MaskedWeight(lower * horizontal.weights[0], mask)),
-                      static_cast<T>(MaskedWeight(lower * horizontal.weights[1], mask))};
+    const int32_t bits = !inside ? 0
+                                 : (vertical.bits & 1 ? horizontal.bits : 0) |
+                                       (vertical.bits & 2 ? horizontal.bits << 2 : 0);
+    // Not the product of a mask that may be infinite with 0.
+    const auto weight_of = [&](int corner) {
+      const float weight = vertical.weights[corner / 2] * horizontal.weights[corner % 2];
+      return static_cast<T>(bits >> corner & 1 ? mask * weight : 0.0f);
+    };
+    weights[entry] = {weight_of(kTopLeft), weight_of(kTopRight), weight_of(kBottomLeft),
+                      weight_of(kBottomRight)};
     const int32_t top_left = (position.n * sizes.in_h + vertical.low) * sizes.in_w + horizontal.low;
-    const int32_t bits =
-        (vertical.bits & 1 ? horizontal.bits : 0) | (vertical.bits & 2 ? horizontal.bits << 2 : 0);
     packed_pixels[entry] = inside ? top_left << kCornerBits | bits : 0;
   }
 

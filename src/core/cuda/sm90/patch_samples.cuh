@@ -53,8 +53,8 @@ __device__ __forceinline__ CornerWeights<T> WeightsOf(const PatchSample& sample)
   CornerWeights<T> counted;
 #pragma unroll
   for (int corner = 0; corner < kCorners; ++corner) {
-    const bool counts = sample.packed_corner >> corner & 1;
-    counted.of[corner] = static_cast<T>(counts ? MaskedWeight(weights[corner], sample.mask) : 0.0f);
+    counted.of[corner] =
+        static_cast<T>(sample.packed_corner >> corner & 1 ? sample.mask * weights[corner] : 0.0f);
   }
   return counted;
 }
