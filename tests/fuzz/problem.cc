@@ -167,18 +167,38 @@ double DrawWork(Random& random) {
   return std::pow(10, exponent);
 }
 
+// Hundreds of channels, so that filters take several rounds.
+void MakeFiltersLarge(Random& random, Sizes& sizes) {
+  sizes.batch = random.Between(1, 2);
+  sizes.groups = random.Between(1, 2);
+  sizes.group_in = random.Between(300, 600);
+  sizes.group_out = random.Between(150, 300);
+  sizes.deform_groups = DrawDivisor(random, sizes.groups * sizes.group_in);
+  sizes.height.in = random.Between(1, 2);
+  sizes.width.in = random.Between(1, 2);
+}
+
+// A deformable group for each channel and many taps, so that gradients of offset and mask take
+// several bands.
+void MakeOffsetsLarge(Random& random, Sizes& sizes) {
+  sizes.batch = random.Between(1, 2);
+  sizes.groups = random.Chance(0.5) ? 1 : 16;
+  sizes.group_in = random.Between(2, 3) * 16 / sizes.groups;
+  sizes.group_out = 1;
+  sizes.deform_groups = sizes.groups * sizes.group_in;
+  for (Axis* axis : {&sizes.height, &sizes.width}) {
+    axis->kernel = random.Between(4, 7);
+    axis->in = random.Between(8, 13);
+    axis->stride = axis->dilation = 1;
+  }
+}
+
 Sizes DrawValidSizes(Random& random, const Shaping& shaping) {
   const double most_work = shaping.work * DrawWork(random);
   for (;;) {
     Sizes sizes = DrawAnySizes(random, shaping.eights);
-    if (random.Chance(0.004)) {  // filters that take several rounds, of hundreds of channels
-      sizes.batch = random.Between(1, 2);
-      sizes.groups = random.Between(1, 2);
-      sizes.group_in = random.Between(300, 600);
-      sizes.group_out = random.Between(150, 300);
-      sizes.deform_groups = DrawDivisor(random, sizes.groups * sizes.group_in);
-      sizes.height.in = random.Between(1, 2);
-      sizes.width.in = random.Between(1, 2);
+    if (random.Chance(0.006)) {
+      random.Chance(0.6) ? MakeFiltersLarge(random, sizes) : MakeOffsetsLarge(random, sizes);
       if (Settle(sizes.padding, sizes.height) && Settle(sizes.padding, sizes.width) &&
           sizes.work() < 6e6) {
         return sizes;
