@@ -9,13 +9,19 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+fail() {
+  echo "fuzz.sh: error: $*" >&2
+  exit 1
+}
+
 seconds=120
 seed=
 while (($# > 0)); do
+  [[ ${2:-} =~ ^[0-9]+$ ]] || fail "$1 takes a whole number"
   case $1 in
     --seconds) seconds=$2 ;;
     --seed) seed=$2 ;;
-    *) echo "fuzz.sh: error: unknown option $1 (there are --seconds and --seed)" >&2; exit 1 ;;
+    *) fail "unknown option $1 (there are --seconds and --seed)" ;;
   esac
   shift 2
 done
@@ -26,9 +32,11 @@ PATH="$PWD/.venv/bin:$PATH"
 tensorflow=$(python scripts/find_tensorflow.py) # for Eigen's headers
 
 build() { # <folder> <sanitizers>
-  cmake -S . -B "build/fuzz/$1" -DCMAKE_BUILD_TYPE=Release -DTENSORFLOWS="$tensorflow" \
-    -DDEFORM_CONV_CUDA=OFF -DDEFORM_CONV_FUZZ="$2" > /dev/null
-  cmake --build "build/fuzz/$1" --target fuzz_core --parallel "$(getconf _NPROCESSORS_ONLN)" > /dev/null
+  local output
+  output=$(cmake -S . -B "build/fuzz/$1" -DCMAKE_BUILD_TYPE=Release -DTENSORFLOWS="$tensorflow" \
+    -DDEFORM_CONV_CUDA=OFF -DDEFORM_CONV_FUZZ="$2" 2>&1 \
+    && cmake --build "build/fuzz/$1" --target fuzz_core --parallel "$(getconf _NPROCESSORS_ONLN)" 2>&1) \
+    || { echo "$output" >&2; fail "the build with $2 failed"; }
 }
 
 # Runs cases for so many seconds, also after one that ends the process.
@@ -39,7 +47,7 @@ run_core() { # <folder> <instruction set> <seconds>
     status=0
     "build/fuzz/$1/fuzz_core" --isa "$2" --seed "$core_seed" --first "$first" \
       --seconds $((end - SECONDS)) 2>&1 | tee "$log" || status=$?
-    if ((status <= 1)); then return "$status"; fi
+    if ((status <= 1)); then return $((status > 0 || deaths > 0)); fi
     last=$(sed -n 's/^FINDING in case \([0-9]*\):.*/\1/p' "$log" | tail -n 1)
     if [[ -z $last ]]; then return 1; fi
     first=$((last + 1))
