@@ -6,6 +6,7 @@ Builds the core's GPU half and the program with nvcc. With --memcheck, compute-s
 every access. Needs PyTorch, which tells the GPU's compute capability.
 """
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,10 +23,15 @@ SOURCES = ("gpu.cc", "driver.cc", "problem.cc", "reference.cc")
 
 def build() -> None:
     gpu_core.build()
+    # Where the library found cuBLAS, which may be PyTorch's.
+    loaded = Path("/proc/self/maps").read_text()
+    folders = {str(gpu_core.LIBRARY.parent), *re.findall(r"(/\S+)/libcublas(?:Lt)?\.so", loaded)}
     PROGRAM.parent.mkdir(parents=True, exist_ok=True)
     command = ["nvcc", "-std=c++17", "-O3", f"-I{PROJECT / 'src'}", f"-I{FOLDER}"]
     command += [FOLDER / source for source in SOURCES]
-    command += ["-o", PROGRAM, gpu_core.LIBRARY, "-Xlinker", f"-rpath={gpu_core.LIBRARY.parent}"]
+    command += ["-o", PROGRAM, gpu_core.LIBRARY, "-Xlinker", "--disable-new-dtags"]
+    for folder in sorted(folders):
+        command += ["-Xlinker", f"-rpath={folder}"]
     subprocess.run(command, check=True)
 
 
