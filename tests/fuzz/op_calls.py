@@ -1,0 +1,359 @@
+"""Makes a case's call in its mode, and judges what comes of it."""
+
+import functools
+
+import numpy as np
+import tensorflow as tf
+from op_cases import ARGUMENTS, RAW_NAMES, Case, Numbers
+from op_oracle import Misfit, output_shape, results
+from op_values import array_of, formed, resolved
+from op_verdicts import ERRORS, NAMES, RIGHT, Verdict, of_error
+
+from deform_conv import deform_conv2d
+from deform_conv._library import record
+from deform_conv._reference import deform_conv2d_reference
+
+RAW_ERRORS = (*ERRORS, tf.errors.NotFoundError, tf.errors.UnimplementedError, OverflowError)
+
+
+class Call:
+    """A case with its arguments made."""
+
+    def __init__(self, case: Case):
+        self.case = case
+        rng = np.random.default_rng([case.seed % 2**63, case.number])
+        self.arrays, self.tensors, self.others = {}, {}, {}
+        for name, value in case.arguments.items():
+            if not isinstance(value, Numbers):
+                self.others[name] = resolved(value)
+                continue
+            self.arrays[name] = array_of(value, rng)
+            made = formed(self.arrays[name], value)
+            (self.tensors if value.form == "tensor" else self.others)[name] = made
+        self.attributes = {name: resolved(value) for name, value in case.attributes.items()}
+        self.output_shape = self._output_shape()
+        self.grad_output = None
+        if case.wanted and self.output_shape and "grad_output" not in case.arguments:
+            dtype = case.arguments["input"].dtype
+            fill = "odd" if case.number % 8 == 0 else "normal"
+            array = array_of(Numbers(tuple(self.output_shape), dtype, fill), rng)
+            self.arrays["grad_output"] = array
+            self.grad_output = tf.constant(array)
+
+    def _output_shape(self):
+        """What the oracle says, or None where the arguments do not fit."""
+        case = self.case
+        if case.blamed:
+            return None
+        values = {name: case.arguments.get(name) for name in ARGUMENTS}
+        if not all(isinstance(value, Numbers | None) for value in values.values()):
+            return None
+        shapes = {name: value.shape for name, value in values.items() if value is not None}
+        try:
+            return output_shape(shapes, case.meaning)
+        except Misfit:
+            return None
+
+    @property
+    def fits(self) -> bool:
+        """Whether it must be taken."""
+        return self.output_shape is not None and self.case.blamed is None
+
+    def expected(self):
+        arguments = {name: self.arrays[name] for name in ARGUMENTS if name in self.arrays}
+        return results(
+            arguments,
+            self.case.arguments["input"].dtype,
+            self.case.meaning,
+            self.arrays.get("grad_output"),
+        )
+
+    def verdict_on(self, found: dict) -> Verdict:
+        """Compares arrays, by the names that the oracle gives them."""
+        if self.output_shape is None:
+            if self.case.blamed == ():
+                return RIGHT
+            shapes = {name: np.shape(value) for name, value in found.items()}
+            return Verdict("taken though it does not fit", str(shapes))
+        expected = self.expected()
+        for name, value in found.items():
+            argument = "input" if name == "output" else name.removeprefix("grad_")
+            dtype = self.case.arguments[argument].dtype
+            if value is None:
+                return Verdict("wrong result", f"{name} is None")
+            if (named := tf.as_dtype(value.dtype).name) != dtype:
+                return Verdict("wrong result", f"{name} is {named} instead of {dtype}")
+            if problem := expected[name].difference(value, dtype):
+                return Verdict("wrong result", f"{name}: {problem}")
+        return RIGHT
+
+    def verdict_on_error(self, error, one_line=False) -> Verdict:
+        names = self.case.blamed or NAMES
+        return of_error(error, names, must_fit=self.fits, one_line=one_line)
+
+    def evaluate(self, tensors, grad_output, function=deform_conv2d):
+        """Output and wanted gradients, by name."""
+        wanted = [name for name in self.case.wanted if name in tensors]
+        arguments = self.others | tensors
+        if not wanted or grad_output is None:
+            return {"output": function(**arguments, **self.attributes)}
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch([tensors[name] for name in wanted])
+            output = function(**arguments, **self.attributes)
+        gradients = tape.gradient(
+            output, [tensors[name] for name in wanted], output_gradients=grad_output
+        )
+        found = dict(zip((f"grad_{name}" for name in wanted), gradients, strict=True))
+        return {"output": output} | found
+
+
+def eager(case: Case) -> Verdict:
+    call = Call(case)
+    try:
+        found = call.evaluate(call.tensors, call.grad_output)
+    except Exception as error:
+        return call.verdict_on_error(error, one_line=True)
+    return call.verdict_on(found)
+
+
+def _specs(call, known):
+    """What the graph knows of the tensors."""
+    specs = {
+        name: tf.TensorSpec(known.get(name, tensor.shape), tensor.dtype, name)
+        for name, tensor in call.tensors.items()
+    }
+    if call.grad_output is not None:
+        specs["output's gradient"] = tf.TensorSpec(
+            call.grad_output.shape, call.grad_output.dtype, "given"
+        )
+    return specs
+
+
+def _in_function(call, known, body, **options):
+    """`body(tensors)` as a graph function of the call's tensors."""
+    names = list(specs := _specs(call, known))
+    function = tf.function(
+        lambda *tensors: body(dict(zip(names, tensors, strict=True))),
+        input_signature=list(specs.values()),
+        autograph=False,
+        **options,
+    )
+    tensors = call.tensors | {"output's gradient": call.grad_output}
+    return function, [tensors[name] for name in names]
+
+
+def _static_problem(case, known, shape) -> Verdict | None:
+    """Whether an inferred output shape is other than what is known."""
+    try:
+        expected = output_shape({n: known[n] for n in ARGUMENTS if n in known}, case.meaning)
+    except Misfit as error:
+        return Verdict("taken though it does not fit", f"inferred {shape}; {error}")
+    if shape.rank != 4 or shape.as_list() != expected:
+        return Verdict("wrong static shape", f"{shape} instead of {expected}")
+    return None
+
+
+def graph(case: Case, jit_compile=False) -> Verdict:
+    call = Call(case)
+
+    def body(tensors):
+        grad_output = tensors.pop("output's gradient", None)
+        return call.evaluate(tensors, grad_output)
+
+    known = case.more.get("known", {})
+    try:
+        function, arguments = _in_function(call, known, body, jit_compile=jit_compile)
+        concrete = function.get_concrete_function()
+        problem = None
+        if call.output_shape is not None and not call.others:
+            problem = _static_problem(case, known, concrete.output_shapes["output"])
+        found = function(*arguments)
+    except Exception as error:
+        return call.verdict_on_error(error)
+    return problem or call.verdict_on(found)
+
+
+_jitted = {}
+
+
+def jit(case: Case) -> Verdict:
+    """Compiles for a setting once in a process."""
+    if "setting" not in case.more:
+        return graph(case, jit_compile=True)
+    call = Call(case)
+    key = case.seed, case.more["setting"]
+    if key not in _jitted:
+        _jitted[key] = tf.function(call.evaluate, jit_compile=True, autograph=False)
+    try:
+        found = _jitted[key](call.tensors, call.grad_output)
+    except Exception as error:
+        return call.verdict_on_error(error)
+    return call.verdict_on(found)
+
+
+def v1(case: Case) -> Verdict:
+    call = Call(case)
+    known = case.more["known"]
+    try:
+        with tf.Graph().as_default() as made:
+            feeds = {
+                name: tf.compat.v1.placeholder(tensor.dtype, known[name])
+                for name, tensor in call.tensors.items()
+            }
+            arguments = {
+                name: tf.constant(value.numpy()) if tf.is_tensor(value) else value
+                for name, value in call.others.items()
+            }
+            output = deform_conv2d(**feeds, **arguments, **call.attributes)
+            fetches = {"output": output}
+            if call.grad_output is not None:
+                wanted = [name for name in case.wanted if name in feeds]
+                gradients = tf.gradients(
+                    output, [feeds[name] for name in wanted], tf.constant(call.arrays["grad_output"])
+                )
+                fetches |= dict(zip((f"grad_{n}" for n in wanted), gradients, strict=True))
+            with tf.compat.v1.Session(graph=made) as session:
+                values = {feeds[name]: call.arrays[name] for name in feeds}
+                found = session.run(fetches, values)
+    except Exception as error:
+        return call.verdict_on_error(error)
+    return call.verdict_on(found)
+
+
+# --- Shape inference ---
+
+
+def shapes(case: Case) -> Verdict:
+    """Makes a graph of tensors that do not exist, so that any size may be asked for."""
+    known = case.more["known"]
+    entered = []
+    names = [name for name in (*ARGUMENTS, "grad_output") if name in known]
+    dtypes = {"grad_output": case.arguments["input"].dtype}
+    dtypes |= {name: value.dtype for name, value in case.arguments.items()}
+    attributes = {name: resolved(value) for name, value in case.attributes.items()}
+
+    def body(*tensors):
+        entered.append(True)
+        tensors = dict(zip(names, tensors, strict=True))
+        if case.more["op"] == "op":
+            return deform_conv2d(**tensors, **attributes)
+        tensors["mask"] = [tensors["mask"]] if "mask" in tensors else []
+        if case.more["op"] == "raw":
+            return record.ops.deform_conv2d(**tensors, **attributes)
+        return record.ops.deform_conv2d_grad(**tensors, **attributes).grad_input
+
+    try:
+        expected = output_shape({n: known[n] for n in ARGUMENTS if n in known}, case.meaning)
+    except Misfit:
+        expected = None
+    try:
+        specs = [tf.TensorSpec(known[name], dtypes[name]) for name in names]
+        function = tf.function(body, input_signature=specs, autograph=False)
+        shape = function.get_concrete_function().output_shapes
+    except Exception as error:
+        if not entered:
+            return Verdict("skipped", "TensorFlow makes no placeholder of this shape")
+        allowed = ERRORS if case.more["op"] == "op" else RAW_ERRORS
+        verdict = of_error(error, NAMES, must_fit=expected is not None, allowed=allowed)
+        return verdict
+    if case.more["op"] == "grad":
+        return RIGHT if expected is not None else Verdict("taken though it does not fit")
+    return _static_problem(case, known, shape) or RIGHT
+
+
+# --- Raw ops ---
+
+
+def _raw_body(call):
+    case = call.case
+
+    def body(tensors):
+        tensors = call.others | tensors
+        masks = [tensors.pop("mask")] * int(case.more["masks"]) if "mask" in tensors else []
+        arguments = tensors | {"mask": masks} | call.attributes
+        if case.more["op"] == "deform_conv2d":
+            return {"output": record.ops.deform_conv2d(**arguments)}
+        wants = {f"want_grad_{name}": name in case.wanted for name in ARGUMENTS}
+        gradients = record.ops.deform_conv2d_grad(**arguments, **wants)
+        found = dict(zip(ARGUMENTS, tf.nest.flatten(tuple(gradients)), strict=False))
+        return {f"grad_{name}": value for name, value in found.items()}
+
+    return body
+
+
+def _raw_verdict(call, run) -> Verdict:
+    case = call.case
+    grad_output = case.arguments.get("grad_output")
+    if grad_output is not None and call.output_shape is not None:
+        if list(grad_output.shape) != list(call.output_shape):
+            call.output_shape = None
+    try:
+        found = run()
+    except Exception as error:
+        return of_error(
+            error, case.blamed or RAW_NAMES, must_fit=call.fits, allowed=RAW_ERRORS
+        )
+    if call.output_shape is not None:
+        for name in ARGUMENTS:
+            gradient = found.get(f"grad_{name}")
+            if gradient is not None and name not in case.wanted:
+                if tuple(gradient.shape) != (0,):
+                    return Verdict("wrong result", f"grad_{name} is not wanted, and not empty")
+                del found[f"grad_{name}"]
+    return call.verdict_on(found)
+
+
+def raw(case: Case) -> Verdict:
+    call = Call(case)
+    return _raw_verdict(call, lambda: _raw_body(call)(call.tensors))
+
+
+def raw_graph(case: Case, jit_compile=False) -> Verdict:
+    call = Call(case)
+
+    def run():
+        function, arguments = _in_function(
+            call, case.more.get("known", {}), _raw_body(call), jit_compile=jit_compile
+        )
+        return function(*arguments)
+
+    return _raw_verdict(call, run)
+
+
+# --- Second order ---
+
+
+def second(case: Case) -> Verdict:
+    """Against the pure TensorFlow reference, both differentiated twice."""
+    call = Call(case)
+
+    def twice(tensors, function):
+        with tf.GradientTape() as outer:
+            outer.watch(tensors)
+            first = call.evaluate(tensors, call.grad_output, function)
+            number = tf.add_n([tf.reduce_sum(value**2) for value in first.values()])
+        return outer.gradient(number, tensors)
+
+    run = tf.function(twice, autograph=False) if case.more["graph"] else twice
+    try:
+        found = run(call.tensors, deform_conv2d)
+    except Exception as error:
+        return call.verdict_on_error(error)
+    for name, expected in twice(call.tensors, deform_conv2d_reference).items():
+        distance = np.linalg.norm(np.asarray(found[name]) - np.asarray(expected))
+        if not distance <= 1e-9 * np.linalg.norm(expected) + 1e-12:
+            return Verdict("wrong result", f"second order by {name}: {distance} away")
+    return RIGHT
+
+
+RUN = {
+    "eager": eager,
+    "graph": graph,
+    "v1": v1,
+    "shapes": shapes,
+    "raw": raw,
+    "raw_graph": raw_graph,
+    "jit": jit,
+    "raw_jit": functools.partial(raw_graph, jit_compile=True),
+    "second": second,
+}

@@ -1,0 +1,270 @@
+"""Calls the op, the raw ops and the layer with random and hostile arguments, in workers.
+
+    python tests/fuzz/ops.py --seconds 60
+    python tests/fuzz/ops.py --seed 1 --mode raw --case 17     # one call again
+
+Each call is judged: it gives what NumPy gives, or it raises ValueError, TypeError,
+InvalidArgumentError or ResourceExhaustedError, with a message that names an argument. All else is
+a finding, as is a worker that ends or hangs. The exit status is 1 where there was a finding.
+"""
+
+import argparse
+import collections
+import contextlib
+import json
+import os
+import queue
+import re
+import secrets
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import op_cases
+
+FOLDER = Path(__file__).resolve().parent
+BLOCK = 20  # cases that a worker is told at a time
+STARTS_WITHIN = 300  # seconds
+CALLS_PER_WORKER = 5000  # a graph made is memory kept
+LARGEST_WORKER = 3 << 30  # bytes
+
+
+class Worker:
+    """A process that makes calls one after the other."""
+
+    def __init__(self, seed, mode, limit, preload):
+        self.limit = limit
+        self.errors = tempfile.TemporaryFile()
+        environment = os.environ | {
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+            "CUDA_VISIBLE_DEVICES": "",
+            "OPENBLAS_NUM_THREADS": "1",
+            # Memory that nobody has written is no zeros.
+            "GLIBC_TUNABLES": "glibc.malloc.perturb=165",
+        }
+        if preload:
+            environment["LD_PRELOAD"] = str(preload)
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", FOLDER / "op_worker.py", str(seed), mode],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            env=environment,
+        )
+        self.buffer = b""
+        self.calls = self.resident = 0
+        self.numbers = []
+
+    def read(self, seconds):
+        """The next report; None where the process ended, TimeoutError where none came."""
+        end = time.monotonic() + seconds
+        while b"\n" not in self.buffer:
+            left = end - time.monotonic()
+            if left <= 0 or not select.select([self.process.stdout], [], [], left)[0]:
+                raise TimeoutError
+            part = os.read(self.process.stdout.fileno(), 1 << 16)
+            if not part:
+                return None
+            self.buffer += part
+        line, self.buffer = self.buffer.split(b"\n", 1)
+        return json.loads(line)
+
+    def start(self):
+        if self.read(STARTS_WITHIN) is None:
+            self.process.wait()
+            raise SystemExit(f"error: a worker did not start:\n{self.last_words()}")
+
+    def call(self, number):
+        """Has a case called; yields its reports, the last of which has an outcome."""
+        self.numbers.append(number)
+        self.calls += 1
+        begun = {"mode": "?", "text": ""}
+        try:
+            self.process.stdin.write(f"{number}\n".encode())
+            self.process.stdin.flush()
+            begun = self.read(self.limit) or begun
+            ended = begun and self.read(self.limit)
+        except BrokenPipeError:
+            ended = None
+        except TimeoutError:
+            # The handler of a fatal signal prints where each thread was.
+            self.process.send_signal(signal.SIGABRT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(10)
+            ended = {"outcome": f"hung for {self.limit} s", "detail": self.last_words()}
+            self.kill()
+        if ended is None:
+            status = self.process.wait()
+            how = signal.Signals(-status).name if status < 0 else f"status {status}"
+            ended = {"outcome": f"the process ended: {how}", "detail": self.last_words()}
+        ended.setdefault("finding", True)
+        self.resident = ended.get("resident", 0)
+        return begun | ended
+
+    @property
+    def spent(self):
+        ended = self.process.poll() is not None
+        return ended or self.calls >= CALLS_PER_WORKER or self.resident > LARGEST_WORKER
+
+    def last_words(self):
+        self.errors.seek(0)
+        lines = self.errors.read().decode(errors="replace").splitlines()
+        return "\n".join(lines[-40:])
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+
+class Campaign:
+    """Cases shared out among workers, and what came of them."""
+
+    def __init__(self, options, preload):
+        self.options, self.preload = options, preload
+        self.lock = threading.Lock()
+        self.counts = collections.Counter()
+        self.findings = collections.Counter()
+        self.blocks = queue.SimpleQueue()
+        self.began = time.monotonic()
+
+    def say(self, text):
+        with self.lock:
+            print(text, flush=True)
+
+    def over(self):
+        seconds = self.options.seconds
+        return seconds is not None and time.monotonic() - self.began > seconds
+
+    def next_block(self):
+        with self.lock:
+            return next(self.numbers, None)
+
+    def run(self, numbers):
+        """`numbers`: an iterator of lists of cases."""
+        self.numbers = numbers
+        threads = [threading.Thread(target=self.work) for _ in range(self.options.jobs)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def work(self):
+        worker = None
+        while not self.over() and (block := self.next_block()) is not None:
+            for number in block:
+                if worker is None or worker.spent:
+                    if worker:
+                        worker.kill()
+                    worker = Worker(
+                        self.options.seed, self.options.mode, self.options.limit, self.preload
+                    )
+                    worker.start()
+                self.note(worker, number, worker.call(number))
+                if self.over():
+                    break
+        if worker:
+            worker.kill()
+
+    def note(self, worker, number, report):
+        outcome, mode = report["outcome"], report["mode"]
+        with self.lock:
+            self.counts[mode, "finding" if report["finding"] else outcome] += 1
+        if self.options.case and not report["finding"]:
+            self.say(f"{report['text']}\noutcome: {outcome}\n{report['detail']}\n")
+        if not report["finding"]:
+            return
+        again = f"python tests/fuzz/ops.py --seed {self.options.seed} --mode {mode} --case {number}"
+        summary = kind_of(f"{outcome}: {report['detail']}")
+        with self.lock:
+            self.findings[summary] += 1
+            count = self.findings[summary]
+        if count > 2 and not self.options.case:
+            return
+        text = f"FINDING: {outcome}\n{report['text']}\n{report['detail']}\nagain: {again}\n"
+        if "process ended" in outcome and len(worker.numbers) > 1:
+            before = ",".join(map(str, worker.numbers[-10:]))
+            text += f"or, where earlier calls had a part in it: --case {before}\n"
+        self.say(text)
+
+    def print_counts(self):
+        outcomes = sorted({outcome for _, outcome in self.counts})
+        modes = [mode for mode in op_cases.WEIGHTS if any(m == mode for m, _ in self.counts)]
+        print(f"{'calls':<12}" + "".join(f"{outcome:>10}" for outcome in outcomes))
+        for mode in modes:
+            row = "".join(f"{self.counts[mode, outcome]:>10}" for outcome in outcomes)
+            print(f"{mode:<12}{row}")
+        total, seconds = sum(self.counts.values()), time.monotonic() - self.began
+        print(f"{total} calls in {seconds:.0f} s; findings by kind:")
+        for summary, count in self.findings.most_common():
+            print(f"{count:>6}  {summary}")
+
+
+def kind_of(finding: str) -> str:
+    """Findings that differ in numbers and received values only are of one kind."""
+    text = re.sub(r"\(.*|<.*|\[.*|[\"'`].*|0x\w+|\n.*", "", finding)
+    return re.sub(r"-?[\d.]+(e[+-]?\d+)?", "#", text)[:110].strip()
+
+
+def compiled_shim(folder) -> Path | None:
+    """The library that makes allocations fail, or None where nothing compiles it."""
+    library = Path(folder) / "failing_malloc.so"
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        return None
+    command = [compiler, "-shared", "-fPIC", "-O2", FOLDER / "failing_malloc.c", "-o", library]
+    return library if subprocess.run(command, check=False).returncode == 0 else None
+
+
+def numbers_of(text: str) -> list[int]:
+    numbers = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        numbers += range(int(first), int(last or first) + 1)
+    return numbers
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, help="how long to go on; 60 without --calls")
+    parser.add_argument("--calls", type=int, help="how many calls to make")
+    parser.add_argument("--seed", type=int, help="a new one by default")
+    parser.add_argument("--jobs", type=int, default=2, help="worker processes")
+    parser.add_argument("--mode", default="all", choices=["all", *op_cases.WEIGHTS])
+    parser.add_argument("--limit", type=float, default=120, help="seconds a call may take")
+    parser.add_argument("--case", type=numbers_of, help="make these calls only: 7, 7,9 or 7-9")
+    options = parser.parse_args()
+    if options.seed is None:
+        options.seed = secrets.randbelow(2**32)
+    if options.case:
+        options.jobs = 1
+    elif options.calls is None and options.seconds is None:
+        options.seconds = 60
+    return options
+
+
+def main():
+    options = parse()
+    print(f"seed {options.seed}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        campaign = Campaign(options, compiled_shim(folder))
+        if options.case:
+            blocks = iter([options.case])
+        else:
+            last = options.calls or sys.maxsize
+            starts = range(0, last, BLOCK)
+            blocks = (range(start, min(start + BLOCK, last)) for start in starts)
+        campaign.run(blocks)
+    campaign.print_counts()
+    return 1 if campaign.findings else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
