@@ -1,7 +1,11 @@
 """Makes a case's call in its mode, and judges what comes of it."""
 
+import contextlib
 import functools
+import math
+import re
 
+import keras
 import numpy as np
 import tensorflow as tf
 from op_cases import ARGUMENTS, RAW_NAMES, Case, Numbers
@@ -35,7 +39,7 @@ class Call:
         self.grad_output = None
         if case.wanted and self.output_shape and "grad_output" not in case.arguments:
             dtype = case.arguments["input"].dtype
-            fill = "odd" if case.number % 8 == 0 else "normal"
+            fill = "odd" if case.number % 8 == 0 and case.mode != "second" else "normal"
             array = array_of(Numbers(tuple(self.output_shape), dtype, fill), rng)
             self.arrays["grad_output"] = array
             self.grad_output = tf.constant(array)
@@ -70,9 +74,9 @@ class Call:
 
     def verdict_on(self, found: dict) -> Verdict:
         """Compares arrays, by the names that the oracle gives them."""
+        if self.case.more.get("unclear"):
+            return RIGHT
         if self.output_shape is None:
-            if self.case.blamed == ():
-                return RIGHT
             shapes = {name: np.shape(value) for name, value in found.items()}
             return Verdict("taken though it does not fit", str(shapes))
         expected = self.expected()
@@ -191,20 +195,28 @@ def jit(case: Case) -> Verdict:
     return call.verdict_on(found)
 
 
+def _without_eager(value):
+    """What a graph without eager tensors can take in place of one."""
+    if isinstance(value, tf.Variable | keras.Variable) or hasattr(value, "_numpy_internal"):
+        with contextlib.suppress(tf.errors.InvalidArgumentError):  # a resource stays one
+            return value.numpy()
+    return value
+
+
 def v1(case: Case) -> Verdict:
     call = Call(case)
     known = case.more["known"]
+    others, attributes = (
+        {name: _without_eager(value) for name, value in values.items()}
+        for values in (call.others, call.attributes)
+    )
     try:
         with tf.Graph().as_default() as made:
             feeds = {
                 name: tf.compat.v1.placeholder(tensor.dtype, known[name])
                 for name, tensor in call.tensors.items()
             }
-            arguments = {
-                name: tf.constant(value.numpy()) if tf.is_tensor(value) else value
-                for name, value in call.others.items()
-            }
-            output = deform_conv2d(**feeds, **arguments, **call.attributes)
+            output = deform_conv2d(**feeds, **others, **attributes)
             fetches = {"output": output}
             if call.grad_output is not None:
                 wanted = [name for name in case.wanted if name in feeds]
@@ -255,6 +267,11 @@ def shapes(case: Case) -> Verdict:
             return Verdict("skipped", "TensorFlow makes no placeholder of this shape")
         allowed = ERRORS if case.more["op"] == "op" else RAW_ERRORS
         verdict = of_error(error, NAMES, must_fit=expected is not None, allowed=allowed)
+        # The number of channels that the message asks for, if that is what it is about.
+        asked = re.search(r"channels; .*= (-?\d+) expected", verdict.detail)
+        per_tap = case.meaning["deform_groups"] * math.prod(known["filters"][:2]) if asked else 0
+        if asked and int(asked[1]) not in (per_tap, 2 * per_tap):
+            return Verdict("error with an overflowed size", f"{verdict.detail}; it is {per_tap}")
         return verdict
     if case.more["op"] == "grad":
         return RIGHT if expected is not None else Verdict("taken though it does not fit")
@@ -290,9 +307,8 @@ def _raw_verdict(call, run) -> Verdict:
     try:
         found = run()
     except Exception as error:
-        return of_error(
-            error, case.blamed or RAW_NAMES, must_fit=call.fits, allowed=RAW_ERRORS
-        )
+        names = () if case.blamed == () else case.blamed or RAW_NAMES
+        return of_error(error, names, must_fit=call.fits, allowed=RAW_ERRORS)
     if call.output_shape is not None:
         for name in ARGUMENTS:
             gradient = found.get(f"grad_{name}")

@@ -396,19 +396,28 @@ def _draw_shapes(draw, case):
     _fit(case, draw)
     case.wanted = ()
     case.more["known"] = known = {}
+    data_format = case.meaning["data_format"]
     case.more["op"] = draw.choice(("op", "raw", "grad"))
-    change = draw.choice(("some unknown", "some far out", "all far out"))
+    change = draw.choice(("some unknown", "some far out", "all far out", "kernel far out"))
     if draw.chance(0.3):
         _change_attribute(draw, case)
     case.change += f"; shapes: {change}"
     for name, value in case.arguments.items():
-        far = {"some unknown": 0, "some far out": 0.15, "all far out": 1}[change]
+        far = {"some far out": 0.15, "all far out": 1}.get(change, 0)
         known[name] = tuple(
             draw.choice(SIZES) if draw.chance(far) else None if draw.chance(0.3) else size
             for size in value.shape
         )
         if draw.chance(0.1):
             known[name] = None
+    if change == "kernel far out":
+        # So many taps that their product may be past any integer, and little else is known.
+        sizes = (1, 2**16, 2**30, 2**30 + 1, LARGEST - 1, LARGEST)
+        known["filters"] = (*draw.choices(sizes, k=2), None, draw.choice((None, 8)))
+        known["input"] = draw.choice((None, tuple(from_native((2, 5, 6, None), data_format))))
+        case.meaning |= {"dilations": (1, 1), "padding": draw.choice(("SAME", "VALID"))}
+        case.meaning["deform_groups"] = draw.choice((1, 2, 3, 4, 2**16, 2**30, LARGEST))
+        case.attributes = _spelled(draw, case.meaning)
     if case.more["op"] != "op":
         case.attributes = raw_attributes(case.meaning)
     if case.more["op"] == "grad":
@@ -442,15 +451,15 @@ def raw_attributes(meaning):
 
 def raw_meaning(attributes):
     """`attributes` as the oracle takes them, or None where they are in a wrong form."""
+    if not _has_types(attributes):
+        return None
     data_format, padding = attributes["data_format"], attributes["padding"]
-    if data_format not in ("NHWC", "NCHW") or padding not in ("SAME", "VALID", "EXPLICIT"):
+    if data_format not in ("NHWC", "NCHW"):
+        return None
+    if padding not in ("SAME", "VALID", "EXPLICIT"):
         return None
     explicit = attributes.get("explicit_paddings", [])
     lists = attributes["strides"], attributes["dilations"], explicit
-    if not all(isinstance(numbers, list) for numbers in lists):
-        return None
-    if not all(_is_int64(n) for n in (*lists[0], *lists[1], *explicit, attributes["deform_groups"])):
-        return None
     if list(map(len, lists)) != [4, 4, 8 if padding == "EXPLICIT" else 0]:
         return None
     meaning = {"data_format": data_format, "deform_groups": attributes["deform_groups"]}
@@ -469,8 +478,17 @@ def raw_meaning(attributes):
     return meaning
 
 
-def _is_int64(value):
-    return isinstance(value, int) and -(2**63) <= value < 2**63
+def _has_types(attributes):
+    """Whether each attribute has the type that the op gives it."""
+    lists = [attributes[name] for name in ("strides", "dilations")]
+    lists.append(attributes.get("explicit_paddings", []))
+    lists.append([attributes["deform_groups"]])
+    strings = attributes["data_format"], attributes["padding"]
+    return all(isinstance(text, str) for text in strings) and all(
+        isinstance(numbers, list)
+        and all(isinstance(n, int) and -(2**63) <= n < 2**63 for n in numbers)
+        for numbers in lists
+    )
 
 
 RAW_ODD = {
@@ -534,7 +552,9 @@ def _change_raw(draw, case):
         case.change = f"{name} in a wrong form or out of range"
         meaning = raw_meaning(case.attributes)
         if meaning is None:
-            case.blamed = RAW_NAMES if case.attributes[name] is not None else ()
+            # What is no attribute of the op's types TensorFlow itself refuses, or converts.
+            case.blamed = RAW_NAMES if _has_types(case.attributes) else ()
+            case.more["unclear"] = case.blamed == ()
         else:
             case.meaning = meaning
     else:

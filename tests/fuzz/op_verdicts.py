@@ -33,6 +33,7 @@ RIGHT = Verdict("right")
 def essence(error: Exception) -> str:
     """The message without what TensorFlow puts around it, which quotes the caller's source."""
     text = re.sub(r"\{\{.*?\}\}|\[Op:.*?\]|\[\[.*?\]\]", "", str(error))
+    text = re.sub(r" for ' = \w+\[.*?\]\(.*", "", text, flags=re.S)
     text = re.sub(r"Graph execution error:|Detected at node .*", "", text)
     return re.sub(r"^ *File \".*\n(?: {4}.*\n)?", "", text, flags=re.M).strip()
 
