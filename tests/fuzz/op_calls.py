@@ -47,7 +47,7 @@ class Call:
     def _output_shape(self):
         """What the oracle says, or None where the arguments do not fit."""
         case = self.case
-        if case.blamed:
+        if case.blamed or case.mode == "layer":
             return None
         values = {name: case.arguments.get(name) for name in ARGUMENTS}
         if not all(isinstance(value, Numbers | None) for value in values.values()):
@@ -164,7 +164,7 @@ def graph(case: Case, jit_compile=False) -> Verdict:
         grad_output = tensors.pop("output's gradient", None)
         return call.evaluate(tensors, grad_output)
 
-    known = case.more.get("known", {})
+    known = case.more.get("known") or {name: a.shape for name, a in call.arrays.items()}
     try:
         function, arguments = _in_function(call, known, body, jit_compile=jit_compile)
         concrete = function.get_concrete_function()

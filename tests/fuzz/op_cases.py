@@ -118,15 +118,16 @@ def _length(draw, large):
     return draw.choice((0,) + tuple(range(1, 10)) * 5)
 
 
-def _fit(case, draw, *, dtypes=FLOATS, small=False):
-    """Fills in arguments and attributes that fit each other."""
+def fit(case, draw, *, dtypes=FLOATS, size="any"):
+    """Fills in arguments and attributes that fit each other; `size` is any, small or large."""
+    small = size == "small"
     while True:
         case.meaning = meaning = _meaning(draw)
-        large = not small and draw.chance(0.02)
+        large = size == "large" or (size == "any" and draw.chance(0.02))
         groups = draw.choice((1, 1, 1, 2, 3))
         channels = math.lcm(groups, meaning["deform_groups"]) * draw.choice((1, 2, 3) if small else CHANNELS)
         sizes = [
-            draw.choice((0, 1, 1, 1, 2, 2, 3)) if not small else 2,
+            draw.choice((0, 1, 1, 1, 2, 2, 3)) if size == "any" else 2,
             *(draw.randrange(2, 6) if small else _length(draw, large) for _ in range(2)),
             channels,
         ]
@@ -137,6 +138,7 @@ def _fit(case, draw, *, dtypes=FLOATS, small=False):
         }
         if _refit(case, shapes, draw.chance(0.5)):
             break
+    case.arguments = {}
     dtype = draw.choice(dtypes)
     offset_dtype = draw.choice(OFFSET_DTYPES[dtype])
     for name, shape in case.more.pop("shapes").items():
@@ -357,7 +359,7 @@ CHANGES = (
 
 
 def _draw_op(draw, case):
-    _fit(case, draw)
+    fit(case, draw)
     if draw.chance(0.55):
         draw.choice(CHANGES)(draw, case)
 
@@ -393,7 +395,7 @@ SIZES = (None, None, 0, 1, 2, 3, 4, 9, 18, LARGEST - 1, LARGEST, LARGEST + 1, 2*
 
 def _draw_shapes(draw, case):
     """Arguments of which only the shapes matter, and of these only what a graph knows."""
-    _fit(case, draw)
+    fit(case, draw)
     case.wanted = ()
     case.more["known"] = known = {}
     data_format = case.meaning["data_format"]
@@ -505,7 +507,7 @@ RAW_ODD = {
 
 def _draw_raw(draw, case, dtypes=FLOATS, setting=None):
     fitting = draw if setting is None else Draw(f"{case.seed} setting {setting}")
-    _fit(case, fitting, dtypes=dtypes)
+    fit(case, fitting, dtypes=dtypes)
     case.attributes = raw_attributes(case.meaning)
     case.more["op"] = op = draw.choice(("deform_conv2d", "deform_conv2d_grad", "deform_conv2d_grad"))
     case.more["masks"] = "mask" in case.arguments
@@ -583,7 +585,7 @@ def _draw_raw_graph(draw, case):
 
 def _draw_jit(draw, case):
     setting = draw.randrange(JIT_SETTINGS)
-    _fit(case, Draw(f"{case.seed} setting {setting}"))
+    fit(case, Draw(f"{case.seed} setting {setting}"))
     if draw.chance(0.9):
         case.more["setting"] = setting
         for name, value in case.arguments.items():
@@ -604,7 +606,7 @@ def _draw_raw_jit(draw, case):
 def _draw_second(draw, case):
     while not case.arguments or any(0 in value.shape for value in case.arguments.values()):
         case.arguments = {}
-        _fit(case, draw, dtypes=("float64",), small=True)
+        fit(case, draw, dtypes=("float64",), size="small")
     case.arguments = {name: replace(value, fill="normal") for name, value in case.arguments.items()}
     case.wanted = draw.some(case.arguments) or ("offset",)
     case.more["graph"] = draw.chance(0.2)
@@ -633,11 +635,13 @@ LAYER_NAMES = (*LAYER_ODD, "inputs", "input", "offset", "mask", "ndim", "rank", 
 
 def _draw_layer(draw, case):
     while True:
-        _fit(case, draw, small=draw.chance(0.5))
+        fit(case, draw, size=draw.choice(("any", "small")))
         meaning = case.meaning
-        if isinstance(meaning["padding"], str) and not (max(meaning["strides"]) > 1 < max(meaning["dilations"])):
+        # Keras has no explicit padding, no dilation beside strides, and no empty output of "valid".
+        dilated_strides = max(meaning["strides"]) > 1 < max(meaning["dilations"])
+        empty = meaning["padding"] == "VALID" and 0 in case.arguments["offset"].shape[1:]
+        if isinstance(meaning["padding"], str) and not dilated_strides and not empty:
             break
-        case.arguments.clear()
     shape, channels_first = case.arguments["input"].shape, meaning["data_format"] == "NCHW"
     filters = case.arguments["filters"].shape
     dtype = case.arguments["input"].dtype
@@ -710,10 +714,13 @@ def _draw_trial(draw, case):
     if case.mode == "memory":
         case.more = {"what": draw.choice(("eager", "layer")), "calls": 2000}
     elif case.mode == "allocation":
-        _fit(case, draw)
-        case.wanted = draw.some(case.arguments)
-        case.more = {"how": draw.choice(("eager", "eager", "function", "huge"))}
-        case.more |= {"failing": draw.choice((1, 1, 2, 3, 4, 5, 6, 8)), "least": 1 << draw.choice((6, 10, 12))}
+        # Of what TensorFlow and Python allocate besides, nothing is as large.
+        least, sizes = 1 << 16, [0]
+        while max(sizes) < least:
+            fit(case, draw, size="large")
+            sizes = [math.prod(value.shape) for value in case.arguments.values()]
+        case.more = {"how": draw.choice(("eager",) * 6 + ("function",) * 3 + ("huge",))}
+        case.more |= {"failing": draw.choice((1, 1, 2, 3, 4, 5, 6, 8)), "least": least}
     else:
         case.more = {"calls": 8 if case.mode == "threads" else draw.choice((2, 4, 6))}
         case.more["repeats"] = 6

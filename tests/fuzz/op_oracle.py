@@ -213,11 +213,15 @@ def _corners(params):
     return corners
 
 
+# A weight may be flushed to zero: as much as this, rounded.
+_FLUSHED = 1e-30
+
+
 def _sum(corners, key, values, absolute):
     """Σ of corner weights (or derivatives) times values, over the corners that count."""
     total = 0.0
     for corner, value in zip(corners, values, strict=True):
-        weight = np.abs(corner[key]) if absolute else corner[key]
+        weight = np.abs(corner[key]) + _FLUSHED if absolute else corner[key]
         term = weight[..., None] * (np.abs(value) if absolute else value)
         total = total + np.where(corner["counts"][..., None], term, 0)
     return total
@@ -337,7 +341,8 @@ def _sample_gradients(
         grad = np.zeros_like(pixels)
         for corner in corners:
             counts_here = corner["counts"]
-            term = np.where(counts_here[..., None], corner["weight"][..., None] * product, 0)
+            weight = corner["weight"] + _FLUSHED if absolute else corner["weight"]
+            term = np.where(counts_here[..., None], weight[..., None] * product, 0)
             np.add.at(grad, (n, corner["pixel"], g), term)
             if absolute and counts_here.size:
                 counts += np.bincount(corner["pixel"][counts_here], minlength=len(counts))

@@ -115,7 +115,8 @@ class Worker:
     def last_words(self):
         self.errors.seek(0)
         lines = self.errors.read().decode(errors="replace").splitlines()
-        return "\n".join(lines[-40:])
+        notices = r"WARNING: All log|[IWE]\d{4} |Extension modules"
+        return "\n".join([line for line in lines if not re.match(notices, line)][-40:])
 
     def kill(self):
         self.process.kill()
