@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 from op_cases import ARGUMENTS, RAW_NAMES, Case, Numbers
-from op_oracle import Misfit, output_shape, results
+from op_oracle import MisfitError, output_shape, results
 from op_values import array_of, formed, resolved
 from op_verdicts import ERRORS, NAMES, RIGHT, Verdict, of_error
 
@@ -55,7 +55,7 @@ class Call:
         shapes = {name: value.shape for name, value in values.items() if value is not None}
         try:
             return output_shape(shapes, case.meaning)
-        except Misfit:
+        except MisfitError:
             return None
 
     @property
@@ -150,7 +150,7 @@ def _static_problem(case, known, shape) -> Verdict | None:
     """Whether an inferred output shape is other than what is known."""
     try:
         expected = output_shape({n: known[n] for n in ARGUMENTS if n in known}, case.meaning)
-    except Misfit as error:
+    except MisfitError as error:
         return Verdict("taken though it does not fit", f"inferred {shape}; {error}")
     if shape.rank != 4 or shape.as_list() != expected:
         return Verdict("wrong static shape", f"{shape} instead of {expected}")
@@ -221,7 +221,9 @@ def v1(case: Case) -> Verdict:
             if call.grad_output is not None:
                 wanted = [name for name in case.wanted if name in feeds]
                 gradients = tf.gradients(
-                    output, [feeds[name] for name in wanted], tf.constant(call.arrays["grad_output"])
+                    output,
+                    [feeds[name] for name in wanted],
+                    tf.constant(call.arrays["grad_output"]),
                 )
                 fetches |= dict(zip((f"grad_{n}" for n in wanted), gradients, strict=True))
             with tf.compat.v1.Session(graph=made) as session:
@@ -256,7 +258,7 @@ def shapes(case: Case) -> Verdict:
 
     try:
         expected = output_shape({n: known[n] for n in ARGUMENTS if n in known}, case.meaning)
-    except Misfit:
+    except MisfitError:
         expected = None
     try:
         specs = [tf.TensorSpec(known[name], dtypes[name]) for name in names]

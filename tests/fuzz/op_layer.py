@@ -14,7 +14,6 @@ from op_verdicts import RIGHT, Verdict, names_one_of, of_error
 from deform_conv.layers import DeformableConv2D
 
 
-
 def _verdict_on_error(case, error, fits, inputs) -> Verdict:
     if case.blamed == () and _conv2d_raises(case, type(error), inputs):
         return Verdict("refused", f"as a Conv2D is: {error}")
@@ -99,7 +98,7 @@ def _called(case, made, inputs):
 
 def _compared(case, call, made, outputs, gradient) -> Verdict:
     """With what NumPy makes of the layer's own offset and mask, and these of its convolutions."""
-    data_format, compute = case.meaning["data_format"], made.compute_dtype
+    compute = made.compute_dtype
     offset_dtype = "float64" if compute == "float64" else "float32"
     images = call.tensors["input"]
     arrays = {"input": tf.cast(images, compute).numpy()}
@@ -111,7 +110,9 @@ def _compared(case, call, made, outputs, gradient) -> Verdict:
         if problem := _offset_problem(case, made, images, arrays["offset"], offset_dtype):
             return problem
     else:
-        arrays |= {n: call.arrays[n].astype(offset_dtype) for n in ("offset", "mask") if n in call.arrays}
+        arrays |= {
+            n: call.arrays[n].astype(offset_dtype) for n in ("offset", "mask") if n in call.arrays
+        }
     ones = np.ones(outputs.shape)
     expected = results(arrays, compute, case.meaning, ones)
     if problem := expected["output"].difference(outputs, compute):
@@ -120,12 +121,16 @@ def _compared(case, call, made, outputs, gradient) -> Verdict:
         if problem := expected["grad_filters"].difference(gradient, compute):
             return Verdict("wrong result", f"gradient by the kernel: {problem}")
     if made.compute_output_shape(_shapes(call)) != tuple(outputs.shape):
-        return Verdict("wrong result", f"compute_output_shape {made.compute_output_shape(_shapes(call))}")
+        return Verdict(
+            "wrong result", f"compute_output_shape {made.compute_output_shape(_shapes(call))}"
+        )
     return RIGHT
 
 
 def _shapes(call):
-    shapes = [tuple(call.tensors[n].shape) for n in ("input", "offset", "mask") if n in call.tensors]
+    shapes = [
+        tuple(call.tensors[n].shape) for n in ("input", "offset", "mask") if n in call.tensors
+    ]
     return shapes if len(shapes) > 1 else shapes[0]
 
 

@@ -20,7 +20,7 @@ OFFSET_DTYPES = {
 NUMPY_DTYPES = {"bfloat16": ml_dtypes.bfloat16}
 
 
-class Misfit(Exception):
+class MisfitError(Exception):
     """The arguments do not fit each other; says why."""
 
 
@@ -35,7 +35,7 @@ def from_native(sizes, data_format):
 
 def _require(condition, why):
     if not condition:
-        raise Misfit(why)
+        raise MisfitError(why)
 
 
 def _agree(size, other, why):
@@ -64,7 +64,7 @@ def _output_length(length, kernel, stride, dilation, padding):
 
 
 def output_shape(shapes, meaning):
-    """The output's shape in `data_format`, None where unknown; raises `Misfit`.
+    """The output's shape in `data_format`, None where unknown; raises `MisfitError`.
 
     `shapes` has a tuple for each argument, with None for what is unknown, or None for a shape of
     unknown rank. `meaning` has (h, w) for strides and dilations, for padding a string or
@@ -73,9 +73,9 @@ def output_shape(shapes, meaning):
     data_format = meaning["data_format"]
     ranked = {}
     for name, shape in shapes.items():
-        shape = [None] * 4 if shape is None else list(shape)
-        _require(len(shape) == 4, f"{name} has rank {len(shape)}")
-        ranked[name] = shape if name == "filters" else native(shape, data_format)
+        sizes = [None] * 4 if shape is None else list(shape)
+        _require(len(sizes) == 4, f"{name} has rank {len(sizes)}")
+        ranked[name] = sizes if name == "filters" else native(sizes, data_format)
     batch, *lengths, channels = ranked["input"]
     *kernel, group_channels, out_channels = ranked["filters"]
     groups = meaning["deform_groups"]
@@ -94,9 +94,7 @@ def output_shape(shapes, meaning):
             if out_channels is not None:
                 _require(out_channels % (channels // group_channels) == 0, "output channels")
     out = [
-        _output_length(
-            *sizes, padding if isinstance(padding, str) else padding[axis]
-        )
+        _output_length(*sizes, padding if isinstance(padding, str) else padding[axis])
         for axis, sizes in enumerate(
             zip(lengths, kernel, meaning["strides"], meaning["dilations"], strict=True)
         )
@@ -156,9 +154,7 @@ class Expected:
             )
             finite = np.isfinite(self.magnitude)
             overflows = finite & (self.magnitude > min(_largest(compute), _largest(dtype)) / 4)
-            right = np.where(
-                finite, np.abs(actual - self.value) <= limit, ~np.isfinite(actual)
-            )
+            right = np.where(finite, np.abs(actual - self.value) <= limit, ~np.isfinite(actual))
         wrong = np.argwhere(~(right | overflows))
         if not len(wrong):
             return None
@@ -179,10 +175,10 @@ def _corners(params):
     groups = params["deform_groups"]
     offset = offset.astype(compute).reshape(batch, out_h, out_w, groups, kernel_h, kernel_w, 2)
     axes = []
-    for axis, (size, out, kernel) in enumerate(
-        ((in_h, out_h, kernel_h), (in_w, out_w, kernel_w))
-    ):
-        positions = np.arange(out).reshape([1, -1, 1, 1, 1, 1] if axis == 0 else [1, 1, -1, 1, 1, 1])
+    for axis, (size, out, kernel) in enumerate(((in_h, out_h, kernel_h), (in_w, out_w, kernel_w))):
+        positions = np.arange(out).reshape(
+            [1, -1, 1, 1, 1, 1] if axis == 0 else [1, 1, -1, 1, 1, 1]
+        )
         taps = np.arange(kernel).reshape([1, 1, 1, 1, -1, 1] if axis == 0 else [1] * 5 + [-1])
         base = positions * params["strides"][axis] + taps * params["dilations"][axis]
         moved = offset[..., axis]
@@ -296,8 +292,9 @@ def _native_results(arrays, dtype, meaning, grad_output):
         (_sum(corners, "weight", values, sign), np.abs(mask) if sign else mask)
         for sign in (False, True)
     )
-    columns, columns_magnitude = by_group(signed[0] * signed[1]), by_group(
-        absolute[0] * absolute[1]
+    columns, columns_magnitude = (
+        by_group(signed[0] * signed[1]),
+        by_group(absolute[0] * absolute[1]),
     )
     found = {
         "output": Expected(
@@ -323,10 +320,16 @@ def _native_results(arrays, dtype, meaning, grad_output):
         4 * positions,
     )
     found |= _sample_gradients(
-        corners, values, mask, inside,
+        corners,
+        values,
+        mask,
+        inside,
         of_samples(grads @ matrix.transpose(0, 2, 1)),
         of_samples(np.abs(grads) @ np.abs(matrix).transpose(0, 2, 1)),
-        arrays, pixels, (n, g), out_channels // groups,
+        arrays,
+        pixels,
+        (n, g),
+        out_channels // groups,
     )
     return found
 
@@ -354,9 +357,7 @@ def _sample_gradients(
     for grad, absolute in ((grad_columns, False), (magnitude, True)):
         scale = np.abs(mask) if absolute else mask
         by = {
-            key: np.where(
-                inside, np.sum(grad * _sum(corners, key, values, absolute), axis=-1), 0
-            )
+            key: np.where(inside, np.sum(grad * _sum(corners, key, values, absolute), axis=-1), 0)
             for key in ("weight", "by_h", "by_w")
         }
         # What the library sums up before it subtracts: dot products of each corner's pixel.

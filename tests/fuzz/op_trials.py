@@ -1,7 +1,6 @@
 """Trials of many calls each: memory that is kept, memory that is short, threads side by side."""
 
 import ctypes
-import os
 import threading
 
 import numpy as np
@@ -13,7 +12,7 @@ from op_verdicts import RIGHT, Verdict, of_error
 from deform_conv import deform_conv2d
 from deform_conv.layers import DeformableConv2D
 
-KEPT = 24 << 20  # bytes that a thousand calls may leave behind, for the allocator's sake
+KEPT = 8 << 20  # bytes that a thousand calls may leave behind, for the allocator's sake
 
 
 # --- Memory that is kept ---
@@ -21,8 +20,7 @@ KEPT = 24 << 20  # bytes that a thousand calls may leave behind, for the allocat
 
 def _resident() -> int:
     ctypes.CDLL(None).malloc_trim(0)
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return resident_bytes()
 
 
 def memory(case: Case) -> Verdict:
@@ -45,7 +43,9 @@ def memory(case: Case) -> Verdict:
 
     call = {"eager": call_op, "layer": call_layer}[case.more["what"]]
     # So few that what TensorFlow keeps for each shape is all kept after the first half.
-    shapes = [(draw.randrange(1, 4), draw.randrange(8, 24), draw.randrange(8, 24), 8) for _ in range(100)]
+    shapes = [
+        (draw.randrange(1, 4), draw.randrange(8, 24), draw.randrange(8, 24), 8) for _ in range(100)
+    ]
     sizes = []
     calls = case.more["calls"]
     for index in range(calls + 1):
@@ -110,7 +110,11 @@ def _verdict_on_shortage(error) -> Verdict:
 def _huge() -> Verdict:
     """An output of 16 TiB, from arguments of 36 MiB."""
     side, channels = 2048, 2**20
-    arguments = tf.zeros((1, side, side, 1)), tf.zeros((1, 1, 1, channels)), tf.zeros((1, side, side, 2))
+    arguments = (
+        tf.zeros((1, side, side, 1)),
+        tf.zeros((1, 1, 1, channels)),
+        tf.zeros((1, side, side, 2)),
+    )
     try:
         output = deform_conv2d(*arguments)
     except tf.errors.ResourceExhaustedError as error:

@@ -4,7 +4,6 @@ import functools
 import operator
 
 import keras
-import ml_dtypes
 import numpy as np
 import tensorflow as tf
 from op_cases import Numbers, Odd
