@@ -1,6 +1,5 @@
 """Makes a case's call in its mode, and judges what comes of it."""
 
-import contextlib
 import functools
 import math
 import re
@@ -72,6 +71,11 @@ class Call:
             self.arrays.get("grad_output"),
         )
 
+    def _has_far_sides(self) -> bool:
+        """Whether tensors are empty and yet so long that the oracle would have no end."""
+        shapes = [array.shape for array in self.arrays.values()]
+        return any(math.prod(max(size, 1) for size in shape) > 10**7 for shape in shapes)
+
     def verdict_on(self, found: dict) -> Verdict:
         """Compares arrays, by the names that the oracle gives them."""
         if self.case.more.get("unclear"):
@@ -79,15 +83,19 @@ class Call:
         if self.output_shape is None:
             shapes = {name: np.shape(value) for name, value in found.items()}
             return Verdict("taken though it does not fit", str(shapes))
+        if self._has_far_sides():
+            shape = found.get("output", tf.zeros(self.output_shape)).shape
+            right = list(shape) == list(self.output_shape)
+            return RIGHT if right else Verdict("wrong result", f"shape {shape}")
         expected = self.expected()
         for name, value in found.items():
             argument = "input" if name == "output" else name.removeprefix("grad_")
             dtype = self.case.arguments[argument].dtype
-            if value is None:
-                return Verdict("wrong result", f"{name} is None")
-            if (named := tf.as_dtype(value.dtype).name) != dtype:
-                return Verdict("wrong result", f"{name} is {named} instead of {dtype}")
-            if problem := expected[name].difference(value, dtype):
+            named = value is not None and tf.as_dtype(value.dtype).name
+            problem = f"of type {named} instead of {dtype}"
+            if named == dtype:
+                problem = expected[name].difference(value, dtype)
+            if problem:
                 return Verdict("wrong result", f"{name}: {problem}")
         return RIGHT
 
@@ -198,8 +206,7 @@ def jit(case: Case) -> Verdict:
 def _without_eager(value):
     """What a graph without eager tensors can take in place of one."""
     if isinstance(value, tf.Variable | keras.Variable) or hasattr(value, "_numpy_internal"):
-        with contextlib.suppress(tf.errors.InvalidArgumentError):  # a resource stays one
-            return value.numpy()
+        return "resource" if value.dtype == tf.resource else value.numpy()
     return value
 
 
@@ -303,9 +310,8 @@ def _raw_body(call):
 def _raw_verdict(call, run) -> Verdict:
     case = call.case
     grad_output = case.arguments.get("grad_output")
-    if grad_output is not None and call.output_shape is not None:
-        if list(grad_output.shape) != list(call.output_shape):
-            call.output_shape = None
+    if grad_output is not None and list(grad_output.shape) != list(call.output_shape or ()):
+        call.output_shape = None
     try:
         found = run()
     except Exception as error:

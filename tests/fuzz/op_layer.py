@@ -6,7 +6,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 from op_calls import Call
-from op_cases import LAYER_NAMES, Case
+from op_cases import Case
+from op_changes import LAYER_NAMES
 from op_oracle import results
 from op_values import resolved
 from op_verdicts import RIGHT, Verdict, names_one_of, of_error
@@ -117,9 +118,9 @@ def _compared(case, call, made, outputs, gradient) -> Verdict:
     expected = results(arrays, compute, case.meaning, ones)
     if problem := expected["output"].difference(outputs, compute):
         return Verdict("wrong result", f"output: {problem}")
-    if gradient is not None and compute == made.variable_dtype:
-        if problem := expected["grad_filters"].difference(gradient, compute):
-            return Verdict("wrong result", f"gradient by the kernel: {problem}")
+    same = gradient is not None and compute == made.variable_dtype
+    if same and (problem := expected["grad_filters"].difference(gradient, compute)):
+        return Verdict("wrong result", f"gradient by the kernel: {problem}")
     if made.compute_output_shape(_shapes(call)) != tuple(outputs.shape):
         return Verdict(
             "wrong result", f"compute_output_shape {made.compute_output_shape(_shapes(call))}"

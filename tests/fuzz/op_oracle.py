@@ -127,6 +127,11 @@ def _least(dtype) -> float:
     return float(ml_dtypes.finfo(NUMPY_DTYPES.get(dtype, dtype)).smallest_normal)
 
 
+def _flushed(dtype) -> float:
+    """What a product that is flushed to zero may have been worth, times a large number."""
+    return 1e10 * _least(dtype)
+
+
 class Expected:
     """An array in float64, the sum of its terms' absolute values, and how many there were."""
 
@@ -148,7 +153,7 @@ class Expected:
         compute = "float64" if dtype == "float64" else "float32"
         with np.errstate(all="ignore"):
             limit = (
-                (self.terms + 16) * (_epsilon(compute) * self.magnitude + _least(compute))
+                (self.terms + 16) * (_epsilon(compute) * self.magnitude + _flushed(compute))
                 + _epsilon(dtype) * np.abs(self.value)
                 + _least(dtype)
             )
@@ -209,15 +214,11 @@ def _corners(params):
     return corners
 
 
-# A weight may be flushed to zero: as much as this, rounded.
-_FLUSHED = 1e-30
-
-
 def _sum(corners, key, values, absolute):
     """Σ of corner weights (or derivatives) times values, over the corners that count."""
     total = 0.0
     for corner, value in zip(corners, values, strict=True):
-        weight = np.abs(corner[key]) + _FLUSHED if absolute else corner[key]
+        weight = np.abs(corner[key]) if absolute else corner[key]
         term = weight[..., None] * (np.abs(value) if absolute else value)
         total = total + np.where(corner["counts"][..., None], term, 0)
     return total
@@ -344,8 +345,7 @@ def _sample_gradients(
         grad = np.zeros_like(pixels)
         for corner in corners:
             counts_here = corner["counts"]
-            weight = corner["weight"] + _FLUSHED if absolute else corner["weight"]
-            term = np.where(counts_here[..., None], weight[..., None] * product, 0)
+            term = np.where(counts_here[..., None], corner["weight"][..., None] * product, 0)
             np.add.at(grad, (n, corner["pixel"], g), term)
             if absolute and counts_here.size:
                 counts += np.bincount(corner["pixel"][counts_here], minlength=len(counts))

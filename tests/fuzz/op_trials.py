@@ -1,7 +1,9 @@
 """Trials of many calls each: memory that is kept, memory that is short, threads side by side."""
 
 import ctypes
+import os
 import threading
+from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
@@ -18,9 +20,9 @@ KEPT = 8 << 20  # bytes that a thousand calls may leave behind, for the allocato
 # --- Memory that is kept ---
 
 
-def _resident() -> int:
-    ctypes.CDLL(None).malloc_trim(0)
-    return resident_bytes()
+def resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def memory(case: Case) -> Verdict:
@@ -50,7 +52,8 @@ def memory(case: Case) -> Verdict:
     calls = case.more["calls"]
     for index in range(calls + 1):
         if index % (calls // 4) == 0:
-            sizes.append(_resident())
+            ctypes.CDLL(None).malloc_trim(0)
+            sizes.append(resident_bytes())
         call(tf.zeros(draw.choice(shapes)))
     if sizes[-1] - sizes[2] > KEPT:
         return Verdict("memory that grows", f"bytes after each {calls // 4} calls: {sizes}")

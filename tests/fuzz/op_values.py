@@ -30,11 +30,11 @@ def array_of(numbers: Numbers, rng) -> np.ndarray:
         case "large":
             values *= 1e3 if narrow else 1e9
         case "small":
-            values *= 1e-6 if narrow else 1e-30
+            values *= 1e-4 if narrow else 1e-8
         case "far":
             values = np.sign(values) * 2.0 ** rng.integers(0, 70, shape)
         case "odd":
-            odd = rng.choice([np.nan, np.inf, -np.inf, -0.0, 1.0, -1.0, 1e-37], shape)
+            odd = rng.choice([np.nan, np.inf, -np.inf, -0.0, 1.0, -1.0, 1e-30], shape)
             values = np.where(rng.random(shape) < 0.1, odd, values)
     with np.errstate(all="ignore"):
         return values.astype(dtype.as_numpy_dtype)
@@ -42,24 +42,31 @@ def array_of(numbers: Numbers, rng) -> np.ndarray:
 
 def formed(array: np.ndarray, numbers: Numbers):
     """The array as the case passes it."""
-    match numbers.form:
-        case "array":
-            return array
-        case "list":
-            return array.tolist()
-        case "variable":
-            return tf.Variable(array)
-        case "keras variable":
-            return keras.Variable(array, dtype=numbers.dtype)
-        case "not contiguous":
-            return np.asfortranarray(array)[..., :]
-        case "read only":
-            array = array.copy()
-            array.flags.writeable = False
-            return array
-    if tf.as_dtype(numbers.dtype).is_quantized:
-        return tf.bitcast(tf.constant(array), numbers.dtype)
-    return tf.constant(array, numbers.dtype)
+    return _FORMS[numbers.form](array, numbers.dtype)
+
+
+def _tensor(array, dtype):
+    if tf.as_dtype(dtype).is_quantized:
+        return tf.bitcast(tf.constant(array), dtype)
+    return tf.constant(array, dtype)
+
+
+def _read_only(array, dtype):
+    del dtype
+    array = array.copy()
+    array.flags.writeable = False
+    return array
+
+
+_FORMS = {
+    "tensor": _tensor,
+    "array": lambda array, _: array,
+    "list": lambda array, _: array.tolist(),
+    "variable": lambda array, _: tf.Variable(array),
+    "keras variable": lambda array, dtype: keras.Variable(array, dtype=dtype),
+    "not contiguous": lambda array, _: np.asfortranarray(array),
+    "read only": _read_only,
+}
 
 
 class _Index:

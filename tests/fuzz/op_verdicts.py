@@ -1,4 +1,4 @@
-"""What a call may come to: a right result, or an error of the right kind with an argument's name."""
+"""What a call may come to: a right result, or an error of the right kind that names an argument."""
 
 import re
 from dataclasses import dataclass

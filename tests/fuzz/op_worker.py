@@ -3,13 +3,14 @@
 import faulthandler
 import json
 import os
+import resource
 import sys
 import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import op_cases
+import op_draws
 
 # What is printed by anybody goes to stderr. Reports have stdout for themselves.
 reports = os.fdopen(os.dup(1), "w", buffering=1)
@@ -20,13 +21,13 @@ def report(**what):
     print(json.dumps(what), file=reports)
 
 
-def resident_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+# A worker that takes more is itself short of memory, and not the machine.
+LARGEST = 8 << 30
 
 
 def main():
     faulthandler.enable()
+    resource.setrlimit(resource.RLIMIT_DATA, (LARGEST, LARGEST))
     seed, mode = int(sys.argv[1]), sys.argv[2]
     import tensorflow as tf
 
@@ -39,7 +40,7 @@ def main():
     run = op_calls.RUN | op_layer.RUN | op_trials.RUN
     report(ready=True)
     for line in sys.stdin:
-        case = op_cases.case(seed, int(line), mode)
+        case = op_draws.case(seed, int(line), mode)
         report(begun=case.number, mode=case.mode, text=str(case))
         try:
             verdict = run[case.mode](case)
@@ -51,7 +52,7 @@ def main():
             outcome=outcome,
             detail=detail,
             finding=finding,
-            resident=resident_bytes(),
+            resident=op_trials.resident_bytes(),
         )
 
 

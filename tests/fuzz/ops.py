@@ -11,6 +11,7 @@ a finding, as is a worker that ends or hangs. The exit status is 1 where there w
 import argparse
 import collections
 import contextlib
+import itertools
 import json
 import os
 import queue
@@ -26,37 +27,46 @@ import threading
 import time
 from pathlib import Path
 
-import op_cases
+import op_draws
 
 FOLDER = Path(__file__).resolve().parent
 BLOCK = 20  # cases that a worker is told at a time
 STARTS_WITHIN = 300  # seconds
 CALLS_PER_WORKER = 5000  # a graph made is memory kept
 LARGEST_WORKER = 3 << 30  # bytes
+SHIM = "failing_malloc.so"
+# The instruction sets of workers, one after the other; a processor without one takes a lesser.
+ISAS = ("avx512", "avx2", "baseline")
 
 
 class Worker:
     """A process that makes calls one after the other."""
 
-    def __init__(self, seed, mode, limit, preload):
-        self.limit = limit
-        self.errors = tempfile.TemporaryFile()
-        environment = os.environ | {
-            "TF_CPP_MIN_LOG_LEVEL": "3",
-            "CUDA_VISIBLE_DEVICES": "",
-            "OPENBLAS_NUM_THREADS": "1",
-            # Memory that nobody has written is no zeros.
-            "GLIBC_TUNABLES": "glibc.malloc.perturb=165",
-        }
-        if preload:
-            environment["LD_PRELOAD"] = str(preload)
-        self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", FOLDER / "op_worker.py", str(seed), mode],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            env=environment,
+    def __init__(self, options, folder, isa):
+        self.limit, self.isa = options.limit, isa
+        self.errors = folder / f"{secrets.token_hex(8)}.txt"
+        environment = (
+            {"DEFORM_CONV_CPU_ISA": isa}
+            | os.environ
+            | {
+                "TF_CPP_MIN_LOG_LEVEL": "3",
+                "CUDA_VISIBLE_DEVICES": "",
+                "OPENBLAS_NUM_THREADS": "1",
+                # Memory that nobody has written is no zeros.
+                "GLIBC_TUNABLES": "glibc.malloc.perturb=165",
+            }
         )
+        if (folder / SHIM).exists():
+            environment["LD_PRELOAD"] = str(folder / SHIM)
+        program = [FOLDER / "op_worker.py", str(options.seed), options.mode]
+        with self.errors.open("wb") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, "-W", "ignore", *program],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env=environment,
+            )
         self.buffer = b""
         self.calls = self.resident = 0
         self.numbers = []
@@ -81,7 +91,7 @@ class Worker:
             raise SystemExit(f"error: a worker did not start:\n{self.last_words()}")
 
     def call(self, number):
-        """Has a case called; yields its reports, the last of which has an outcome."""
+        """Has a case called; returns what was reported of it."""
         self.numbers.append(number)
         self.calls += 1
         begun = {"mode": "?", "text": ""}
@@ -113,9 +123,8 @@ class Worker:
         return ended or self.calls >= CALLS_PER_WORKER or self.resident > LARGEST_WORKER
 
     def last_words(self):
-        self.errors.seek(0)
-        lines = self.errors.read().decode(errors="replace").splitlines()
-        notices = r"WARNING: All log|[IWE]\d{4} |Extension modules"
+        lines = self.errors.read_text(errors="replace").splitlines()
+        notices = r"WARNING:|[IWE]\d{4} |Extension modules"
         return "\n".join([line for line in lines if not re.match(notices, line)][-40:])
 
     def kill(self):
@@ -128,8 +137,9 @@ class Worker:
 class Campaign:
     """Cases shared out among workers, and what came of them."""
 
-    def __init__(self, options, preload):
-        self.options, self.preload = options, preload
+    def __init__(self, options, folder):
+        self.options, self.folder = options, folder
+        self.isas = itertools.cycle(ISAS)
         self.lock = threading.Lock()
         self.counts = collections.Counter()
         self.findings = collections.Counter()
@@ -164,9 +174,7 @@ class Campaign:
                 if worker is None or worker.spent:
                     if worker:
                         worker.kill()
-                    worker = Worker(
-                        self.options.seed, self.options.mode, self.options.limit, self.preload
-                    )
+                    worker = Worker(self.options, self.folder, next(self.isas))
                     worker.start()
                 self.note(worker, number, worker.call(number))
                 if self.over():
@@ -182,7 +190,8 @@ class Campaign:
             self.say(f"{report['text']}\noutcome: {outcome}\n{report['detail']}\n")
         if not report["finding"]:
             return
-        again = f"python tests/fuzz/ops.py --seed {self.options.seed} --mode {mode} --case {number}"
+        again = f"DEFORM_CONV_CPU_ISA={worker.isa} python tests/fuzz/ops.py"
+        again += f" --seed {self.options.seed} --mode {mode} --case {number}"
         summary = kind_of(f"{outcome}: {report['detail']}")
         with self.lock:
             self.findings[summary] += 1
@@ -197,7 +206,7 @@ class Campaign:
 
     def print_counts(self):
         outcomes = sorted({outcome for _, outcome in self.counts})
-        modes = [mode for mode in op_cases.WEIGHTS if any(m == mode for m, _ in self.counts)]
+        modes = [mode for mode in op_draws.WEIGHTS if any(m == mode for m, _ in self.counts)]
         print(f"{'calls':<12}" + "".join(f"{outcome:>10}" for outcome in outcomes))
         for mode in modes:
             row = "".join(f"{self.counts[mode, outcome]:>10}" for outcome in outcomes)
@@ -214,14 +223,11 @@ def kind_of(finding: str) -> str:
     return re.sub(r"-?[\d.]+(e[+-]?\d+)?", "#", text)[:110].strip()
 
 
-def compiled_shim(folder) -> Path | None:
-    """The library that makes allocations fail, or None where nothing compiles it."""
-    library = Path(folder) / "failing_malloc.so"
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None:
-        return None
-    command = [compiler, "-shared", "-fPIC", "-O2", FOLDER / "failing_malloc.c", "-o", library]
-    return library if subprocess.run(command, check=False).returncode == 0 else None
+def compile_shim(folder) -> None:
+    """Compiles the library that makes allocations fail, where there is a compiler."""
+    if compiler := shutil.which(os.environ.get("CC", "cc")):
+        options = ["-shared", "-fPIC", "-O2", "-o", folder / SHIM]
+        subprocess.run([compiler, *options, FOLDER / "failing_malloc.c"], check=False)
 
 
 def numbers_of(text: str) -> list[int]:
@@ -238,7 +244,7 @@ def parse():
     parser.add_argument("--calls", type=int, help="how many calls to make")
     parser.add_argument("--seed", type=int, help="a new one by default")
     parser.add_argument("--jobs", type=int, default=2, help="worker processes")
-    parser.add_argument("--mode", default="all", choices=["all", *op_cases.WEIGHTS])
+    parser.add_argument("--mode", default="all", choices=["all", *op_draws.WEIGHTS])
     parser.add_argument("--limit", type=float, default=120, help="seconds a call may take")
     parser.add_argument("--case", type=numbers_of, help="make these calls only: 7, 7,9 or 7-9")
     options = parser.parse_args()
@@ -254,8 +260,9 @@ def parse():
 def main():
     options = parse()
     print(f"seed {options.seed}", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        campaign = Campaign(options, compiled_shim(folder))
+    with tempfile.TemporaryDirectory() as name:
+        compile_shim(folder := Path(name))
+        campaign = Campaign(options, folder)
         if options.case:
             blocks = iter([options.case])
         else:
