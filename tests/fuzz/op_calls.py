@@ -76,8 +76,8 @@ class Call:
         shapes = [array.shape for array in self.arrays.values()]
         return any(math.prod(max(size, 1) for size in shape) > 10**7 for shape in shapes)
 
-    def verdict_on(self, found: dict) -> Verdict:
-        """Compares arrays, by the names that the oracle gives them."""
+    def verdict_on(self, found: dict, precision=None) -> Verdict:
+        """Compares arrays, by the names that the oracle gives them, in a type's precision."""
         if self.case.more.get("unclear"):
             return RIGHT
         if self.output_shape is None:
@@ -94,7 +94,7 @@ class Call:
             named = value is not None and tf.as_dtype(value.dtype).name
             problem = f"of type {named} instead of {dtype}"
             if named == dtype:
-                problem = expected[name].difference(value, dtype)
+                problem = expected[name].difference(value, precision or dtype)
             if problem:
                 return Verdict("wrong result", f"{name}: {problem}")
         return RIGHT
@@ -370,6 +370,13 @@ def second(case: Case) -> Verdict:
     return RIGHT
 
 
+def reference(case: Case) -> Verdict:
+    """The pure TensorFlow reference itself, which second-order gradients are made of."""
+    call = Call(case)
+    found = call.evaluate(call.tensors, call.grad_output, deform_conv2d_reference)
+    return call.verdict_on(found, precision="float32")
+
+
 RUN = {
     "eager": eager,
     "graph": graph,
@@ -380,4 +387,5 @@ RUN = {
     "jit": jit,
     "raw_jit": functools.partial(raw_graph, jit_compile=True),
     "second": second,
+    "reference": reference,
 }

@@ -39,6 +39,7 @@ WEIGHTS = {
     "jit": 150,
     "raw_jit": 60,
     "second": 30,
+    "reference": 60,
     "threads": 6,
     "parallel": 6,
     "allocation": 40,
@@ -211,6 +212,13 @@ def _draw_second(draw, case):
     case.more["graph"] = draw.chance(0.2)
 
 
+def _draw_reference(draw, case):
+    fit(case, draw, dtypes=("float64",))
+    # The reference adds an offset to where it moves a sample from, and so rounds tiny ones away.
+    if case.arguments["offset"].fill in ("far", "small", "odd"):
+        case.arguments["offset"] = replace(case.arguments["offset"], fill="not finite")
+
+
 # --- The layer ---
 
 
@@ -295,5 +303,6 @@ _DRAWN_BY = {
     "jit": _draw_jit,
     "raw_jit": _draw_raw_jit,
     "second": _draw_second,
+    "reference": _draw_reference,
     "layer": _draw_layer,
 }

@@ -31,6 +31,7 @@ def _conv2d_raises(case, kind, inputs) -> bool:
     ours = ("deform_groups", "modulated", "mask_scale", "own_offsets", "offset_trainable",
             "offset_kernel_initializer")  # fmt: skip
     settings = {n: resolved(v) for n, v in case.attributes.items() if n not in ours}
+    settings["kernel_initializer"] = case.attributes["offset_kernel_initializer"]
     try:
         keras.layers.Conv2D(**settings)(inputs)
     except kind:

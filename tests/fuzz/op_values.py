@@ -33,6 +33,8 @@ def array_of(numbers: Numbers, rng) -> np.ndarray:
             values *= 1e-4 if narrow else 1e-8
         case "far":
             values = np.sign(values) * 2.0 ** rng.integers(0, 70, shape)
+        case "not finite":
+            values[rng.random(shape) < 0.2] = rng.choice([np.nan, np.inf, -np.inf])
         case "odd":
             odd = rng.choice([np.nan, np.inf, -np.inf, -0.0, 1.0, -1.0, 1e-30], shape)
             values = np.where(rng.random(shape) < 0.1, odd, values)

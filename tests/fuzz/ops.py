@@ -219,6 +219,9 @@ class Campaign:
 
 def kind_of(finding: str) -> str:
     """Findings that differ in numbers and received values only are of one kind."""
+    outcome, _, detail = finding.partition(": ")
+    if "names no" in outcome:
+        return f"{outcome}: {detail.partition(':')[0]}"
     text = re.sub(r"\(.*|<.*|\[.*|[\"'`].*|0x\w+|\n.*", "", finding)
     return re.sub(r"-?[\d.]+(e[+-]?\d+)?", "#", text)[:110].strip()
 
