@@ -10,11 +10,11 @@ a finding, as is a worker that ends or hangs. The exit status is 1 where there w
 
 import argparse
 import collections
+import concurrent.futures
 import contextlib
 import itertools
 import json
 import os
-import queue
 import re
 import secrets
 import select
@@ -30,7 +30,6 @@ from pathlib import Path
 import op_draws
 
 FOLDER = Path(__file__).resolve().parent
-BLOCK = 20  # cases that a worker is told at a time
 STARTS_WITHIN = 300  # seconds
 CALLS_PER_WORKER = 5000  # a graph made is memory kept
 LARGEST_WORKER = 3 << 30  # bytes
@@ -68,8 +67,10 @@ class Worker:
                 env=environment,
             )
         self.buffer = b""
-        self.calls = self.resident = 0
-        self.numbers = []
+        self.resident = 0
+        self.numbers = []  # of its calls
+        if self.read(STARTS_WITHIN) is None:
+            raise RuntimeError(f"a worker did not start:\n{self.last_words()}")
 
     def read(self, seconds):
         """The next report; None where the process ended, TimeoutError where none came."""
@@ -85,15 +86,9 @@ class Worker:
         line, self.buffer = self.buffer.split(b"\n", 1)
         return json.loads(line)
 
-    def start(self):
-        if self.read(STARTS_WITHIN) is None:
-            self.process.wait()
-            raise SystemExit(f"error: a worker did not start:\n{self.last_words()}")
-
     def call(self, number):
         """Has a case called; returns what was reported of it."""
         self.numbers.append(number)
-        self.calls += 1
         begun = {"mode": "?", "text": ""}
         try:
             self.process.stdin.write(f"{number}\n".encode())
@@ -120,7 +115,7 @@ class Worker:
     @property
     def spent(self):
         ended = self.process.poll() is not None
-        return ended or self.calls >= CALLS_PER_WORKER or self.resident > LARGEST_WORKER
+        return ended or len(self.numbers) >= CALLS_PER_WORKER or self.resident > LARGEST_WORKER
 
     def last_words(self):
         lines = self.errors.read_text(errors="replace").splitlines()
@@ -137,50 +132,48 @@ class Worker:
 class Campaign:
     """Cases shared out among workers, and what came of them."""
 
-    def __init__(self, options, folder):
+    def __init__(self, options, folder, numbers):
         self.options, self.folder = options, folder
-        self.isas = itertools.cycle(ISAS)
+        self.numbers, self.isas = iter(numbers), itertools.cycle(ISAS)
         self.lock = threading.Lock()
         self.counts = collections.Counter()
         self.findings = collections.Counter()
-        self.blocks = queue.SimpleQueue()
         self.began = time.monotonic()
+        self.stopped = False
 
     def say(self, text):
         with self.lock:
             print(text, flush=True)
 
-    def over(self):
+    def next_number(self):
         seconds = self.options.seconds
-        return seconds is not None and time.monotonic() - self.began > seconds
-
-    def next_block(self):
+        if self.stopped or (seconds is not None and time.monotonic() - self.began > seconds):
+            return None
         with self.lock:
             return next(self.numbers, None)
 
-    def run(self, numbers):
-        """`numbers`: an iterator of lists of cases."""
-        self.numbers = numbers
-        threads = [threading.Thread(target=self.work) for _ in range(self.options.jobs)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+    def run(self):
+        with concurrent.futures.ThreadPoolExecutor(self.options.jobs) as threads:
+            done = [threads.submit(self.work) for _ in range(self.options.jobs)]
+            try:
+                for each in concurrent.futures.as_completed(done):
+                    each.result()
+            finally:
+                self.stopped = True
 
     def work(self):
+        """Makes calls, by one worker after another."""
         worker = None
-        while not self.over() and (block := self.next_block()) is not None:
-            for number in block:
-                if worker is None or worker.spent:
-                    if worker:
-                        worker.kill()
-                    worker = Worker(self.options, self.folder, next(self.isas))
-                    worker.start()
+        try:
+            while (number := self.next_number()) is not None:
+                if worker and worker.spent:
+                    worker.kill()
+                    worker = None
+                worker = worker or Worker(self.options, self.folder, next(self.isas))
                 self.note(worker, number, worker.call(number))
-                if self.over():
-                    break
-        if worker:
-            worker.kill()
+        finally:
+            if worker:
+                worker.kill()
 
     def note(self, worker, number, report):
         outcome, mode = report["outcome"], report["mode"]
@@ -263,16 +256,12 @@ def parse():
 def main():
     options = parse()
     print(f"seed {options.seed}", flush=True)
+    numbers = options.case or (itertools.count() if options.calls is None else range(options.calls))
     with tempfile.TemporaryDirectory() as name:
         compile_shim(folder := Path(name))
-        campaign = Campaign(options, folder)
-        if options.case:
-            blocks = iter([options.case])
-        else:
-            last = options.calls or sys.maxsize
-            starts = range(0, last, BLOCK)
-            blocks = (range(start, min(start + BLOCK, last)) for start in starts)
-        campaign.run(blocks)
+        campaign = Campaign(options, folder, numbers)
+        with contextlib.suppress(KeyboardInterrupt):
+            campaign.run()
     campaign.print_counts()
     return 1 if campaign.findings else 0
 
