@@ -1,12 +1,17 @@
 """`deform_conv2d`: deformable convolution as a TensorFlow op, with its gradients."""
 
-import contextlib
-import operator
 from collections.abc import Sequence
 
-import numpy as np
 import tensorflow as tf
 
+from ._arguments import (
+    check_filters_order,
+    integer,
+    padding_attributes,
+    per_dimension,
+    shown,
+    to_tensor,
+)
 from ._library import check_xla, record
 from ._reference import deform_conv2d_reference
 
@@ -88,90 +93,32 @@ def deform_conv2d(
       >>> deform_conv2d(images, filters, offset).shape
       TensorShape([8, 28, 28, 16])
     """
-    if data_format not in ("NHWC", "NCHW"):
-        raise ValueError(f"data_format must be 'NHWC' or 'NCHW'; received {data_format!r}")
+    if not isinstance(data_format, str) or data_format not in ("NHWC", "NCHW"):
+        raise ValueError(f"data_format must be 'NHWC' or 'NCHW'; received {shown(data_format)}")
+    if not isinstance(name, str | None):
+        raise ValueError(f"name must be a string or None; received {shown(name)}")
     check_xla()
     with tf.name_scope(name or "DeformConv2D"):
-        input = tf.convert_to_tensor(input, name="input")
-        if input.dtype not in _OFFSET_DTYPES:
-            raise ValueError(
-                f"input must be float32, float64, float16 or bfloat16; received {input.dtype.name}"
-            )
-        filters = _to_tensor(filters, "filters", (input.dtype,))
-        offset = _to_tensor(offset, "offset", _OFFSET_DTYPES[input.dtype])
-        masks = [] if mask is None else [_to_tensor(mask, "mask", (offset.dtype,))]
+        input = to_tensor(input, "input", tuple(_OFFSET_DTYPES))
+        dtype, offset_dtypes = input.dtype, _OFFSET_DTYPES[input.dtype]
+        filters = to_tensor(filters, "filters", (dtype,), hint=dtype)
+        offset = to_tensor(offset, "offset", offset_dtypes, hint=dtype)
+        masks = []
+        if mask is not None:
+            masks = [to_tensor(mask, "mask", (offset.dtype,), hint=offset.dtype)]
+        deform_groups = integer(deform_groups, "deform_groups")
+        check_filters_order(input, filters, offset, deform_groups, data_format)
         return _ops.deform_conv2d(
             input=input,
             filters=filters,
             offset=offset,
             mask=masks,
-            strides=_per_dimension(strides, "strides", data_format),
-            dilations=_per_dimension(dilations, "dilations", data_format),
-            deform_groups=_integer(deform_groups, "deform_groups"),
+            strides=per_dimension(strides, "strides", data_format),
+            dilations=per_dimension(dilations, "dilations", data_format),
+            deform_groups=deform_groups,
             data_format=data_format,
-            **_padding_attributes(padding),
+            **padding_attributes(padding),
         )
-
-
-def _to_tensor(value, argument: str, dtypes: Sequence[tf.DType]) -> tf.Tensor:
-    """Converts `value` to a tensor of one of `dtypes`; Python numbers become the first."""
-    if not hasattr(value, "dtype"):
-        value = tf.convert_to_tensor(value, dtypes[0], name=argument)
-    tensor = tf.convert_to_tensor(value, name=argument)
-    if tensor.dtype not in dtypes:
-        expected = " or ".join(dtype.name for dtype in dtypes)
-        raise ValueError(f"{argument} must be {expected} here; received {tensor.dtype.name}")
-    return tensor
-
-
-def _integer(value, argument: str) -> int:
-    # bool is an int to Python, but not one anybody means here.
-    if not isinstance(value, bool):
-        with contextlib.suppress(TypeError):
-            number = operator.index(value)
-            if abs(number) < 2**63:
-                return number
-    raise ValueError(f"{argument} must be an integer; received {value!r}")
-
-
-def _per_dimension(value, argument: str, data_format: str) -> list[int]:
-    """One number, (h, w) or four numbers, as four in the order of `data_format`."""
-    if isinstance(value, tf.Tensor):
-        static = tf.get_static_value(value)
-        if static is None:
-            raise ValueError(
-                f"{argument} must be known while the graph is made; received {value!r}"
-            )
-        value = static
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
-    values = list(value) if isinstance(value, Sequence) else [value]
-    numbers = [_integer(number, argument) for number in values]
-    if len(numbers) == 4:
-        return numbers
-    if len(numbers) not in (1, 2):
-        raise ValueError(f"{argument} must be 1, 2 or 4 integers; received {value!r}")
-    h, w = numbers[0], numbers[-1]
-    return [1, h, w, 1] if data_format == "NHWC" else [1, 1, h, w]
-
-
-def _padding_attributes(padding) -> dict:
-    if isinstance(padding, str):
-        if padding not in ("SAME", "VALID"):
-            raise ValueError(
-                f"padding must be 'SAME', 'VALID' or four pairs of integers; received {padding!r}"
-            )
-        return {"padding": padding}
-    try:
-        pairs = [tuple(pair) for pair in padding]
-    except TypeError:
-        pairs = []
-    if len(pairs) != 4 or any(len(pair) != 2 for pair in pairs):
-        raise ValueError(
-            f"padding must be 'SAME', 'VALID' or four pairs of integers; received {padding!r}"
-        )
-    explicit = [_integer(number, "padding") for pair in pairs for number in pair]
-    return {"padding": "EXPLICIT", "explicit_paddings": explicit}
 
 
 # --- Gradients ---

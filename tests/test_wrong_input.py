@@ -1,7 +1,9 @@
 """Wrong input: what the error says, in eager mode and while a graph is built."""
 
+import fractions
 import re
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -88,25 +90,155 @@ def test_wrong_shape_that_is_known_at_run_time_only_raises_then(shapes, attribut
         function(*tensors)
 
 
+@pytest.mark.parametrize("data_format", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "function"])
+@pytest.mark.parametrize(
+    ("channels", "filters", "deform_groups"),
+    [
+        (4, (8, 4, 3, 3), 1),
+        (4, (8, 2, 3, 3), 2),
+        (3, (16, 3, 3, 3), 1),  # its channels fit as HWIO too
+        (3, (16, 3, 1, 1), 1),
+    ],
+)
+def test_filters_in_the_order_of_other_libraries_are_named(
+    channels, filters, deform_groups, graph, data_format
+):
+    taps = deform_groups * filters[2] * filters[3]
+    shapes = [(2, 5, 6, channels), filters, (2, 5, 6, 2 * taps), (2, 5, 6, taps)]
+    tensors = [tf.zeros(shape) for shape in shapes]
+    if data_format == "NCHW":
+        for index in (0, 2, 3):
+            tensors[index] = tf.transpose(tensors[index], [0, 3, 1, 2])
+
+    def convolve(*tensors):
+        return deform_conv2d(*tensors, deform_groups=deform_groups, data_format=data_format)
+
+    message = (
+        f"filters must be [KH, KW, C / groups, O] (HWIO); received {[*filters]}, which fits as "
+        "[O, C / groups, KH, KW] (OIHW): pass tf.transpose(filters, [2, 3, 1, 0])"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        (tf.function(convolve) if graph else convolve)(*tensors)
+    tensors[1] = tf.transpose(tensors[1], [2, 3, 1, 0])
+    assert tf.size(convolve(*tensors)) == 2 * 5 * 6 * filters[0]
+
+
+# --- Attributes of the wrong form ---
+
+PADDING = "padding must be 'SAME', 'VALID' or four pairs of integers; received "
+
 WRONG_FORMS = [
     ({"data_format": "NHCW"}, "data_format must be 'NHWC' or 'NCHW'; received 'NHCW'"),
-    ({"padding": "FULL"}, "padding must be 'SAME', 'VALID' or four pairs of integers; received"),
-    ({"padding": 1}, "padding must be 'SAME', 'VALID' or four pairs of integers; received 1"),
-    ({"padding": ((0, 0), (1, 1))}, "padding must be 'SAME', 'VALID' or four pairs of integers"),
+    ({"data_format": None}, "data_format must be 'NHWC' or 'NCHW'; received None"),
+    ({"data_format": b"NHWC"}, "data_format must be 'NHWC' or 'NCHW'; received b'NHWC'"),
+    ({"data_format": np.array(["NHWC", "NCHW"])}, "data_format must be 'NHWC' or 'NCHW'; received"),
+    ({"name": 1}, "name must be a string or None; received 1"),
+    ({"name": np.array(["a", "b"])}, "name must be a string or None; received array(['a', 'b']"),
+    ({"padding": "FULL"}, PADDING + "'FULL'"),
+    ({"padding": "same"}, PADDING + "'same'"),
+    ({"padding": 1}, PADDING + "1"),
+    ({"padding": None}, PADDING + "None"),
+    ({"padding": b"SAME"}, PADDING + "b'SAME'"),
+    ({"padding": ((0, 0), (1, 1))}, PADDING + "((0, 0), (1, 1))"),
+    ({"padding": ((0, 0), (1, 1), 1, (0, 0))}, PADDING + "((0, 0), (1, 1), 1, (0, 0))"),
+    ({"padding": ((0, 0), (1, 1), None, (0, 0))}, PADDING + "((0, 0), (1, 1), None, (0, 0))"),
+    ({"padding": ["ab"] * 4}, PADDING + "['ab', 'ab', 'ab', 'ab']"),
+    ({"padding": [b"\1\1"] * 4}, PADDING + "[b'"),
+    ({"padding": {"ab": 1, "cd": 2, "ef": 3, "gh": 4}}, PADDING + "{'ab': 1, "),
     ({"padding": ((0, 0), (1, 1), (1, 0.5), (0, 0))}, "padding must be an integer; received 0.5"),
+    ({"padding": ((0, 0), (1, 1), (1, None), (0, 0))}, "padding must be an integer; received None"),
+    ({"padding": np.ones((4, 2))}, "padding must be an integer; received 1.0"),
+    (
+        {"padding": ((0, 0), (2**63, 1), (1, 1), (0, 0))},
+        "padding must be from 0 to 2147483647; received 9223372036854775808",
+    ),
     ({"strides": (1, 2, 3)}, "strides must be 1, 2 or 4 integers; received (1, 2, 3)"),
+    ({"strides": []}, "strides must be 1, 2 or 4 integers; received []"),
     ({"strides": 1.5}, "strides must be an integer; received 1.5"),
+    ({"strides": b"\1\1"}, "strides must be an integer; received b'"),
+    ({"strides": bytearray(b"\1\1")}, "strides must be an integer; received bytearray(b'"),
+    ({"strides": memoryview(b"\1\1")}, "strides must be an integer; received <memory"),
+    ({"strides": (1, None)}, "strides must be an integer; received None"),
+    ({"strides": [[1, 1]]}, "strides must be an integer; received [1, 1]"),
+    ({"strides": {1: 1, 2: 2}}, "strides must be an integer; received {1: 1, 2: 2}"),
+    ({"strides": np.array([True, True])}, "strides must be an integer; received True"),
+    ({"strides": np.array([1, None])}, "strides must be an integer; received None"),
     ({"dilations": "2"}, "dilations must be an integer; received '2'"),
+    ({"dilations": float("nan")}, "dilations must be an integer; received nan"),
+    ({"dilations": fractions.Fraction(1)}, "dilations must be an integer; received Fraction(1, 1)"),
     ({"deform_groups": True}, "deform_groups must be an integer; received True"),
-    ({"deform_groups": 2**70}, "deform_groups must be an integer; received 1180591620717411303424"),
+    ({"deform_groups": [1]}, "deform_groups must be an integer; received [1]"),
+    ({"deform_groups": 1j}, "deform_groups must be an integer; received 1j"),
+    ({"deform_groups": float("inf")}, "deform_groups must be an integer; received inf"),
+    ({"deform_groups": 2**63}, "deform_groups must be from 1 to 2147483647; received 922337203685"),
+    (
+        {"deform_groups": np.uint64(2**63)},
+        "deform_groups must be from 1 to 2147483647; received 92",
+    ),
+    ({"deform_groups": 2**70}, "deform_groups must be from 1 to 2147483647; received 11805916207"),
+    ({"deform_groups": -(2**63)}, "deform_groups must be from 1 to 2147483647; received -92233720"),
+    # Python itself refuses to print it.
+    ({"deform_groups": 10**5000}, "deform_groups must be from 1 to 2147483647; received <int>"),
 ]
 
 
-@pytest.mark.parametrize(("attributes", "message"), WRONG_FORMS)
+@pytest.mark.parametrize(
+    ("attributes", "message"), WRONG_FORMS, ids=[m[:60] for _, m in WRONG_FORMS]
+)
 def test_attribute_of_the_wrong_form_raises(attributes, message):
     tensors = {name: tf.zeros(shape) for name, shape in FITTING.items()}
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises((ValueError, tf.errors.InvalidArgumentError), match=re.escape(message)):
         deform_conv2d(**tensors, **attributes)
+
+
+# What TensorFlow has besides tensors of numbers, by functions that make it.
+NO_ATTRIBUTES = {
+    "float tensor": lambda: tf.constant(1.0),
+    "bool tensor": lambda: tf.constant(True),
+    "string tensor": lambda: tf.constant("x"),
+    "resource": lambda: tf.Variable(1).handle,
+    "ragged tensor": lambda: tf.ragged.constant([[1], [1, 2]]),
+    "sparse tensor": lambda: tf.sparse.from_dense([1, 1]),
+    "TensorArray": lambda: tf.TensorArray(tf.int32, 2),
+    "KerasTensor": lambda: keras.KerasTensor((2,)),
+    "list with a float tensor": lambda: [tf.constant(1.0), 1],
+    "DType": lambda: tf.int32,
+}
+
+
+@pytest.mark.parametrize("value", NO_ATTRIBUTES)
+@pytest.mark.parametrize("attribute", ["strides", "padding", "dilations", "deform_groups"])
+def test_what_holds_no_integers_is_refused_as_an_attribute(attribute, value):
+    tensors = {name: tf.zeros(shape) for name, shape in FITTING.items()}
+    with pytest.raises(ValueError, match=rf"^{attribute} must be .*; received \S"):
+        deform_conv2d(**tensors, **{attribute: NO_ATTRIBUTES[value]()})
+
+
+@pytest.mark.parametrize("attribute", ["data_format", "name"])
+@pytest.mark.parametrize("symbolic", [False, True])
+def test_string_that_is_a_tensor_is_refused(symbolic, attribute):
+    tensors = {name: tf.zeros(shape) for name, shape in FITTING.items()}
+    function = tf.function(lambda text: deform_conv2d(**tensors, **{attribute: text}))
+    call = function if symbolic else function.python_function
+    with pytest.raises(ValueError, match=rf"{attribute} must be .*; received <tf.Tensor"):
+        call(tf.constant("NHWC"))
+
+
+@pytest.mark.parametrize(
+    ("attributes", "received"),
+    [
+        ({"strides": np.ones((1000, 1000))}, r"\[1.0, 1.0, .*\.\.\.\]"),
+        ({"padding": [[0] * 1000] * 1000}, r"\[\[0, 0, .*\.\.\.\]"),
+        ({"data_format": "x" * 10**6}, r"'x+\.\.\.x+'"),
+    ],
+    ids=["strides", "padding", "data_format"],
+)
+def test_error_is_one_short_line_whatever_was_received(attributes, received):
+    tensors = {name: tf.zeros(shape) for name, shape in FITTING.items()}
+    with pytest.raises(ValueError, match=rf"received {received}$") as error:
+        deform_conv2d(**tensors, **attributes)
+    assert len(str(error.value)) < 300
 
 
 WRONG_DTYPES = [
@@ -139,6 +271,96 @@ def test_python_numbers_and_arrays_are_converted():
     assert deform_conv2d(**arrays).dtype == tf.float32
     nested = {name: array.tolist() for name, array in arrays.items() if name != "input"}
     assert deform_conv2d(arrays["input"], **nested).dtype == tf.float32
+
+
+class Unconvertible:
+    dtype = np.dtype("float32")
+
+    def __array__(self, *args, **kwargs):
+        raise RuntimeError("no array")
+
+
+def tensor_of_a_graph():
+    with tf.Graph().as_default():
+        return tf.zeros((2, 5, 6, 4))
+
+
+NO_TENSORS = {
+    "None": lambda: None,
+    "ragged tensor": lambda: tf.ragged.constant([[1.0, 2.0], [3.0]]),
+    "sparse tensor": lambda: tf.sparse.from_dense(tf.ones((2, 5, 6, 4))),
+    "IndexedSlices": lambda: tf.IndexedSlices(tf.zeros((2, 3)), tf.constant([0, 1])),
+    "TensorArray": lambda: tf.TensorArray(tf.float32, 2),
+    "TensorSpec": lambda: tf.TensorSpec((2, 5, 6, 4)),
+    "Dataset": lambda: tf.data.Dataset.range(3),
+    "tensor of a graph": tensor_of_a_graph,
+    "DType": lambda: tf.float32,
+    "array of objects": lambda: np.array([None, {}]),
+    "array of times": lambda: np.array(["2020-01-01"], "datetime64[D]"),
+    "dict": lambda: {"a": 1.0},
+    "set": lambda: {1.0},
+    "lists of unequal lengths": lambda: [[1.0, 2.0], [3.0]],
+    "list with None": lambda: [1.0, None],
+    "number that is too large": lambda: 10**5000,
+    "function": lambda: len,
+    "what fails to convert itself": Unconvertible,
+}
+
+
+@pytest.mark.parametrize("value", NO_TENSORS)
+@pytest.mark.parametrize("argument", FITTING)
+def test_what_is_no_tensor_is_refused_by_name(argument, value):
+    if (argument, value) == ("mask", "None"):
+        return  # no mask
+    tensors = {name: tf.zeros(shape) for name, shape in FITTING.items()}
+    expected = rf"^{argument} must be a tensor of float32.*; received \S"
+    with pytest.raises(ValueError, match=expected) as error:
+        deform_conv2d(**(tensors | {argument: NO_TENSORS[value]()}))
+    assert len(str(error.value)) < 300
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [
+        ("abc", "string"),
+        (np.array(["a"]), "string"),
+        (np.ones((2, 5, 6, 4), bool), "bool"),
+        (np.ones((2, 5, 6, 4), np.complex64), "complex64"),
+        (np.ones((2, 5, 6, 4), np.int8), "int8"),
+    ],
+    ids=["text", "array of text", "bool", "complex64", "int8"],
+)
+@pytest.mark.parametrize("argument", FITTING)
+def test_tensor_of_another_type_is_refused_by_name(argument, value, dtype):
+    tensors = {name: tf.zeros(shape) for name, shape in FITTING.items()}
+    with pytest.raises(ValueError, match=rf"^{argument} must be float32.*; received {dtype}$"):
+        deform_conv2d(**(tensors | {argument: value}))
+
+
+def test_quantized_tensor_is_refused_by_name():
+    tensors = {name: tf.zeros(shape) for name, shape in FITTING.items()}
+    tensors["offset"] = tf.cast(tensors["offset"], tf.qint32)
+    with pytest.raises(ValueError, match=r"^offset must be float32 here; received qint32$"):
+        deform_conv2d(**tensors)
+
+
+@pytest.mark.parametrize("argument", FITTING)
+def test_keras_tensor_is_refused_with_what_to_do_instead(argument):
+    tensors = {name: tf.zeros(shape) for name, shape in FITTING.items()}
+    tensors[argument] = keras.Input(FITTING[argument][1:])
+    message = rf"^{argument} must be .*; received <KerasTensor .*: use DeformableConv2D, or call"
+    with pytest.raises(ValueError, match=message):
+        deform_conv2d(**tensors)
+
+
+def test_variables_and_indexed_slices_are_tensors():
+    tensors = {name: tf.zeros(shape) for name, shape in FITTING.items()}
+    expected = deform_conv2d(**tensors)
+    tensors["filters"] = tf.Variable(tensors["filters"])
+    tensors["offset"] = keras.Variable(tensors["offset"])
+    tensors["input"] = tf.IndexedSlices(tensors["input"], tf.range(2), tf.constant([2, 5, 6, 4]))
+    np.testing.assert_array_equal(deform_conv2d(**tensors), expected)
 
 
 def test_gradient_op_checks_its_own_input():
@@ -221,21 +443,58 @@ def test_sizes_whose_product_overflows_are_refused_while_the_graph_is_built(
         deform_conv2d(*tensors, deform_groups=deform_groups)
 
 
-@pytest.mark.parametrize("strides", [np.array([2, 1]), tf.constant([2, 1]), (np.int64(2), 1)])
+INTEGERS = {
+    "array": lambda: np.array([2, 1]),
+    "tensor": lambda: tf.constant([2, 1]),
+    "tf.Variable": lambda: tf.Variable([2, 1]),
+    "keras.Variable": lambda: keras.Variable([2, 1], dtype="int32"),
+    "number of NumPy": lambda: (np.int64(2), 1),
+    "tensors": lambda: [tf.constant(2), tf.constant(1, tf.uint8)],
+    "array of objects": lambda: np.array([2, 1], object),
+    "range": lambda: range(2, 0, -1),
+}
+
+
+@pytest.mark.parametrize("strides", INTEGERS)
 def test_integers_may_be_numpys_or_tensorflows(strides):
     shapes = FITTING | {"offset": (2, 3, 6, 18), "mask": (2, 3, 6, 9)}
     tensors = {name: tf.zeros(shape) for name, shape in shapes.items()}
-    assert deform_conv2d(**tensors, strides=strides).shape == (2, 3, 6, 8)
+    assert deform_conv2d(**tensors, strides=INTEGERS[strides]()).shape == (2, 3, 6, 8)
 
 
-def test_integers_that_are_known_at_run_time_only_are_refused():
+@pytest.mark.parametrize(
+    "make",
+    [np.array, tf.constant, tf.Variable, lambda pairs: [tf.constant(pair) for pair in pairs]],
+)
+def test_padding_may_be_numpys_or_tensorflows(make):
     tensors = {name: tf.zeros(shape) for name, shape in FITTING.items()}
-    function = tf.function(
-        lambda strides: deform_conv2d(**tensors, strides=strides),
-        input_signature=[tf.TensorSpec([2], tf.int32)],
-    )
-    with pytest.raises(ValueError, match="strides must be known while the graph is made"):
-        function(tf.constant([1, 1]))
+    padding = make([[0, 0], [1, 1], [1, 1], [0, 0]])
+    assert deform_conv2d(**tensors, padding=padding).shape == (2, 5, 6, 8)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "form"),
+    [
+        ("strides", [1, 1], lambda tensor: tensor),
+        ("strides", 1, lambda tensor: [tensor, tensor]),
+        ("dilations", 1, lambda tensor: tensor),
+        ("deform_groups", 1, lambda tensor: tensor),
+        ("padding", [[0, 0], [1, 1], [1, 1], [0, 0]], lambda tensor: tensor),
+        ("padding", 1, lambda tensor: [[0, 0], [tensor, 1], [1, 1], [0, 0]]),
+    ],
+)
+def test_integers_that_are_known_at_run_time_only_are_refused(attribute, value, form):
+    tensors = {name: tf.zeros(shape) for name, shape in FITTING.items()}
+    function = tf.function(lambda tensor: deform_conv2d(**tensors, **{attribute: form(tensor)}))
+    with pytest.raises(ValueError, match=f"{attribute} must be known while the graph is made"):
+        function(tf.constant(value))
+
+
+def test_variable_is_not_known_while_the_graph_is_made():
+    tensors = {name: tf.zeros(shape) for name, shape in FITTING.items()}
+    strides = tf.Variable([1, 1])
+    with pytest.raises(ValueError, match=r"strides must be known while .*; received <tf.Variable"):
+        tf.function(lambda: deform_conv2d(**tensors, strides=strides))()
 
 
 def test_process_goes_on_after_errors():

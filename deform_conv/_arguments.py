@@ -1,0 +1,153 @@
+"""Arguments in the form that the op takes, or a ValueError that says why they have none."""
+
+import operator
+import reprlib
+from collections.abc import Sequence
+
+import numpy as np
+import tensorflow as tf
+
+MAX_EXTENT = 2**31 - 1
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxlong = _short.maxother = 120
+
+
+def shown(value) -> str:
+    """`value` as error messages show it: on one line, and the middle left out of what is long."""
+    try:
+        text = _short.repr(value)
+    except Exception:  # Python does not print an integer of very many digits
+        text = f"<{type(value).__name__}>"
+    text = " ".join(text.split())
+    return text if len(text) <= 200 else f"{text[:97]} ... {text[-97:]}"
+
+
+def to_tensor(value, argument: str, dtypes: Sequence[tf.DType], hint: tf.DType | None = None):
+    """Converts `value` to a tensor of one of `dtypes`; Python numbers become `hint`, if given."""
+    *others, last = (dtype.name for dtype in dtypes)
+    expected = f"{', '.join(others)} or {last}" if others else last
+    if hint is not None:
+        expected += " here"
+    try:
+        hint = None if hasattr(value, "dtype") else hint
+        tensor = tf.convert_to_tensor(value, dtype_hint=hint, name=argument)
+        if tf.executing_eagerly() and tf.is_symbolic_tensor(tensor):
+            raise TypeError("a tensor of a graph has no value outside of it")
+    except (MemoryError, tf.errors.ResourceExhaustedError):
+        raise
+    except Exception as error:
+        # TensorFlow and what it converts raise whatever they like, and name no argument.
+        raise ValueError(
+            f"{argument} must be a tensor of {expected}; received {shown(value)}{_advice(value)}"
+        ) from error
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"{argument} must be {expected}; received {tensor.dtype.name}")
+    return tensor
+
+
+def _advice(value) -> str:
+    # By name: this module works without Keras.
+    if any(cls.__name__ == "KerasTensor" for cls in type(value).__mro__):
+        return (
+            ", which stands for a tensor in a Keras model: use DeformableConv2D, or call "
+            "deform_conv2d in the call() of a layer"
+        )
+    return ""
+
+
+def plain(value, argument: str):
+    """A tensor, variable or array as Python numbers or lists of them; all else as it is."""
+    if not isinstance(value, np.ndarray | np.generic):
+        try:
+            if not hasattr(value, "dtype"):
+                return value
+            known = tf.get_static_value(tf.convert_to_tensor(value))
+        except Exception:
+            return value
+        if known is None:
+            raise ValueError(
+                f"{argument} must be known while the graph is made; received {shown(value)}"
+            )
+        value = known
+    return np.asarray(value).tolist()
+
+
+def items(value, argument: str) -> list | None:
+    """The items of a sequence, also of a tensor or an array; None of anything else."""
+    value = plain(value, argument)
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview):
+        return list(value)
+    return None
+
+
+def integer_or_none(value, argument: str) -> int | None:
+    """`value` as an int; None if it is none."""
+    value = plain(value, argument)
+    if isinstance(value, bool):  # an int to Python, but not one anybody means here
+        return None
+    try:
+        return operator.index(value)
+    except Exception:
+        return None
+
+
+def integer(value, argument: str, least: int = 1) -> int:
+    """An integer that the op's attributes can hold; the op itself checks that it is in range."""
+    number = integer_or_none(value, argument)
+    if number is None:
+        raise ValueError(f"{argument} must be an integer; received {shown(value)}")
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(
+            f"{argument} must be from {least} to {MAX_EXTENT}; received {shown(number)}"
+        )
+    return number
+
+
+def per_dimension(value, argument: str, data_format: str) -> list[int]:
+    """One number, (h, w) or four numbers, as four in the order of `data_format`."""
+    sequence = items(value, argument)
+    numbers = [integer(item, argument) for item in ([value] if sequence is None else sequence)]
+    if len(numbers) == 4:
+        return numbers
+    if len(numbers) not in (1, 2):
+        raise ValueError(f"{argument} must be 1, 2 or 4 integers; received {shown(value)}")
+    h, w = numbers[0], numbers[-1]
+    return [1, h, w, 1] if data_format == "NHWC" else [1, 1, h, w]
+
+
+def padding_attributes(padding) -> dict:
+    """The op's attributes for "SAME", "VALID" or four pairs."""
+    if isinstance(padding, str) and padding in ("SAME", "VALID"):
+        return {"padding": padding}
+    pairs = [items(pair, "padding") for pair in items(padding, "padding") or ()]
+    if len(pairs) != 4 or any(pair is None or len(pair) != 2 for pair in pairs):
+        raise ValueError(
+            f"padding must be 'SAME', 'VALID' or four pairs of integers; received {shown(padding)}"
+        )
+    explicit = [integer(number, "padding", least=0) for pair in pairs for number in pair]
+    return {"padding": "EXPLICIT", "explicit_paddings": explicit}
+
+
+def check_filters_order(input, filters, offset, deform_groups: int, data_format: str) -> None:
+    """Raises if the filters fit as [O, C / groups, KH, KW] alone, the order of other libraries."""
+    shapes = [tensor.shape for tensor in (input, filters, offset)]
+    if any(shape.rank != 4 for shape in shapes):
+        return
+    axis = 3 if data_format == "NHWC" else 1
+    channels, offset_channels = shapes[0][axis], shapes[2][axis]
+    sizes = shapes[1].as_list()
+    if None in (channels, offset_channels, *sizes):
+        return
+
+    def fit(kernel_h, kernel_w, group_channels, _out_channels):
+        taps = deform_groups * kernel_h * kernel_w
+        return group_channels and channels % group_channels == 0 and offset_channels == 2 * taps
+
+    out_channels, group_channels, kernel_h, kernel_w = sizes
+    if not fit(*sizes) and fit(kernel_h, kernel_w, group_channels, out_channels):
+        raise ValueError(
+            "filters must be [KH, KW, C / groups, O] (HWIO); received "
+            f"{sizes}, which fits as [O, C / groups, KH, KW] (OIHW): pass "
+            "tf.transpose(filters, [2, 3, 1, 0])"
+        )
