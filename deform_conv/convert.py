@@ -1,11 +1,13 @@
 """`deformable`: makes the convolutions of a trained Keras model deformable."""
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 
 import keras
 
+from ._arguments import shown
 from .layers import DeformableConv2D
 
 __all__ = ["deformable"]
@@ -46,17 +48,18 @@ def deformable(
       A new model, of the class that `keras.models.clone_model` gives.
 
     Raises:
-      ValueError: `model` is another kind of model, `layers` choose no layer or one that is not a
-        `Conv2D`, or an option does not fit.
+      ValueError: `model` is another kind of model, or of Keras 2; `layers` choose no layer, or one
+        that is not a `Conv2D`; or an option does not fit.
 
     Example:
       >>> model = keras.applications.ResNet50()
       >>> model = deformable(model, "conv5_block*_2_conv", modulated=True)
     """
+    _check_is_keras_3(model)
     if not _is_graph(model) or not model.built:
         raise ValueError(
             "model must be a Functional or Sequential model that is built. Received: "
-            f"{model!r} of type {type(model).__name__}"
+            f"{shown(model)} of type {type(model).__name__}"
         )
     if unknown := set(options).difference(_OPTIONS):
         raise ValueError(
@@ -77,6 +80,16 @@ def deformable(
     return copy
 
 
+def _check_is_keras_3(model) -> None:
+    """By the names of modules: Keras 2 need not be installed."""
+    for cls in type(model).__mro__:
+        if re.match(r"(tf_keras|tensorflow\.python\.keras)\b", cls.__module__):
+            raise ValueError(
+                "model must be one of Keras 3, which `import keras` gives. Received: "
+                f"{shown(model)} of type {cls.__module__}.{cls.__name__}, which is Keras 2"
+            )
+
+
 def _is_graph(layer: keras.layers.Layer) -> bool:
     """Whether `layer` is a Functional or Sequential model, which Keras can take apart."""
     return isinstance(layer, keras.Model) and isinstance(layer, keras.Sequential | keras.Function)
@@ -95,8 +108,8 @@ def _choose(layers, candidates: list[keras.layers.Layer]) -> list[keras.layers.L
     convolutions = [layer for layer in candidates if type(layer) is keras.layers.Conv2D]
     if layers is None:
         choices = {"None": [layer for layer in convolutions if max(layer.kernel_size) > 1]}
-    elif callable(layers):
-        choices = {repr(layers): [layer for layer in candidates if layers(layer)]}
+    elif callable(layers) and not isinstance(layers, keras.layers.Layer | type):
+        choices = {shown(layers): [layer for layer in candidates if layers(layer)]}
     else:
         choices = {
             repr(pattern): [layer for layer in candidates if fnmatchcase(layer.name, pattern)]
@@ -123,7 +136,8 @@ def _patterns(layers) -> list[str]:
     if isinstance(patterns, Sequence) and patterns and all(isinstance(p, str) for p in patterns):
         return list(patterns)
     raise ValueError(
-        f"layers must be None, a function, or one or more names or patterns. Received: {layers!r}"
+        "layers must be None, a function, or one or more names or patterns. Received: "
+        f"{shown(layers)}"
     )
 
 

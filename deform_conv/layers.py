@@ -1,14 +1,21 @@
 """`DeformableConv2D`: deformable convolution as a Keras layer."""
 
 import math
-import numbers
-import operator
 
 import keras
-import numpy as np
 import tensorflow as tf
 
+from ._arguments import shown
+from ._layer_arguments import (
+    boolean,
+    height_and_width,
+    one_of,
+    positive_integer,
+    positive_number,
+    tensor,
+)
 from ._library import xla_kernels_loaded
+from ._offset_convolution import OffsetConvolution
 from .ops import deform_conv2d
 
 if keras.backend.backend() != "tensorflow":
@@ -20,6 +27,7 @@ if keras.backend.backend() != "tensorflow":
 __all__ = ["DeformableConv2D"]
 
 _DATA_FORMATS = {"channels_last": "NHWC", "channels_first": "NCHW"}
+_COMPUTE_DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
 @keras.saving.register_keras_serializable(package="deform_conv")
@@ -113,16 +121,22 @@ class DeformableConv2D(keras.layers.Conv2D):
         own_offsets=True,
         **kwargs,
     ):
+        if data_format is not None:
+            data_format = one_of(data_format, "data_format", tuple(_DATA_FORMATS))
+        # None and numbers too, as in Conv2D: deformable() copies models that have them.
+        if isinstance(use_bias, int | None):
+            use_bias = bool(use_bias)
+        # Keras takes much for these that it fails on later.
         super().__init__(
-            filters=filters,
-            kernel_size=kernel_size,
-            strides=strides,
-            padding=padding,
+            filters=positive_integer(filters, "filters"),
+            kernel_size=height_and_width(kernel_size, "kernel_size"),
+            strides=height_and_width(strides, "strides"),
+            padding=one_of(padding, "padding", ("valid", "same")),
             data_format=data_format,
-            dilation_rate=dilation_rate,
-            groups=groups,
+            dilation_rate=height_and_width(dilation_rate, "dilation_rate"),
+            groups=positive_integer(groups, "groups"),
             activation=activation,
-            use_bias=use_bias,
+            use_bias=boolean(use_bias, "use_bias"),
             kernel_initializer=kernel_initializer,
             bias_initializer=bias_initializer,
             kernel_regularizer=kernel_regularizer,
@@ -132,11 +146,16 @@ class DeformableConv2D(keras.layers.Conv2D):
             bias_constraint=bias_constraint,
             **kwargs,
         )
-        self.deform_groups = _positive_integer(deform_groups, "deform_groups")
-        self.modulated = _boolean(modulated, "modulated")
-        self.mask_scale = _positive_number(mask_scale, "mask_scale")
+        if self.compute_dtype not in _COMPUTE_DTYPES:
+            raise ValueError(
+                f"dtype must be one of {', '.join(_COMPUTE_DTYPES)}, or a policy that computes in "
+                f"one of them. Received: {shown(self.dtype_policy.name)}"
+            )
+        self.deform_groups = positive_integer(deform_groups, "deform_groups")
+        self.modulated = boolean(modulated, "modulated")
+        self.mask_scale = positive_number(mask_scale, "mask_scale")
         self.offset_kernel_initializer = keras.initializers.get(offset_kernel_initializer)
-        self.own_offsets = _boolean(own_offsets, "own_offsets")
+        self.own_offsets = boolean(own_offsets, "own_offsets")
         if offset_trainable is None:
             offset_trainable = self.own_offsets and self.trainable
         self.supports_jit = xla_kernels_loaded()
@@ -151,12 +170,11 @@ class DeformableConv2D(keras.layers.Conv2D):
             )
             if self.modulated:
                 self.mask_conv = self._convolution(self._samples, "zeros", "mask_conv")
-        else:
-            self._specify_inputs(channels=None)
+        self._specify_inputs(channels=None)
         self.offset_trainable = offset_trainable
 
     def _convolution(self, channels: int, kernel_initializer, name: str) -> keras.layers.Conv2D:
-        return _OffsetConvolution(
+        return OffsetConvolution(
             channels,
             self.kernel_size,
             strides=self.strides,
@@ -179,7 +197,9 @@ class DeformableConv2D(keras.layers.Conv2D):
 
     def _specify_inputs(self, channels: int | None) -> None:
         """Has Keras check the number of inputs and their channels in every call."""
-        per_input = [channels, 2 * self._samples] + [self._samples] * self.modulated
+        per_input = [channels]
+        if not self.own_offsets:
+            per_input += [2 * self._samples] + [self._samples] * self.modulated
         self.input_spec = [
             keras.InputSpec(ndim=4, axes={self._channel_axis: count}) for count in per_input
         ]
@@ -191,7 +211,7 @@ class DeformableConv2D(keras.layers.Conv2D):
 
     @offset_trainable.setter
     def offset_trainable(self, value: bool) -> None:
-        value = _boolean(value, "offset_trainable")
+        value = boolean(value, "offset_trainable")
         if value and not self.own_offsets:
             raise ValueError(
                 "offset_trainable must be False where own_offsets is: the layer has no offset "
@@ -215,6 +235,7 @@ class DeformableConv2D(keras.layers.Conv2D):
 
     def build(self, input_shape):
         image_shape = _shapes(input_shape)[0]
+        self._check_images(image_shape)
         channels = image_shape[self._channel_axis]
         if channels is None:
             raise ValueError(
@@ -226,13 +247,15 @@ class DeformableConv2D(keras.layers.Conv2D):
                 f"Received: {self.deform_groups}"
             )
         super().build(image_shape)
-        if not self.own_offsets:
-            self._specify_inputs(channels)
+        self._specify_inputs(channels)
         for convolution in filter(None, (self.offset_conv, self.mask_conv)):
             convolution.build((None, None, None, channels))
 
     def offset(self, inputs):
         """The offsets that the layer computes from images, as `deform_conv2d` takes them.
+
+        In a functional model, where `inputs` is a KerasTensor, this is a call of the layer, and is
+        saved, loaded and cloned as one: the offsets stay those that the layer samples with.
 
         Args:
           inputs: the layer's images, `[N, H, W, C]` or `[N, C, H, W]`.
@@ -242,12 +265,14 @@ class DeformableConv2D(keras.layers.Conv2D):
           float64 in a float64 layer.
 
         Raises:
-          ValueError: `own_offsets` is False.
+          ValueError: `own_offsets` is False, or `inputs` does not fit.
         """
-        return self._predict(self.offset_conv, inputs)
+        return self._prediction("offset", inputs)
 
     def mask(self, inputs):
         """The mask, from 0 to `mask_scale`, that the layer computes from images.
+
+        In a functional model a call of the layer, as `offset` is.
 
         Args:
           inputs: the layer's images, `[N, H, W, C]` or `[N, C, H, W]`.
@@ -257,16 +282,78 @@ class DeformableConv2D(keras.layers.Conv2D):
           offsets; None where the layer is not modulated.
 
         Raises:
-          ValueError: the layer is modulated and `own_offsets` is False.
+          ValueError: the layer is modulated and `own_offsets` is False, or `inputs` does not fit.
         """
-        if not self.modulated:
+        return self._prediction("mask", inputs)
+
+    # Keras saves a model as calls of its layers, with their arguments. So the offsets and masks of
+    # a model are calls of this layer with an argument. They go past Keras's own __call__, which
+    # would regularize them as if they were the layer's activity.
+
+    def __call__(self, inputs, *args, returns="outputs", **kwargs):
+        if not isinstance(returns, str) or returns not in ("outputs", "offset", "mask"):
+            raise ValueError(
+                f"returns must be 'outputs', 'offset' or 'mask'. Received: {shown(returns)}"
+            )
+        if returns != "outputs":
+            return self._prediction(returns, inputs)
+        return super().__call__(self._tensors(inputs), *args, **kwargs)
+
+    def compute_output_spec(self, inputs, *args, returns="outputs", **kwargs):
+        if returns == "outputs":
+            return super().compute_output_spec(inputs, *args, **kwargs)
+        shape = list(super().compute_output_shape(tuple(inputs.shape)))
+        shape[self._channel_axis] = self._samples * (2 if returns == "offset" else 1)
+        return keras.KerasTensor(shape, dtype=self._offset_dtype)
+
+    def _tensors(self, inputs):
+        """The layer's inputs as tensors of numbers, symbolic or not."""
+        if self.own_offsets:
+            return tensor(inputs, "inputs")
+        names = ["inputs", "offset", "mask"][: 2 + self.modulated]
+        given = list(inputs) if isinstance(inputs, list | tuple) else [inputs]
+        if len(given) != len(names):
+            raise ValueError(
+                f"{self.name} expects {len(names)} inputs in a list, [{', '.join(names)}], and "
+                f"received {len(given)} input(s). Received: {shown(inputs)}"
+            )
+        return [tensor(value, name) for value, name in zip(given, names, strict=True)]
+
+    def _check_images(self, shape) -> None:
+        """Checks the shape of images as Keras does in calls of the layer."""
+        shape = tf.TensorShape(shape)
+        order = "[N, H, W, C]" if self.data_format == "channels_last" else "[N, C, H, W]"
+        if shape.rank != 4:
+            raise ValueError(f"inputs must be images, {order}. Received: shape {shape}")
+        channels = self.input_spec[0].axes[self._channel_axis]
+        if channels is not None and shape[self._channel_axis] != channels:
+            raise ValueError(
+                f"inputs must have {channels} channels, {order}. Received: shape {shape}"
+            )
+
+    def _prediction(self, returns: str, inputs):
+        """What `offset` or `mask` return."""
+        if returns == "mask" and not self.modulated:
             return None
+        if not self.own_offsets:
+            raise ValueError(
+                f"own_offsets must be True for {self.name} to compute offsets and masks. "
+                f"Received: {self.own_offsets}"
+            )
+        inputs = tensor(inputs, "inputs")
+        self._check_images(inputs.shape)
+        if not self.built:
+            self.build(tuple(inputs.shape))
+        if isinstance(inputs, keras.KerasTensor):
+            return keras.Operation.symbolic_call(self, inputs, returns=returns)
+        if returns == "offset":
+            return self._predict(self.offset_conv, inputs)
         return self._scaled(self._predict(self.mask_conv, inputs))
 
     def _offset_and_mask(self, inputs):
         """What `offset` and `mask` compute, by one convolution, which takes less time than two."""
         if not self.modulated:
-            return self.offset(inputs), None
+            return self._predict(self.offset_conv, inputs), None
         outputs = self._predict(self._offset_and_mask_conv, inputs)
         sizes = [2 * self._samples, self._samples]
         offset, mask = tf.split(outputs, sizes, axis=self._channel_axis)
@@ -283,13 +370,6 @@ class DeformableConv2D(keras.layers.Conv2D):
         return self.mask_scale * keras.ops.sigmoid(mask)
 
     def _predict(self, convolution, inputs):
-        if convolution is None:
-            raise ValueError(
-                f"own_offsets must be True for {self.name} to compute offsets and masks. "
-                f"Received: {self.own_offsets}"
-            )
-        if not self.built:
-            self.build(tuple(inputs.shape))
         inputs = keras.ops.cast(inputs, self._offset_dtype)
         if self.data_format == "channels_last":
             return convolution(inputs)
@@ -348,32 +428,7 @@ class DeformableConv2D(keras.layers.Conv2D):
         }
 
 
-class _OffsetConvolution(keras.layers.Conv2D):
-    """A `Conv2D` whose kernel and bias Keras never rounds to the 16 bits of a layer around it."""
-
-    def add_weight(self, *args, **kwargs):
-        return super().add_weight(*args, autocast=False, **kwargs)
-
-
 def _shapes(input_shape) -> list:
     """The shapes of all inputs, of which Keras passes one as it is and several as a list."""
-    return list(input_shape) if isinstance(input_shape[0], list | tuple) else [input_shape]
-
-
-def _positive_integer(value, argument: str) -> int:
-    # bool is an int to Python, but not one anybody means here.
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
-        raise ValueError(f"{argument} must be an integer above 0. Received: {value!r}")
-    return operator.index(value)
-
-
-def _positive_number(value, argument: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value < math.inf:
-        raise ValueError(f"{argument} must be a finite number above 0. Received: {value!r}")
-    return float(value)
-
-
-def _boolean(value, argument: str) -> bool:
-    if not isinstance(value, bool | np.bool_):
-        raise ValueError(f"{argument} must be True or False. Received: {value!r}")
-    return bool(value)
+    several = isinstance(input_shape[0], list | tuple | tf.TensorShape)
+    return [tuple(shape) for shape in (input_shape if several else [input_shape])]

@@ -1,5 +1,6 @@
 """The Keras layer."""
 
+import copy
 import inspect
 import re
 
@@ -9,7 +10,7 @@ import pytest
 import tensorflow as tf
 from conftest import relative_error
 
-from deform_conv import deform_conv2d, xla_kernels_loaded
+from deform_conv import deform_conv2d, deformable, xla_kernels_loaded
 from deform_conv.layers import DeformableConv2D
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -199,12 +200,389 @@ def test_offset_and_mask_may_be_asked_for_before_the_layer_is_called(images):
     assert len(layer.weights) == 6
 
 
+def test_offset_and_mask_may_be_those_of_arrays_and_variables(images, rng):
+    (layer,) = random_model(rng, modulated=True).layers[1:]
+    for method in (layer.offset, layer.mask):
+        for value in (images.numpy(), tf.Variable(images), keras.Variable(images)):
+            np.testing.assert_array_equal(method(value), method(images))
+
+
 def test_offset_kernel_initializer_is_for_the_kernel_of_offset_conv_alone(images):
     layer = DeformableConv2D(6, 3, modulated=True, offset_kernel_initializer="ones")
     layer(images)
     assert np.all(layer.offset_conv.kernel.numpy() == 1)
     for variable in (layer.offset_conv.bias, *layer.mask_conv.weights):
         assert np.all(variable.numpy() == 0)
+
+
+# --- Offsets and masks of a model ---
+
+
+def showing_model(rng, data_format="channels_last", **arguments):
+    """A model of outputs, offsets and masks of one layer, with random weights."""
+    first = data_format == "channels_first"
+    inputs = keras.Input((4, 9, 8) if first else (9, 8, 4))
+    x = keras.layers.ReLU()(inputs)
+    layer = DeformableConv2D(
+        6, 3, modulated=True, deform_groups=2, data_format=data_format, name="conv", **arguments
+    )
+    model = keras.Model(inputs, [layer(x), layer.offset(x), layer.mask(x)])
+    randomize(model, rng)
+    return model
+
+
+def assert_shows_what_samples(model, images, rng):
+    """Whether outputs, offsets and masks are those of the layer, also when its variables change."""
+    layer = model.get_layer("conv")
+    if layer.data_format == "channels_first":
+        images = channels_first(images)
+    for _ in range(2):
+        outputs, offset, mask = model(images)
+        x = tf.nn.relu(images)
+        np.testing.assert_array_equal(outputs, layer(x))
+        np.testing.assert_array_equal(offset, layer.offset(x))
+        np.testing.assert_array_equal(mask, layer.mask(x))
+        for variable in (*layer.offset_conv.variables, *layer.mask_conv.variables):
+            variable.assign(0.3 * rng.standard_normal(variable.shape))
+
+
+def saved_and_loaded(model, folder):
+    model.save(folder / "model.keras")
+    return keras.models.load_model(folder / "model.keras")
+
+
+WITH_WEIGHTS = {
+    "loaded": saved_and_loaded,
+    "deepcopy": lambda model, _: copy.deepcopy(model),
+    "deformable": lambda model, _: deformable(
+        keras.Sequential([keras.Input((9, 8, 4)), keras.layers.Conv2D(4, 3, padding="same"), model])
+    ).layers[-1],
+}
+WITHOUT_WEIGHTS = {
+    "clone_model": lambda model, _: keras.models.clone_model(model),
+    "clone_function": lambda model, _: keras.models.clone_model(
+        model, clone_function=lambda layer: type(layer).from_config(layer.get_config())
+    ),
+    "from_config": lambda model, _: keras.Model.from_config(model.get_config()),
+    "json": lambda model, _: keras.models.model_from_json(model.to_json()),
+}
+COPIES = WITH_WEIGHTS | WITHOUT_WEIGHTS
+
+
+@pytest.mark.parametrize("make_copy", COPIES)
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"data_format": "channels_first"}, {"dtype": "mixed_float16"}, {"dtype": "float64"}],
+    ids=lambda arguments: "-".join(arguments.values()),
+)
+def test_offsets_and_masks_of_a_copied_model_are_those_that_it_samples_with(
+    arguments, make_copy, images, tmp_path, rng
+):
+    if (make_copy, arguments.get("data_format")) == ("deformable", "channels_first"):
+        return  # TensorFlow has no convolution in this format on the CPU
+    model = showing_model(rng, **arguments)
+    assert_shows_what_samples(model, images, rng)
+    made = COPIES[make_copy](model, tmp_path)
+    assert len(made.weights) == len(model.weights)
+    inputs = images
+    if model.get_layer("conv").data_format == "channels_first":
+        inputs = channels_first(images)
+    if make_copy in WITHOUT_WEIGHTS:
+        made.set_weights(model.get_weights())
+    for actual, expected in zip(made(inputs), model(inputs), strict=True):
+        np.testing.assert_array_equal(actual, expected)
+    assert_shows_what_samples(made, images, rng)
+
+
+def test_weights_of_a_model_with_offsets_survive_saving_and_loading(images, tmp_path, rng):
+    model, other = showing_model(rng), showing_model(rng)
+    model.save_weights(tmp_path / "model.weights.h5")
+    other.load_weights(tmp_path / "model.weights.h5")
+    for actual, expected in zip(other(images), model(images), strict=True):
+        np.testing.assert_array_equal(actual, expected)
+
+
+def test_offsets_of_a_model_are_exported(images, tmp_path, rng):
+    model = showing_model(rng)
+    model.export(tmp_path / "model")
+    loaded = tf.saved_model.load(str(tmp_path / "model"))
+    for actual, expected in zip(loaded.serve(images), model(images), strict=True):
+        assert relative_error(actual, expected) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16", "float64"])
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+def test_shapes_and_types_of_a_models_offsets_are_known_before_the_call(data_format, dtype):
+    shape = (4, 9, None) if data_format == "channels_first" else (9, None, 4)
+    layer = DeformableConv2D(6, 3, modulated=True, data_format=data_format, dtype=dtype)
+    inputs = keras.Input(shape)
+    # Asked for before the layer is called.
+    offset, mask = layer.offset(inputs), layer.mask(inputs)
+    position = (None, 7, None)
+    for symbol, channels in ((offset, 18), (mask, 9)):
+        expected = (*position, channels)
+        if data_format == "channels_first":
+            expected = (None, channels, 7, None)
+        assert symbol.shape == expected
+        assert symbol.dtype == ("float64" if dtype == "float64" else "float32")
+
+
+def test_model_of_offsets_alone_survives_saving_and_loading(images, tmp_path, rng):
+    inputs = keras.Input((9, 8, 4))
+    model = keras.Model(inputs, DeformableConv2D(6, 3).offset(inputs))
+    randomize(model, rng)
+    np.testing.assert_array_equal(saved_and_loaded(model, tmp_path)(images), model(images))
+
+
+def test_layer_that_is_called_twice_shows_the_offsets_of_each_call(images, tmp_path, rng):
+    inner_inputs = keras.Input((9, 8, 4))
+    layer = DeformableConv2D(4, 3, padding="same")
+    x = layer(inner_inputs)
+    offsets = [layer.offset(inner_inputs), layer.offset(x)]
+    inner = keras.Model(inner_inputs, [layer(x), *offsets])
+    inputs = keras.Input((9, 8, 4))
+    x, *offsets = inner(inputs)
+    model = keras.Model(inputs, [*offsets, *inner(x)])
+    randomize(model, rng)
+    expected = [layer.offset(images), layer.offset(layer(images))]
+    for each in (model, saved_and_loaded(model, tmp_path), copy.deepcopy(model)):
+        assert len(each.weights) == 4
+        shown = each(images)
+        for actual, wanted in zip(shown, expected, strict=False):
+            np.testing.assert_array_equal(actual, wanted)
+        for actual, wanted in zip(shown, model(images), strict=True):
+            np.testing.assert_array_equal(actual, wanted)
+
+
+def test_offsets_and_masks_of_one_layer_can_be_given_to_another(images, tmp_path, rng):
+    inputs = keras.Input((9, 8, 4))
+    lender = DeformableConv2D(4, 3, padding="same", modulated=True)
+    x = lender(inputs)
+    given = [x, lender.offset(inputs), lender.mask(inputs)]
+    outputs = DeformableConv2D(5, 3, padding="same", modulated=True, own_offsets=False)(given)
+    model = keras.Model(inputs, outputs)
+    randomize(model, rng)
+    expected = model(images)
+    np.testing.assert_array_equal(saved_and_loaded(model, tmp_path)(images), expected)
+    lender.offset_conv.bias.assign(np.ones(18))
+    assert np.any(model(images) != expected)
+
+
+def test_offsets_of_a_model_learn_but_are_not_regularized_as_activity(images, rng):
+    regularized, plain = (
+        showing_model(np.random.default_rng(1), activity_regularizer=regularizer)
+        for regularizer in ("l2", None)
+    )
+    outputs, *_ = regularized(images)
+    assert plain(images)
+    assert plain.losses == []
+    np.testing.assert_allclose(
+        tf.add_n(regularized.losses), 0.01 * tf.reduce_sum(outputs**2) / 2, rtol=1e-5
+    )
+    layer = plain.get_layer("conv")
+    before = layer.offset_conv.kernel.numpy()
+    plain.compile("adam", ["mse", "mse", "mse"])
+    plain.fit(images, [tf.zeros(value.shape) for value in plain(images)], verbose=0)
+    assert np.any(layer.offset_conv.kernel.numpy() != before)
+
+
+@keras.saving.register_keras_serializable()
+class Doubling(DeformableConv2D):
+    """A subclass with a call and offsets of its own."""
+
+    def call(self, inputs, training=None):
+        return 2 * super().call(inputs)
+
+    def offset(self, inputs):
+        return keras.ops.multiply(super().offset(inputs), 3.0)
+
+
+def test_subclass_may_change_call_and_offsets(images, tmp_path, rng):
+    layer = Doubling(6, 3)
+    inputs = keras.Input((9, 8, 4))
+    model = keras.Model(inputs, [layer(inputs), layer.offset(inputs)])
+    randomize(model, rng)
+    for each in (model, saved_and_loaded(model, tmp_path)):
+        outputs, offset = each(images, training=True)
+        np.testing.assert_array_equal(outputs, layer(images))
+        np.testing.assert_array_equal(offset, layer.offset(images))
+
+
+@keras.saving.register_keras_serializable()
+class Showing(keras.Model):
+    """A subclassed model that asks for offsets before the layer is built."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.conv = DeformableConv2D(6, 3)
+
+    def call(self, inputs):
+        return self.conv.offset(inputs), self.conv(inputs)
+
+
+@pytest.mark.parametrize("symbolic", [False, True])
+def test_subclassed_model_shows_offsets(symbolic, images, tmp_path, rng):
+    model = Showing()
+    if symbolic:
+        inputs = keras.Input((9, 8, 4))
+        model = keras.Model(inputs, model(inputs))
+    model(images)
+    randomize(model, rng)
+    loaded = saved_and_loaded(model, tmp_path)
+    for actual, expected in zip(loaded(images), model(images), strict=True):
+        np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize("frames", [3, None])
+def test_layer_goes_over_the_frames_of_a_video(frames, images, tmp_path, rng):
+    layer = DeformableConv2D(6, 3, modulated=True)
+    inputs = keras.Input((frames, 9, 8, 4))
+    model = keras.Model(inputs, keras.layers.TimeDistributed(layer)(inputs))
+    randomize(model, rng)
+    video = tf.stack([images, 2 * images, -images], axis=1)
+    expected = tf.stack([layer(video[:, frame]) for frame in range(3)], axis=1)
+    for each in (model, saved_and_loaded(model, tmp_path)):
+        assert relative_error(each(video), expected) <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["offset_conv", "mask_conv"])
+def test_part_of_a_layer_is_no_layer_of_a_model(name, tmp_path):
+    layer = DeformableConv2D(6, 3, modulated=True)
+    part, inputs = getattr(layer, name), keras.Input((9, 8, 4))
+    with pytest.raises(ValueError, match=rf"{name} cannot be called in a .* use .* offset\(\)"):
+        part(inputs)
+    video = keras.Input((3, 9, 8, 4))
+    model = keras.Model(video, keras.layers.TimeDistributed(part)(video))
+    with pytest.raises(ValueError, match=rf"{name} cannot be saved or copied without the Deform"):
+        model.save(tmp_path / "model.keras")
+
+
+# --- Nothing at all ---
+
+EMPTY = {
+    "no images": (0, 9, 8, 4),
+    "no rows": (2, 0, 8, 4),
+    "no columns": (2, 9, 0, 4),
+    "nothing": (0, 0, 0, 4),
+}
+
+
+def empty_case(shape, data_format, own_offsets=True, **arguments):
+    """A layer, its inputs, and the shapes of its outputs and offsets."""
+    layer = DeformableConv2D(
+        6,
+        3,
+        data_format=data_format,
+        modulated=True,
+        deform_groups=2,
+        own_offsets=own_offsets,
+        **arguments,
+    )
+    batch, *size, _ = shape
+    cut = 0 if layer.padding == "same" else 2
+    size = [
+        max(0, -(-(length - cut) // stride))
+        for length, stride in zip(size, layer.strides, strict=True)
+    ]
+    shapes = [shape, (batch, *size, 36), (batch, *size, 18), (batch, *size, 6)]
+    if data_format == "channels_first":
+        shapes = [(n, c, h, w) for n, h, w, c in shapes]
+    *given, output = shapes
+    layer.build((None, None, None, 4) if data_format == "channels_last" else (None, 4, None, None))
+    inputs = tf.zeros(given[0]) if own_offsets else [tf.zeros(each) for each in given]
+    return layer, inputs, output, given[1]
+
+
+def outputs_and_gradients(layer, inputs):
+    with tf.GradientTape() as tape:
+        tape.watch(inputs)
+        outputs = layer(inputs)
+    return outputs, tape.gradient(outputs, [inputs, layer.trainable_variables])
+
+
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+@pytest.mark.parametrize("own_offsets", [True, False])
+@pytest.mark.parametrize("strides", [1, 2])
+@pytest.mark.parametrize("shape", EMPTY.values(), ids=EMPTY)
+def test_nothing_comes_of_nothing(shape, strides, own_offsets, data_format):
+    layer, inputs, output_shape, offset_shape = empty_case(
+        shape, data_format, own_offsets, padding="same", strides=strides
+    )
+    outputs, gradients = outputs_and_gradients(layer, inputs)
+    assert outputs.shape == output_shape
+    assert outputs.dtype == tf.float32
+    sources = tf.nest.flatten([inputs, list(layer.trainable_variables)])
+    for source, gradient in zip(sources, tf.nest.flatten(gradients), strict=True):
+        assert gradient.shape == source.shape
+        assert np.all(gradient == 0)
+    if own_offsets:
+        assert layer.offset(inputs).shape == offset_shape
+
+
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+@pytest.mark.parametrize("padding", ["valid", "same"])
+@pytest.mark.parametrize(
+    "jit_compile",
+    [
+        False,
+        pytest.param(
+            True, marks=pytest.mark.skipif(not xla_kernels_loaded(), reason="no XLA kernels")
+        ),
+    ],
+)
+def test_function_of_unknown_sizes_takes_an_empty_batch(jit_compile, padding, data_format, rng):
+    layer, inputs, output_shape, _ = empty_case((0, 9, 8, 4), data_format, padding=padding)
+    unknown = [None, None, None, 4] if data_format == "channels_last" else [None, 4, None, None]
+    function = tf.function(
+        lambda images: outputs_and_gradients(layer, images),
+        input_signature=[tf.TensorSpec(unknown)],
+        jit_compile=jit_compile,
+    )
+    outputs, gradients = function(inputs)
+    assert outputs.shape == output_shape
+    for gradient in tf.nest.flatten(gradients):
+        assert np.all(gradient == 0)
+    # And what is not empty gives what it gives elsewhere.
+    randomize(layer, rng)
+    inputs = tf.constant(rng.standard_normal((2, *inputs.shape[1:])), tf.float32)
+    for actual, expected in zip(
+        tf.nest.flatten(function(inputs)),
+        tf.nest.flatten(outputs_and_gradients(layer, inputs)),
+        strict=True,
+    ):
+        assert relative_error(actual, expected) <= 1e-4
+
+
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+def test_images_too_small_for_an_output_have_gradients(data_format):
+    """By less than a stride, so that there is no error."""
+    layer, inputs, output_shape, _ = empty_case((2, 2, 8, 4), data_format, strides=2)
+    outputs, gradients = outputs_and_gradients(layer, inputs)
+    assert outputs.shape == output_shape
+    assert all(np.all(gradient == 0) for gradient in tf.nest.flatten(gradients))
+
+
+def test_images_too_small_for_the_kernel_are_refused():
+    layer = DeformableConv2D(6, 3)
+    layer.build((None, None, None, 4))
+    with pytest.raises(tf.errors.InvalidArgumentError, match="input has height 1 with its padding"):
+        layer(tf.zeros((2, 1, 8, 4)))
+
+
+@pytest.mark.parametrize("modulated", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "mixed_float16", "mixed_bfloat16", "float64"])
+def test_keras_trains_and_predicts_on_an_empty_batch(dtype, modulated):
+    layer = DeformableConv2D(6, 3, modulated=modulated, dtype=dtype)
+    model = keras.Sequential([keras.Input((9, 8, 4)), layer])
+    model.compile("sgd", "mse")
+    before = model.get_weights()
+    images, targets = np.zeros((0, 9, 8, 4), np.float32), np.zeros((0, 7, 6, 6), np.float32)
+    model.train_on_batch(images, targets)
+    for weight, old in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(weight, old)
+    predictions = model.predict_on_batch(images)
+    assert predictions.shape == (0, 7, 6, 6)
+    assert predictions.dtype == layer.compute_dtype
 
 
 # --- Training parts of it ---
@@ -448,25 +826,109 @@ def test_xla_compiles_the_layer_where_it_knows_the_op():
 
 # --- Wrong arguments and inputs ---
 
+INTEGER, PAIR = "an integer above 0", "one or two integers"
+NUMBER, FLAG = "a finite number above 0", "True or False"
+
 
 @pytest.mark.parametrize(
     ("argument", "value", "rule"),
     [
-        ("deform_groups", 0, "an integer above 0"),
-        ("deform_groups", 1.5, "an integer above 0"),
-        ("deform_groups", True, "an integer above 0"),
-        ("mask_scale", 0, "a finite number above 0"),
-        ("mask_scale", float("inf"), "a finite number above 0"),
-        ("mask_scale", float("nan"), "a finite number above 0"),
-        ("mask_scale", "2", "a finite number above 0"),
-        ("modulated", "yes", "True or False"),
-        ("own_offsets", 1, "True or False"),
-        ("offset_trainable", "no", "True or False"),
+        ("filters", None, INTEGER),
+        ("filters", "8", INTEGER),
+        ("filters", 8.0, INTEGER),
+        ("filters", True, INTEGER),
+        ("filters", 0, INTEGER),
+        ("groups", None, INTEGER),
+        ("groups", 1.0, INTEGER),
+        ("kernel_size", None, INTEGER),
+        ("kernel_size", "33", INTEGER),
+        ("kernel_size", b"33", INTEGER),
+        ("kernel_size", {1: 3}, INTEGER),
+        ("kernel_size", [3], PAIR),
+        ("kernel_size", (3, 3, 3), PAIR),
+        ("kernel_size", (3, 0), INTEGER),
+        ("strides", (1.0, 1.0), INTEGER),
+        ("strides", (1, None), INTEGER),
+        ("strides", b"11", INTEGER),
+        ("strides", 2**31, "at most 2147483647"),
+        ("strides", 10**5000, "at most 2147483647"),
+        ("dilation_rate", True, INTEGER),
+        ("dilation_rate", [[1, 1]], PAIR),
+        ("padding", "causal", "'valid' or 'same'"),
+        ("padding", ((1, 1), (1, 1)), "'valid' or 'same'"),
+        ("padding", None, "'valid' or 'same'"),
+        ("padding", b"same", "'valid' or 'same'"),
+        ("data_format", "NHWC", "'channels_last' or 'channels_first'"),
+        ("data_format", 1, "'channels_last' or 'channels_first'"),
+        ("use_bias", "yes", FLAG),
+        ("dtype", "int32", "one of float32, float64, float16, bfloat16, or a policy"),
+        ("deform_groups", 0, INTEGER),
+        ("deform_groups", 1.5, INTEGER),
+        ("deform_groups", True, INTEGER),
+        ("deform_groups", None, INTEGER),
+        ("deform_groups", [2], INTEGER),
+        ("deform_groups", 2**63, "at most 2147483647"),
+        ("mask_scale", 0, NUMBER),
+        ("mask_scale", float("inf"), NUMBER),
+        ("mask_scale", float("nan"), NUMBER),
+        ("mask_scale", 10**400, NUMBER),
+        ("mask_scale", "2", NUMBER),
+        ("mask_scale", 1j, NUMBER),
+        ("mask_scale", None, NUMBER),
+        ("modulated", "yes", FLAG),
+        ("modulated", None, FLAG),
+        ("own_offsets", 1, FLAG),
+        ("offset_trainable", "no", FLAG),
+        ("offset_trainable", np.array([True, False]), FLAG),
     ],
+    ids=lambda value: str(value)[:20] if not isinstance(value, int) else hex(value)[:12],
 )
 def test_wrong_argument_is_named_with_its_rule(argument, value, rule):
-    with pytest.raises(ValueError, match=rf"{argument} must be {rule}. Received: '?{value}"):
-        DeformableConv2D(6, 3, **{argument: value})
+    arguments = {"filters": 6, "kernel_size": 3} | {argument: value}
+    with pytest.raises(ValueError, match=rf"{argument} must be {rule}.*\. Received: \S") as error:
+        DeformableConv2D(**arguments)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: tf.constant(1.0),
+        lambda: tf.constant("x"),
+        lambda: tf.constant([3.0, 3.0]),
+        lambda: tf.ragged.constant([[1], [1, 2]]),
+        lambda: tf.sparse.from_dense([3, 3]),
+        lambda: tf.TensorArray(tf.int32, 2),
+        lambda: keras.KerasTensor((2,)),
+        lambda: tf.int32,
+    ],
+    ids=["float", "string", "floats", "ragged", "sparse", "TensorArray", "KerasTensor", "DType"],
+)
+@pytest.mark.parametrize(
+    "argument",
+    [
+        *("filters", "kernel_size", "strides", "dilation_rate", "groups", "deform_groups"),
+        *("padding", "data_format", "modulated", "mask_scale", "own_offsets", "offset_trainable"),
+    ],
+)
+def test_what_tensorflow_has_besides_integers_is_no_argument(argument, make):
+    arguments = {"filters": 6, "kernel_size": 3} | {argument: make()}
+    with pytest.raises(ValueError, match=rf"^{argument} must be .*\. Received: \S"):
+        DeformableConv2D(**arguments)
+
+
+def test_integers_of_numpy_and_tensorflow_are_arguments_that_survive_saving(images, tmp_path):
+    layer = DeformableConv2D(
+        np.int64(6), tf.constant([3, 3]), strides=np.uint8(2), groups=tf.Variable(2), use_bias=1
+    )
+    model = keras.Sequential([keras.Input((9, 8, 4)), layer])
+    assert relative_error(saved_and_loaded(model, tmp_path)(images), model(images)) == 0
+
+
+def test_integers_must_be_known_while_the_graph_is_made():
+    function = tf.function(lambda size: DeformableConv2D(6, size))
+    with pytest.raises(ValueError, match="kernel_size must be known while the graph is made"):
+        function(tf.constant(3))
 
 
 def test_deform_groups_must_divide_the_channels():
@@ -489,11 +951,95 @@ def test_layer_without_offsets_of_its_own_computes_none(images):
         DeformableConv2D(6, 3, own_offsets=False).offset(images)
 
 
-@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("count", [0, 1, 2, 4])
 def test_number_of_inputs_is_checked(count):
     inputs = [keras.Input(shape) for shape in ((9, 8, 4), (7, 6, 18), (7, 6, 9), (7, 6, 9))]
     with pytest.raises(ValueError, match=rf"expects 3 input.* received {count} input"):
         DeformableConv2D(6, 3, modulated=True, own_offsets=False)(inputs[:count])
+
+
+def test_inputs_that_are_no_list_are_refused(images):
+    layer = DeformableConv2D(6, 3, own_offsets=False)
+    for inputs in (images, {"inputs": images, "offset": tf.zeros((2, 7, 6, 18))}):
+        with pytest.raises(
+            ValueError, match=r"expects 2 inputs in a list, \[inputs, offset\], and"
+        ):
+            layer(inputs)
+
+
+NO_INPUTS = {
+    "None": lambda: None,
+    "text": lambda: "images",
+    "ragged tensor": lambda: tf.RaggedTensor.from_tensor(tf.zeros((2, 9, 8, 4))),
+    "sparse tensor": lambda: tf.sparse.from_dense(tf.ones((2, 9, 8, 4))),
+    "complex tensor": lambda: tf.zeros((2, 9, 8, 4), tf.complex64),
+    "string tensor": lambda: tf.fill((2, 9, 8, 4), "x"),
+    "TensorArray": lambda: tf.TensorArray(tf.float32, 2),
+    "dict": lambda: {"images": tf.zeros((2, 9, 8, 4))},
+    "array of objects": lambda: np.array([None]),
+    "tensors of two shapes": lambda: [tf.zeros((2, 9, 8, 4)), tf.zeros((2, 7, 6, 18))],
+    "sparse KerasTensor": lambda: keras.Input((9, 8, 4), sparse=True),
+    "KerasTensor of text": lambda: keras.Input((9, 8, 4), dtype="string"),
+}
+
+
+@pytest.mark.parametrize("value", NO_INPUTS)
+@pytest.mark.parametrize("built", [False, True])
+def test_what_is_no_tensor_of_numbers_is_no_image(built, value, images):
+    layer = DeformableConv2D(6, 3, modulated=True)
+    if built:
+        layer(images)
+    message = r"^inputs must be a dense tensor of real numbers. Received: \S"
+    for call in (layer, layer.offset, layer.mask):
+        with pytest.raises(ValueError, match=message) as error:
+            call(NO_INPUTS[value]())
+        assert "\n" not in str(error.value)
+        assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("value", NO_INPUTS)
+@pytest.mark.parametrize("name", ["inputs", "offset", "mask"])
+def test_what_is_no_tensor_of_numbers_is_refused_by_name(name, value, images, rng):
+    layer = DeformableConv2D(6, 3, modulated=True, deform_groups=2, own_offsets=False)
+    inputs = dict(zip(("inputs", "offset", "mask"), [images, *given_tensors(rng)], strict=True))
+    inputs[name] = NO_INPUTS[value]()
+    with pytest.raises(ValueError, match=rf"^{name} must be a dense tensor of real numbers"):
+        layer(list(inputs.values()))
+
+
+@pytest.mark.parametrize("shape", [(9, 8, 4), (2, 9, 8, 4, 1), ()])
+def test_images_have_four_dimensions(shape):
+    layer = DeformableConv2D(6, 3)
+    with pytest.raises(ValueError, match="expected ndim=4, found ndim"):
+        layer(tf.zeros(shape))
+    with pytest.raises(ValueError, match=r"inputs must be images, \[N, H, W, C\]. Received: shape"):
+        layer.offset(tf.zeros(shape))
+
+
+@pytest.mark.parametrize("method", ["__call__", "offset"])
+def test_images_must_have_a_known_rank(method):
+    layer = DeformableConv2D(6, 3)
+    function = tf.function(getattr(layer, method), input_signature=[tf.TensorSpec(None)])
+    with pytest.raises(ValueError, match="inputs must have a known rank"):
+        function(tf.zeros((2, 9, 8, 4)))
+
+
+@pytest.mark.parametrize("make", [tf.zeros, lambda shape: keras.Input(shape[1:])])
+def test_images_have_the_channels_that_the_layer_was_built_for(make, images):
+    layer = DeformableConv2D(6, 3)
+    layer(images)
+    with pytest.raises(ValueError, match="expected axis -1 of input shape to have value 4"):
+        layer(make((2, 9, 8, 3)))
+    with pytest.raises(ValueError, match=r"inputs must have 4 channels, .* Received: shape"):
+        layer.offset(make((2, 9, 8, 3)))
+
+
+@pytest.mark.parametrize("returns", ["outputs and offset", None, b"offset"])
+def test_call_returns_outputs_offset_or_mask(returns, images):
+    with pytest.raises(
+        ValueError, match=r"returns must be 'outputs', 'offset' or 'mask'. Received"
+    ):
+        DeformableConv2D(6, 3)(images, returns=returns)
 
 
 @pytest.mark.parametrize(

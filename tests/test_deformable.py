@@ -134,6 +134,26 @@ def test_state_of_random_layers_is_copied(images):
     assert relative_error(copy(images, training=True), model(images, training=True)) <= 1e-5
 
 
+def test_offsets_of_layers_that_are_deformable_already_stay_their_own(images):
+    inputs = keras.Input((8, 8, 3))
+    x = layers.Conv2D(4, 3, name="plain")(inputs)
+    layer = DeformableConv2D(5, 3, modulated=True, name="shown")
+    outputs = [layer(x), layer.offset(x), layer.mask(x)]
+    model = randomize(keras.Model(inputs, outputs))
+    copy = deformable(model)
+    assert deformable_names(copy) == ["plain", "shown"]
+    for actual, expected in zip(copy(images), model(images), strict=True):
+        assert relative_error(actual, expected) <= 1e-5
+    layer = copy.get_layer("shown")
+    for variable in (*layer.offset_conv.variables, *layer.mask_conv.variables):
+        variable.assign(variable + 0.1)
+    x = copy.get_layer("plain")(images)
+    outputs, offset, mask = copy(images)
+    np.testing.assert_array_equal(outputs, layer(x))
+    np.testing.assert_array_equal(offset, layer.offset(x))
+    np.testing.assert_array_equal(mask, layer.mask(x))
+
+
 # --- Which layers ---
 
 ALL = ["first", "shared", "inner_conv"]
@@ -228,6 +248,25 @@ def test_model_must_be_a_built_graph(make):
         deformable(make())
 
 
+@pytest.mark.parametrize("model", [None, "model", 3, [small_model], tf.zeros(2), keras.Sequential])
+def test_what_is_no_model_is_refused(model):
+    with pytest.raises(
+        ValueError, match=r"^model must be .* that is built. Received: \S.* of type"
+    ):
+        deformable(model)
+
+
+@pytest.mark.parametrize("module", ["tf_keras.src.engine.functional", "tensorflow.python.keras.m"])
+def test_model_of_keras_2_is_refused_as_such(module):
+    legacy = type("Functional", (), {"__module__": module})
+    model = type("Mine", (legacy,), {"__module__": "mine"})()
+    message = (
+        rf"^model must be one of Keras 3, .* Received: .* of type {module}.Functional, which is"
+    )
+    with pytest.raises(ValueError, match=message):
+        deformable(model)
+
+
 @pytest.mark.parametrize("choice", ["conv9", ["first", "conv9"]])
 def test_pattern_without_a_match_is_named_beside_the_convolutions(choice):
     message = r"Conv2D layers, .*first, pointwise, .*shared.* Received: 'conv9', which matches no"
@@ -247,9 +286,13 @@ def test_chosen_layer_must_be_exactly_a_conv2d(choice):
         deformable(small_model(), choice)
 
 
-@pytest.mark.parametrize("choice", [3, [], [None]])
+@pytest.mark.parametrize(
+    "choice",
+    [3, [], [None], b"first", {"first"}, tf.constant("first"), layers.Conv2D(4, 3), layers.Conv2D],
+    ids=str,
+)
 def test_layers_must_be_names_or_a_function(choice):
-    with pytest.raises(ValueError, match=r"layers must be None, .* Received: "):
+    with pytest.raises(ValueError, match=r"^layers must be None, .* Received: \S"):
         deformable(small_model(), choice)
 
 

@@ -1,0 +1,72 @@
+"""The layer's arguments and inputs in the form that it takes, or a ValueError in Keras's style."""
+
+import math
+import numbers
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from ._arguments import MAX_EXTENT, integer_or_none, items, shown
+
+
+def tensor(value, argument: str):
+    """A tensor of numbers, or a KerasTensor that stands for one."""
+    try:
+        converted = value if isinstance(value, keras.KerasTensor) else tf.convert_to_tensor(value)
+        dtype = tf.as_dtype(converted.dtype)
+        if not (dtype.is_floating or dtype.is_integer or dtype.is_bool):
+            raise TypeError(f"{dtype.name} is no type of real numbers")
+        if getattr(converted, "sparse", False) or getattr(converted, "ragged", False):
+            raise TypeError("TensorFlow converts neither sparse nor ragged tensors to dense ones")
+    except (MemoryError, tf.errors.ResourceExhaustedError):
+        raise
+    except Exception as error:
+        # TensorFlow and what it converts raise whatever they like, and name no argument.
+        raise ValueError(
+            f"{argument} must be a dense tensor of real numbers. Received: {shown(value)}"
+        ) from error
+    if tf.TensorShape(converted.shape).rank is None:
+        raise ValueError(f"{argument} must have a known rank. Received: {shown(value)}")
+    return converted
+
+
+def positive_integer(value, argument: str) -> int:
+    number = integer_or_none(value, argument)
+    if number is None or number < 1:
+        raise ValueError(f"{argument} must be an integer above 0. Received: {shown(value)}")
+    if number > MAX_EXTENT:
+        raise ValueError(f"{argument} must be at most {MAX_EXTENT}. Received: {shown(number)}")
+    return number
+
+
+def height_and_width(value, argument: str) -> tuple[int, int]:
+    sequence = items(value, argument)
+    pair = [value, value] if sequence is None else sequence
+    if len(pair) != 2:
+        raise ValueError(f"{argument} must be one or two integers. Received: {shown(value)}")
+    return tuple(positive_integer(number, argument) for number in pair)
+
+
+def one_of(value, argument: str, choices: tuple[str, ...]) -> str:
+    if not isinstance(value, str) or value.lower() not in choices:
+        expected = " or ".join(map(repr, choices))
+        raise ValueError(f"{argument} must be {expected}. Received: {shown(value)}")
+    return value.lower()
+
+
+def positive_number(value, argument: str) -> float:
+    try:
+        fits = not isinstance(value, bool) and isinstance(value, numbers.Real)
+        number = float(value) if fits else 0.0
+    except OverflowError:
+        number = math.inf
+    if not 0 < number < math.inf:
+        raise ValueError(f"{argument} must be a finite number above 0. Received: {shown(value)}")
+    return number
+
+
+def boolean(value, argument: str) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{argument} must be True or False. Received: {shown(value)}")
+    return bool(value)
