@@ -44,12 +44,13 @@ def deform_conv2d(
 
     Version 1 of Dai et al., Deformable Convolutional Networks, arXiv:1703.06211; with `mask`
     version 2 of Zhu et al., Deformable ConvNets v2, arXiv:1811.11168. With an offset of zeros and
-    no mask it is `tf.nn.conv2d`.
+    no mask it is `tf.nn.conv2d`, where the input is finite.
 
     The input, extended with zeros, is sampled bilinearly; a sample at (h, w) counts if
     -1 < h < H and -1 < w < W, and is 0 otherwise (also for NaN and infinite offsets), as are the
-    gradients through it. At integer positions the gradient with respect to the offset is the one
-    towards +.
+    gradients through it. At integer positions where a sample counts, the gradient with respect to
+    the offset is the one towards +; at exactly -1 it is 0. A sample reads all four pixels around
+    it, and is NaN where one that has the weight 0 is NaN or infinite.
 
     There are `C / filters.shape[2]` convolution groups, as in `tf.nn.conv2d`, and `deform_groups`
     groups of consecutive input channels, each with offsets and a mask of its own.

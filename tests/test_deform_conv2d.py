@@ -261,7 +261,7 @@ def test_valid_input_short_of_the_kernel_by_less_than_a_stride_gives_nothing(siz
 HEIGHT, WIDTH = 3, 4
 
 
-def sample(h, w):
+def sample(h, w, function=deform_conv2d):
     """The sample of a fixed 3x4 image at (h, w), and its gradients by image, h, w and mask."""
     image = tf.constant(np.arange(1.0, 13.0).reshape(1, HEIGHT, WIDTH, 1))
     offset = tf.constant([h, w], tf.float64)
@@ -272,7 +272,7 @@ def sample(h, w):
         "offset": tf.reshape(offset, (1, 1, 1, 2)),
         "mask": tf.ones((1, 1, 1, 1), tf.float64),
     }
-    results = run(arguments, {"strides": max(HEIGHT, WIDTH)})
+    results = run(arguments, {"strides": max(HEIGHT, WIDTH)}, function=function)
     return {key: value.numpy().squeeze() for key, value in results.items()}
 
 
@@ -330,6 +330,42 @@ def test_sample_outside_is_zero_with_zero_gradients(position):
 )
 def test_offset_gradient_at_integers_is_the_one_towards_plus(position, gradient):
     np.testing.assert_allclose(sample(*position)["grad_offset"], gradient, atol=1e-12)
+
+
+@pytest.mark.parametrize("function", [deform_conv2d, deform_conv2d_reference])
+@pytest.mark.parametrize(
+    ("outside", "just_inside", "gradient"),
+    [
+        ((-1.0, 1.0), (-1 + 1e-9, 1.0), (2.0, 0.0)),  # pixel (0, 1)
+        ((1.0, -1.0), (1.0, -1 + 1e-9), (0.0, 5.0)),  # pixel (1, 0)
+    ],
+    ids=["h", "w"],
+)
+def test_offset_gradient_at_exactly_minus_1_is_0_and_not_the_one_towards_plus(
+    outside, just_inside, gradient, function
+):
+    np.testing.assert_array_equal(sample(*outside, function)["grad_offset"], (0.0, 0.0))
+    np.testing.assert_allclose(sample(*just_inside, function)["grad_offset"], gradient, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [tf.float32, tf.float64, tf.float16, tf.bfloat16])
+@pytest.mark.parametrize("pixel", [np.nan, np.inf, -np.inf])
+def test_pixel_that_is_not_finite_reaches_one_output_more_each_way_than_in_conv2d(
+    pixel, dtype, rng
+):
+    """A sample between pixels has four corners, of which three have the weight 0 here."""
+    image = rng.standard_normal((1, 9, 9, 2))
+    image[0, 4, 4, 0] = pixel
+    filters = tf.constant(rng.standard_normal((3, 3, 2, 3)), dtype)
+    outputs = [
+        deform_conv2d(tf.constant(image, dtype), filters, tf.zeros((1, 9, 9, 18), dtype)),
+        tf.nn.conv2d(tf.constant(image, tf.float32), tf.cast(filters, tf.float32), 1, "SAME"),
+    ]
+    ours, theirs = (~np.isfinite(tf.cast(output, tf.float32))[0] for output in outputs)
+    assert np.all(ours.sum((0, 1)) == 16)
+    assert np.all(theirs.sum((0, 1)) == 9)
+    assert np.all(ours[2:6, 2:6])
+    assert np.all(theirs[3:6, 3:6])
 
 
 @pytest.mark.parametrize("dtype", [tf.float32, tf.float16, tf.bfloat16])

@@ -41,6 +41,23 @@ def test_jitted_output_and_gradients_equal_the_ops(dtype, mask, data_format, rng
         assert relative_error(value, expected[key]) <= TOLERANCES[dtype], key
 
 
+@pytest.mark.parametrize("data_format", ["NHWC", "NCHW"])
+def test_size_that_xla_knows_only_a_bound_of_is_refused(data_format, rng):
+    case = random_case(rng, batch=3)
+    attributes = case.attributes_in(data_format)
+
+    @jitted
+    def convolve(tensors, chosen):
+        of_chosen = {
+            name: value if name == "filters" else tf.boolean_mask(value, chosen)
+            for name, value in tensors.items()
+        }
+        return deform_conv2d(**of_chosen, **attributes)
+
+    with pytest.raises(tf.errors.UnimplementedError, match="dynamic dimension"):
+        convolve(case.tensors(data_format=data_format), tf.constant([True, False, True]))
+
+
 def test_float32_offsets_beside_a_16_bit_input(rng):
     case = random_case(rng)
     tensors = case.tensors(tf.bfloat16, offset_dtype=tf.float32)
