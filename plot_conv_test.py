@@ -15,8 +15,8 @@ from utils.quiet_tensorflow import keras
 import cv2
 import numpy as np
 
-from utils.cli import PROJECT, UserError, number, run
-from utils.files import replacing
+from utils.cli import PROJECT, UserError, number, reason_of, run
+from utils.files import check_writable, write_file
 from utils.mnist import IMAGE_SIZE, warp, zoom_matrix
 from utils.model import (
     CHECKPOINTS,
@@ -27,7 +27,7 @@ from utils.model import (
     load_model,
     offsets_of,
 )
-from utils.visualization import Panel, draw_frame, sampling_locations, save_animation
+from utils.visualization import Panel, draw_frame, gif, png, sampling_locations
 
 LAYERS = 2
 LARGEST_ZOOM = 2.0
@@ -51,7 +51,12 @@ def main() -> None:
         help="draw samples moved by more than so many pixels: one number, or one for each of the "
         "two layers (default: %(default)s)",
     )
-    add("--frames", type=number(int, at_least=2), default=60, help="default: %(default)s")
+    add(
+        "--frames",
+        type=number(int, at_least=2, at_most=1000),
+        default=60,
+        help="default: %(default)s",
+    )
     add("--checkpoint-dir", type=Path, default=CHECKPOINTS, help="by default checkpoint/")
     arguments = parser.parse_args()
     thresholds = arguments.threshold * (LAYERS if len(arguments.threshold) == 1 else 1)
@@ -59,6 +64,11 @@ def main() -> None:
         parser.error(f"--threshold takes 1 or {LAYERS} numbers, got {len(thresholds)}")
     if arguments.output.suffix != ".gif":
         parser.error(f"--output must end in .gif, got {arguments.output}")
+    still = arguments.output.with_suffix(".png")
+    for output in (arguments.output, still):
+        if output.exists() and arguments.image.exists() and output.samefile(arguments.image):
+            parser.error(f"{output} would take the place of --image")
+        check_writable(output)
 
     digit = read_image(arguments.image)
     model = load_model(DEFORM, folder=arguments.checkpoint_dir)
@@ -81,10 +91,8 @@ def main() -> None:
         frames.append(draw_frame(images[index], panels, FARTHEST))
         progress.add(1)
 
-    save_animation(frames, arguments.output, FRAME_MILLISECONDS)
-    still = arguments.output.with_suffix(".png")
-    with replacing(still) as unfinished:
-        frames[len(frames) // 2].save(unfinished)
+    write_file(arguments.output, gif(frames, FRAME_MILLISECONDS))
+    write_file(still, png(frames[len(frames) // 2]))
     print(f"wrote {arguments.output} and {still}")
 
 
@@ -92,7 +100,10 @@ def read_image(path: Path) -> np.ndarray:
     """Reads an image file of any size as `[28, 28]` uint8, bright on dark like MNIST."""
     if not path.is_file():
         raise UserError(f"image {path} not found")
-    image = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
+    try:
+        image = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
+    except (cv2.error, MemoryError) as error:  # it is far too large
+        raise UserError(f"image {path} cannot be read: {reason_of(error)}") from error
     if image is None:
         raise UserError(f"{path} is no image that OpenCV can read")
     if image.shape != (IMAGE_SIZE, IMAGE_SIZE):

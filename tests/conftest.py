@@ -181,12 +181,13 @@ def rng():
     return np.random.default_rng(20261122)
 
 
-def script(*arguments, check=True, **environment):
+def script(*arguments, check=True, stdout=subprocess.PIPE, **environment):
     completed = subprocess.run(
         [sys.executable, "-W", "always", *map(str, arguments)],
         cwd=PROJECT,
         env=os.environ | environment,
-        capture_output=True,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
         text=True,
         timeout=600,
         check=False,
@@ -213,12 +214,12 @@ def error_of(*arguments, **environment):
 STOP_AFTER_ONE_EPOCH = """
 import sys
 from utils import training
-save = training._TrainingState.save
-def save_and_stop(self, epoch):
-    save(self, epoch)
+save = training.TrainingState.save
+def save_and_stop(self, *result):
+    save(self, *result)
     raise KeyboardInterrupt
 if sys.argv[1] == "stop":
-    training._TrainingState.save = save_and_stop
+    training.TrainingState.save = save_and_stop
 sys.argv = ["train_regular_conv.py", *sys.argv[2:]]
 import train_regular_conv
 from utils.cli import run

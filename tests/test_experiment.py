@@ -203,6 +203,11 @@ def test_tuning_does_not_resume_from_another_regular_model(trained, tmp_path):
     assert "holds a training begun with other settings" in other
 
 
+def test_killed_trainings_end_as_undisturbed_ones():
+    printed = script("tests/fuzz/training.py", "--script", "train", "--kills", 3, "--faults", 0)
+    assert printed.stdout.endswith("no finding\n")
+
+
 # --- Evaluation and visualisation ---
 
 
@@ -261,53 +266,3 @@ def test_deform_conv_test_proves_the_build():
     printed = script("utils/deform_conv_test.py").stdout
     assert "against the reference" in printed
     assert printed.splitlines()[-1] == "ok"
-
-
-# --- Missing and unfitting files ---
-
-
-def test_missing_and_unfitting_files_are_told_in_one_line(tmp_path):
-    nothing = tmp_path / "nothing.npz"
-    assert f"MNIST file {nothing} not found" in error_of("train_regular_conv.py", "--data", nothing)
-    nothing.write_bytes(b"no archive")
-    assert "is no MNIST file with x_train" in error_of("utils/evaluate.py", "--data", nothing)
-
-    missing = error_of("tune_deform_conv.py", "--checkpoint-dir", tmp_path)
-    assert "regular_model.weights.h5 not found: train_regular_conv.py writes them" in missing
-
-    shutil.copy(weights_file(REGULAR), weights_file(DEFORM, tmp_path))
-    unfitting = error_of("plot_conv_test.py", "--checkpoint-dir", tmp_path)
-    assert "does not hold the weights of deform_model" in unfitting
-    weights_file(REGULAR, tmp_path).write_bytes(b"no weights")
-    broken = error_of("tune_deform_conv.py", "--checkpoint-dir", tmp_path)
-    assert "does not hold the weights of regular_model" in broken
-
-    image = tmp_path / "image.png"
-    assert "not found" in error_of("plot_conv_test.py", "--image", image)
-    image.write_bytes(b"no image")
-    assert "is no image that OpenCV can read" in error_of("plot_conv_test.py", "--image", image)
-
-
-@pytest.mark.parametrize("name", ["tune_deform_conv.py", "utils/evaluate.py", "plot_conv_test.py"])
-def test_missing_library_is_told_in_one_line(name):
-    message = error_of(name, DEFORM_CONV_LIBRARY="/none.so")
-    assert message.endswith("/none.so not found: build it with ./compile.sh")
-
-
-@pytest.mark.parametrize(
-    ("name", "option", "value"),
-    [
-        ("train_regular_conv.py", "--epochs", 0),
-        ("train_regular_conv.py", "--batch-size", -1),
-        ("train_regular_conv.py", "--learning-rate", "inf"),
-        ("train_regular_conv.py", "--seed", -1),
-        ("train_regular_conv.py", "--shift", "nan"),
-        ("tune_deform_conv.py", "--unscaled-share", 1.5),
-        ("plot_conv_test.py", "--frames", 1),
-        ("plot_conv_test.py", "--threshold", "nan"),
-    ],
-)
-def test_senseless_options_are_refused(name, option, value):
-    completed = script(name, option, value, check=False)
-    assert completed.returncode == 2
-    assert f"argument {option}" in completed.stderr

@@ -125,7 +125,7 @@ def killed(request, tmp_path_factory):
 def test_a_killed_process_loses_no_whole_epoch(killed):
     _, folder, completed = killed
     assert completed[-1].returncode == KILLED
-    assert (folder / f"{REGULAR}.training" / "ckpt-1.index").exists()
+    assert (folder / f"{REGULAR}.training" / "state").exists()
     assert not weights_file(REGULAR, folder).exists()
 
 

@@ -14,7 +14,8 @@ import tune_deform_conv
 from utils.cli import UserError
 from utils.loss_scale import LossScaleOptimizer
 from utils.model import DEFORM_MODULATED, REGULAR, build_model, load_model, weights_file
-from utils.training import _TrainingState, make_optimizer
+from utils.training import make_optimizer
+from utils.training_state import TrainingState
 
 MIXED = {"mixed_float16": tf.float16, "mixed_bfloat16": tf.bfloat16}
 FEW = ("--epochs", "2", "--train-digits", "128", "--test-digits", "100")
@@ -91,7 +92,7 @@ def state(folder, policy):
     optimizer = make_optimizer(1e-3, policy)
     optimizer.build(model.trainable_variables)
     arguments = Namespace(checkpoint_dir=folder, restart=False, dtype_policy=policy)
-    return optimizer, _TrainingState(model, optimizer, arguments, tf.distribute.get_strategy())
+    return optimizer, TrainingState(model, optimizer, arguments, tf.distribute.get_strategy())
 
 
 def test_float16_alone_is_trained_with_a_loss_scale():
@@ -104,10 +105,11 @@ def test_the_loss_scale_and_what_it_wraps_are_restored(tmp_path):
     optimizer, interrupted = state(tmp_path, "mixed_float16")
     for index, variable in enumerate(optimizer.variables):
         variable.assign(tf.fill(variable.shape, tf.cast(index, variable.dtype)))
-    interrupted.save(1)
+    interrupted.save(loss=2.0, accuracy=0.5)
 
     optimizer, resumed = state(tmp_path, "mixed_float16")
-    assert resumed.first_epoch() == 1
+    resumed.begin()
+    assert resumed.epochs_done == 1
     names = [variable.name for variable in optimizer.variables]
     assert {"dynamic_scale", "step_counter", "iteration"} <= set(names)
     for index, variable in enumerate(optimizer.variables):
@@ -115,9 +117,9 @@ def test_the_loss_scale_and_what_it_wraps_are_restored(tmp_path):
 
 
 def test_a_training_does_not_go_on_under_another_policy(tmp_path):
-    state(tmp_path, "mixed_float16")[1].save(1)
+    state(tmp_path, "mixed_float16")[1].save(loss=2.0, accuracy=0.5)
     with pytest.raises(UserError, match="begun with other settings"):
-        state(tmp_path, "mixed_bfloat16")[1].first_epoch()
+        state(tmp_path, "mixed_bfloat16")[1].begin()
 
 
 OVERFLOW_ON_THE_SECOND_REPLICA = """

@@ -1,13 +1,12 @@
 """MNIST, and the scaled MNIST on which a deformable network learns where to look."""
 
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 
-from utils.cli import PROJECT, UserError
+from utils.cli import PROJECT, UserError, reason_of
 
 MNIST_FILE = PROJECT / "data" / "mnist.npz"
 IMAGE_SIZE = 28
@@ -44,18 +43,34 @@ def load_mnist(path: Path | str = MNIST_FILE) -> tuple[Digits, Digits]:
     try:
         with np.load(path) as arrays:
             parts = [(arrays[f"x_{part}"], arrays[f"y_{part}"]) for part in ("train", "test")]
-    except (KeyError, OSError, ValueError, zipfile.BadZipFile) as error:
+    # A file that holds anything may make the libraries that read it fail in any way.
+    except Exception as error:
         raise UserError(
-            f"{path} is no MNIST file with x_train, y_train, x_test, y_test: {error}"
+            f"{path} is no MNIST file with x_train, y_train, x_test, y_test: {reason_of(error)}"
         ) from error
-    for images, labels in parts:
-        if images.shape != (len(labels), IMAGE_SIZE, IMAGE_SIZE) or images.dtype != np.uint8:
-            raise UserError(
-                f"{path} does not hold one 28x28 uint8 image per label: images "
-                f"{images.dtype}{list(images.shape)}, labels {list(labels.shape)}"
-            )
-    train, test = (Digits(images[..., np.newaxis], labels) for images, labels in parts)
+    train, test = (_digits(images, labels, path) for images, labels in parts)
     return train, test
+
+
+def _digits(images: np.ndarray, labels: np.ndarray, path: Path) -> Digits:
+    if (
+        labels.shape != images.shape[:1]
+        or images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE)
+        or images.dtype != np.uint8
+        or labels.dtype.kind not in "iu"
+    ):
+        raise UserError(
+            f"{path} does not hold one 28x28 uint8 image per label, a whole number: images "
+            f"{images.dtype}{list(images.shape)}, labels {labels.dtype}{list(labels.shape)}"
+        )
+    if not len(labels):
+        raise UserError(f"{path} holds no digits for training, or none for testing")
+    if not 0 <= labels.min() <= labels.max() < CLASSES:
+        raise UserError(
+            f"{path} holds labels from {labels.min()} to {labels.max()}; "
+            f"0 to {CLASSES - 1} expected"
+        )
+    return Digits(images[..., np.newaxis], labels.astype(np.uint8))
 
 
 def zoom_matrix(zoom: tuple[float, float], shift: tuple[float, float] = (0.0, 0.0), angle=0.0):

@@ -1,13 +1,15 @@
 """The network of the experiment: four convolutions, regular or deformable, on 28x28 digits."""
 
+import io
+from collections.abc import Iterable
 from pathlib import Path
 
 from utils.quiet_tensorflow import keras, tf
 
 import numpy as np
 
-from utils.cli import PROJECT, UserError
-from utils.files import replacing
+from utils.cli import PROJECT, UserError, reason_of
+from utils.files import write_file
 from utils.mnist import CLASSES, IMAGE_SIZE
 
 CHECKPOINTS = PROJECT / "checkpoint"
@@ -69,7 +71,8 @@ def load_model(name: str, path: Path | None = None, folder: Path = CHECKPOINTS) 
     """Builds the model `name` and loads its weights from `path`, or from its file in `folder`.
 
     Raises:
-      UserError: the file is missing or holds the weights of another model.
+      UserError: the file is missing, or holds no weights of this model, or numbers that are not
+        finite.
     """
     path = Path(path or weights_file(name, folder))
     if not path.is_file():
@@ -78,10 +81,21 @@ def load_model(name: str, path: Path | None = None, folder: Path = CHECKPOINTS) 
     model = build_model(name)
     try:
         model.load_weights(path)
-    except (ValueError, KeyError, OSError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{path} does not hold the weights of {name}: {reason}") from error
+    # A file that holds anything may make the libraries that read it fail in any way.
+    except Exception as error:
+        raise UserError(
+            f"{path} does not hold the weights of {name}: {reason_of(error)}"
+        ) from error
+    if bad := not_finite(model.variables):
+        raise UserError(f"{path} holds NaN or infinite weights of {name}, in {bad}")
     return model
+
+
+def not_finite(variables: Iterable[keras.Variable]) -> str | None:
+    """The path of the first of the variables with a NaN or infinity in it, if there is one."""
+    return next(
+        (variable.path for variable in variables if not np.isfinite(variable.numpy()).all()), None
+    )
 
 
 def offsets_of(model: keras.Model, layer_name: str, images: np.ndarray) -> np.ndarray:
@@ -90,10 +104,19 @@ def offsets_of(model: keras.Model, layer_name: str, images: np.ndarray) -> np.nd
     return layer.offset(keras.Model(model.inputs[0], layer.input)(images)).numpy()
 
 
+class _MemoryFile(io.BytesIO):
+    """A file in memory that Keras takes for a weights file, which it knows by the name."""
+
+    def __str__(self):
+        return ".weights.h5"
+
+
 def save_weights(model: keras.Model, path: Path) -> None:
     """Writes the weights, whole or not at all."""
     # Keras would write a trained model's optimizer too, which is twice the size of the weights.
     bare = build_model(model.name)
     bare.set_weights(model.get_weights())
-    with replacing(path) as unfinished:
-        bare.save_weights(unfinished)
+    # HDF5 crashes if it cannot write to a disk all that it has begun to.
+    file = _MemoryFile()
+    bare.save_weights(file)
+    write_file(path, file.getvalue())

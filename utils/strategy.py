@@ -30,7 +30,7 @@ def add_strategy_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--logical-cpus",
-        type=number(int, at_least=1),
+        type=number(int, at_least=1, at_most=64),
         help="mirror over the CPU, split into N devices, instead of the GPUs",
     )
 

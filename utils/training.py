@@ -1,9 +1,7 @@
 """Training by epochs that survives an interruption, and evaluation, for both training scripts."""
 
 import argparse
-import hashlib
-import json
-import shutil
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,23 +10,21 @@ from utils.quiet_tensorflow import keras, tf
 import numpy as np
 
 from utils.cli import UserError, number
+from utils.files import check_writable
 from utils.loss_scale import LossScaleOptimizer
-from utils.mnist import EASY_SHIFT, HARD_SHIFT, MNIST_FILE, Digits, scaled_test_digits
-from utils.model import CHECKPOINTS, save_weights, weights_file
-from utils.strategy import add_strategy_arguments, all_workers_have, is_chief
+from utils.mnist import (
+    EASY_SHIFT,
+    HARD_SHIFT,
+    IMAGE_SIZE,
+    MNIST_FILE,
+    Digits,
+    scaled_test_digits,
+)
+from utils.model import CHECKPOINTS, not_finite, save_weights, weights_file
+from utils.strategy import add_strategy_arguments, is_chief
+from utils.training_state import TrainingState, check_history, write_history
 
 EVALUATION_BATCH = 500
-
-# Options that a training may be resumed with others of: they make no difference to its result, or
-# in the case of the last two, to more than its rounding.
-_NO_SETTINGS = (
-    "restart",
-    "test_digits",
-    "checkpoint_dir",
-    "history",
-    "strategy",
-    "logical_cpus",
-)
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +63,7 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--shift",
-        type=number(float, at_least=0),
+        type=number(float, at_least=0, at_most=IMAGE_SIZE),
         default=EASY_SHIFT,
         help=f"largest shift of a scaled digit, in pixels (default: %(default)s; "
         f"{HARD_SHIFT:g} is the harder variant)",
@@ -87,7 +83,8 @@ def train(
 
     After every epoch the whole state is saved in `<checkpoint-dir>/<model name>.training/`; a later
     call with the same settings goes on from there, on any number of replicas. The folder is removed
-    at the end. Of several workers, the chief alone writes files and prints.
+    at the end. Of several workers, the chief alone writes files and prints. What cannot be written
+    is found out before the first epoch.
 
     Args:
       model: an unfitted model, named as its weights file shall be, built in the strategy's scope.
@@ -116,21 +113,35 @@ def train(
         )
         optimizer.build(model.trainable_variables)
     step = _training_step(model, optimizer, strategy)
-    state = _TrainingState(model, optimizer, arguments, strategy)
-    first_epoch = state.first_epoch()
-    history = _History(arguments.history if is_chief(strategy) else None, first_epoch)
-    for epoch in range(first_epoch, arguments.epochs):
-        if is_chief(strategy):
-            print(f"Epoch {epoch + 1}/{arguments.epochs}")
-        digits = epoch_digits(np.random.default_rng([arguments.seed, epoch]))
-        loss, right = _train_epoch(step, digits, arguments.batch_size, strategy)
-        history.add(epoch + 1, loss, right)
-        state.save(epoch + 1)
+    state = TrainingState(model, optimizer, arguments, strategy)
+    path = weights_file(model.name, arguments.checkpoint_dir)
+    history = arguments.history if is_chief(strategy) else None
     if is_chief(strategy):
-        path = weights_file(model.name, arguments.checkpoint_dir)
-        save_weights(model, path)
-        state.remove()
-        print(f"saved {path}")
+        check_writable(path, model.count_params() * 4)
+    if history:
+        check_history(history)
+    with state.held():
+        state.begin()
+        # Killed, it may have saved a state and not yet written its history.
+        if history and state.epochs_done:
+            write_history(history, state.history)
+        for epoch in range(state.epochs_done, arguments.epochs):
+            if is_chief(strategy):
+                print(f"Epoch {epoch + 1}/{arguments.epochs}")
+            digits = epoch_digits(np.random.default_rng([arguments.seed, epoch]))
+            loss, right = _train_epoch(step, digits, arguments.batch_size, strategy)
+            if not math.isfinite(loss) or not_finite(model.variables):
+                raise UserError(
+                    f"epoch {epoch + 1} ended with NaN or infinite numbers, and is not kept. Try "
+                    "a smaller --learning-rate, with --restart to start over"
+                )
+            state.save(loss, right)
+            if history:
+                write_history(history, state.history)
+        if is_chief(strategy):
+            save_weights(model, path)
+            state.remove()
+            print(f"saved {path}")
 
 
 def make_optimizer(learning_rate, dtype_policy: str) -> keras.Optimizer:
@@ -202,14 +213,6 @@ def accuracy(model: keras.Model, digits: Digits) -> float:
     return 100 * float(np.mean(np.argmax(logits, axis=-1) == digits.labels))
 
 
-def _digest(model: keras.Model) -> str:
-    """A short fingerprint of a model's weights."""
-    digest = hashlib.sha256()
-    for weight in model.get_weights():
-        digest.update(weight.tobytes())
-    return digest.hexdigest()[:16]
-
-
 def print_accuracies(
     models: dict[str, keras.Model],
     test_digits: Digits,
@@ -238,104 +241,3 @@ def print_accuracies(
             percent = accuracy(model, digits.take(arguments.test_digits))
             cells.append(f"{percent:.2f}" + (f" ({claim:.2f})" if claim else ""))
         print(f"{set_name:14}", *(f"{cell:>18}" for cell in cells))
-
-
-class _TrainingState:
-    """Model, optimizer and epoch of a run that is under way, in a folder of its own.
-
-    `tf.train.CheckpointManager` writes each state under a new name and only then points to it, so
-    a crash while saving leaves the one before.
-    """
-
-    def __init__(
-        self,
-        model: keras.Model,
-        optimizer: keras.Optimizer,
-        arguments: argparse.Namespace,
-        strategy: tf.distribute.Strategy,
-    ):
-        self._folder = Path(arguments.checkpoint_dir) / f"{model.name}.training"
-        self._strategy = strategy
-        self._restart = arguments.restart
-        self._epoch = tf.Variable(0, dtype=tf.int64)
-        # A schedule, data set or initial model other than the one begun would give a model of
-        # neither.
-        settings = {
-            key: value for key, value in sorted(vars(arguments).items()) if key not in _NO_SETTINGS
-        }
-        settings["initial weights"] = _digest(model)
-        self._settings_text = json.dumps(settings, default=str)
-        self._settings = tf.Variable(self._settings_text, dtype=tf.string)
-        self._checkpoint = tf.train.Checkpoint(
-            model=model, optimizer=optimizer, epoch=self._epoch, settings=self._settings
-        )
-        if is_chief(strategy):
-            if arguments.restart:
-                self.remove()
-            try:
-                self._folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"cannot write to {self._folder}: {error}") from error
-        self._manager = tf.train.CheckpointManager(self._checkpoint, self._folder, max_to_keep=1)
-
-    def first_epoch(self) -> int:
-        """Restores the interrupted training, if any, and returns the epoch to begin with."""
-        # With --restart, the chief may not have removed the folder yet.
-        latest = None if self._restart else self._manager.latest_checkpoint
-        if latest is not None:
-            self._restore(latest)
-        epoch = int(self._epoch.numpy())
-        if not all_workers_have(f"{epoch} {self._settings_text}", self._strategy):
-            raise UserError(
-                "the workers differ in their settings or the weights they start from, or do not "
-                f"share {self._folder}"
-            )
-        if epoch and is_chief(self._strategy):
-            print(f"resuming after epoch {epoch}")
-        return epoch
-
-    def _restore(self, checkpoint: str) -> None:
-        try:
-            reader = tf.train.load_checkpoint(checkpoint)
-            begun = reader.get_tensor("settings/.ATTRIBUTES/VARIABLE_VALUE").decode()
-        except (tf.errors.OpError, ValueError) as error:
-            raise UserError(
-                f"{checkpoint} cannot be read ({error}); --restart starts over"
-            ) from error
-        if begun != self._settings_text:
-            raise UserError(
-                f"{self._folder} holds a training begun with other settings, {begun}; "
-                f"this one has {self._settings_text}. Use those, or --restart to start over"
-            )
-        self._checkpoint.restore(checkpoint).assert_consumed()
-
-    def save(self, epoch: int) -> None:
-        self._epoch.assign(epoch)
-        # Every variable is the same on all replicas, so no other worker has to take part.
-        if is_chief(self._strategy):
-            self._manager.save(checkpoint_number=epoch)
-
-    def remove(self) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-
-class _History:
-    """Each epoch's loss and accuracy as JSON lines in a file, or nowhere if `path` is None."""
-
-    def __init__(self, path: Path | None, epochs_done: int):
-        self._path = path
-        if path is None:
-            return
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
-            lines = path.read_text().splitlines(keepends=True)
-            # A line may be of an epoch that was cut short before its state was saved.
-            path.write_text("".join(lines[:epochs_done]))
-        except OSError as error:
-            raise UserError(f"cannot write to {path}: {error}") from error
-
-    def add(self, epoch: int, loss: float, accuracy: float) -> None:
-        if self._path is not None:
-            with self._path.open("a") as file:
-                print(json.dumps({"epoch": epoch, "loss": loss, "accuracy": accuracy}), file=file)

@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
@@ -12,8 +11,6 @@ matplotlib.use("Agg")  # no window, no display
 
 from matplotlib import pyplot as plt
 from PIL import Image
-
-from utils.files import replacing
 
 
 class Samples(NamedTuple):
@@ -91,11 +88,23 @@ def draw_frame(image: np.ndarray, panels: Sequence[Panel], farthest: float) -> I
     return Image.open(buffer).convert("RGB")
 
 
-def save_animation(frames: Sequence[Image.Image], path: Path, milliseconds: int) -> None:
-    """Writes `frames` as an endless GIF, with one palette for all, so that no colour flickers."""
+def gif(frames: Sequence[Image.Image], milliseconds: int) -> bytes:
+    """An endless GIF of `frames`, with one palette for all, so that no colour flickers."""
     palette = frames[0].quantize(128)
     quantized = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    with replacing(path) as unfinished:
-        quantized[0].save(
-            unfinished, save_all=True, append_images=quantized[1:], duration=milliseconds, loop=0
-        )
+    buffer = io.BytesIO()
+    quantized[0].save(
+        buffer,
+        format="gif",
+        save_all=True,
+        append_images=quantized[1:],
+        duration=milliseconds,
+        loop=0,
+    )
+    return buffer.getvalue()
+
+
+def png(frame: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    frame.save(buffer, format="png")
+    return buffer.getvalue()
