@@ -467,6 +467,7 @@ def test_missing_library_is_told_in_one_line(name):
         (train_regular_conv, "--logical-cpus", 10**9),
         (train_regular_conv, "--batch-size", -1),
         (train_regular_conv, "--learning-rate", "inf"),
+        (train_regular_conv, "--learning-rate", "1e39"),
         (train_regular_conv, "--seed", -1),
         (train_regular_conv, "--shift", "nan"),
         (train_regular_conv, "--shift", "1e308"),

@@ -34,7 +34,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=number(int, at_least=1), default=64, help="default: %(default)s")
     add(
         "--learning-rate",
-        type=number(float, above=0),
+        type=number(float, above=0, at_most=float(np.finfo(np.float32).max)),
         default=1e-3,
         help="Adam's first learning rate; it falls to 0 along a cosine (default: %(default)s)",
     )
