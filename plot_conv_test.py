@@ -15,7 +15,7 @@ from utils.quiet_tensorflow import keras
 import cv2
 import numpy as np
 
-from utils.cli import PROJECT, UserError, number, reason_of, run
+from utils.cli import PROJECT, UserError, number, reading, run
 from utils.files import check_writable, write_file
 from utils.mnist import IMAGE_SIZE, warp, zoom_matrix
 from utils.model import (
@@ -100,10 +100,8 @@ def read_image(path: Path) -> np.ndarray:
     """Reads an image file of any size as `[28, 28]` uint8, bright on dark like MNIST."""
     if not path.is_file():
         raise UserError(f"image {path} not found")
-    try:
+    with reading(f"image {path} cannot be read"):  # it may be far too large
         image = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
-    except (cv2.error, MemoryError) as error:  # it is far too large
-        raise UserError(f"image {path} cannot be read: {reason_of(error)}") from error
     if image is None:
         raise UserError(f"{path} is no image that OpenCV can read")
     if image.shape != (IMAGE_SIZE, IMAGE_SIZE):

@@ -158,7 +158,7 @@ def test_a_disk_too_full_for_the_state_is_told_before_the_training(tmp_path, cap
 def test_only_a_history_is_overwritten_by_a_history(content, tmp_path):
     path = tmp_path / "history"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"history .* is no history of a training: not overwritten"):
+    with pytest.raises(UserError, match=r"history .* is no history of a training, and is not over"):
         check_history(path)
     assert path.read_bytes() == content
     write_history(path, [{"epoch": 1, "loss": 2.0, "accuracy": 0.5}])
@@ -332,20 +332,21 @@ def test_missing_and_unfitting_files_are_told_in_one_line(tmp_path):
     nothing = tmp_path / "nothing.npz"
     assert f"MNIST file {nothing} not found" in error_of("train_regular_conv.py", "--data", nothing)
     nothing.write_bytes(b"no archive")
-    assert "is no MNIST file with x_train" in error_of("utils/evaluate.py", "--data", nothing)
+    assert "is no MNIST file with x_train" in refusal(evaluate, "--data", nothing)
 
-    missing = error_of("tune_deform_conv.py", "--checkpoint-dir", tmp_path)
+    missing = refusal(tune_deform_conv, "--checkpoint-dir", tmp_path)
     assert "regular_model.weights.h5 not found: train_regular_conv.py writes them" in missing
 
     shutil.copy(weights_file(REGULAR), weights_file(DEFORM, tmp_path))
-    unfitting = error_of("plot_conv_test.py", "--checkpoint-dir", tmp_path)
+    options = ("--checkpoint-dir", tmp_path, "--output", tmp_path / "viz.gif")
+    unfitting = refusal(plot_conv_test, *options)
     assert "does not hold the weights of deform_model" in unfitting
     weights_file(REGULAR, tmp_path).write_bytes(b"no weights")
-    broken = error_of("tune_deform_conv.py", "--checkpoint-dir", tmp_path)
+    broken = refusal(tune_deform_conv, "--checkpoint-dir", tmp_path)
     assert "does not hold the weights of regular_model" in broken
 
     image = tmp_path / "image.png"
-    assert "not found" in error_of("plot_conv_test.py", "--image", image)
+    assert "not found" in refusal(plot_conv_test, "--image", image, *options)
     image.write_bytes(b"no image")
     assert "is no image that OpenCV can read" in error_of("plot_conv_test.py", "--image", image)
 

@@ -1,11 +1,12 @@
 """What every script of the project shares: number options, errors in one line."""
 
 import argparse
+import contextlib
 import math
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -15,9 +16,18 @@ class UserError(Exception):
     """Something the user can mend, such as a missing file: shown in one line, no traceback."""
 
 
-def reason_of(error: Exception) -> str:
-    """What a library says about a failure: its message's first line, or else the error's type."""
-    return str(error).strip().partition("\n")[0].rstrip(" .:") or type(error).__name__
+@contextlib.contextmanager
+def reading(failure: str, remedy: str = "") -> Iterator[None]:
+    """A context that reads a file.
+
+    A file may hold anything, and what reads it fail in any way: all of them become a UserError of
+    `failure`, the first line of the reason, and `remedy`.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(" .:") or type(error).__name__
+        raise UserError("; ".join(filter(None, (f"{failure}: {reason}", remedy)))) from error
 
 
 def run(main: Callable[[], None]) -> None:

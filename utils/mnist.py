@@ -6,7 +6,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from utils.cli import PROJECT, UserError, reason_of
+from utils.cli import PROJECT, UserError, reading
 
 MNIST_FILE = PROJECT / "data" / "mnist.npz"
 IMAGE_SIZE = 28
@@ -40,14 +40,11 @@ def load_mnist(path: Path | str = MNIST_FILE) -> tuple[Digits, Digits]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"MNIST file {path} not found (the project keeps a copy as data/mnist.npz)")
-    try:
-        with np.load(path) as arrays:
-            parts = [(arrays[f"x_{part}"], arrays[f"y_{part}"]) for part in ("train", "test")]
-    # A file that holds anything may make the libraries that read it fail in any way.
-    except Exception as error:
-        raise UserError(
-            f"{path} is no MNIST file with x_train, y_train, x_test, y_test: {reason_of(error)}"
-        ) from error
+    with (
+        reading(f"{path} is no MNIST file with x_train, y_train, x_test, y_test"),
+        np.load(path) as arrays,
+    ):
+        parts = [(arrays[f"x_{part}"], arrays[f"y_{part}"]) for part in ("train", "test")]
     train, test = (_digits(images, labels, path) for images, labels in parts)
     return train, test
 

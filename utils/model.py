@@ -8,7 +8,7 @@ from utils.quiet_tensorflow import keras, tf
 
 import numpy as np
 
-from utils.cli import PROJECT, UserError, reason_of
+from utils.cli import PROJECT, UserError, reading
 from utils.files import write_file
 from utils.mnist import CLASSES, IMAGE_SIZE
 
@@ -79,13 +79,8 @@ def load_model(name: str, path: Path | None = None, folder: Path = CHECKPOINTS) 
         script = "train_regular_conv.py" if name == REGULAR else "tune_deform_conv.py"
         raise UserError(f"weights {path} not found: {script} writes them")
     model = build_model(name)
-    try:
+    with reading(f"{path} does not hold the weights of {name}"):
         model.load_weights(path)
-    # A file that holds anything may make the libraries that read it fail in any way.
-    except Exception as error:
-        raise UserError(
-            f"{path} does not hold the weights of {name}: {reason_of(error)}"
-        ) from error
     if bad := not_finite(model.variables):
         raise UserError(f"{path} holds NaN or infinite weights of {name}, in {bad}")
     return model

@@ -12,7 +12,7 @@ from utils.quiet_tensorflow import keras, tf
 
 import numpy as np
 
-from utils.cli import UserError, reason_of
+from utils.cli import UserError, reading
 from utils.files import check_writable, locked, write_file
 from utils.strategy import all_workers_have, is_chief
 
@@ -112,23 +112,17 @@ class TrainingState:
 
     def _restore(self) -> None:
         """Takes over what the file holds, if there is one."""
-        ours = {self._file.name, self._lock.name, f"unfinished-{self._file.name}"}
-        others = {path.name for path in self._folder.glob("*")} - ours
-        if others and not self._file.exists():
-            raise UserError(
-                f"{self._folder} holds no state of a training, but {', '.join(sorted(others))}; "
-                "--restart removes that and starts over"
-            )
-        try:
-            about, values = self._read()
-            history, begun = list(about["history"]), str(about["settings"])
-        except FileNotFoundError:
+        if not self._file.exists():
+            ours = {self._lock.name, f"unfinished-{self._file.name}"}
+            if others := {path.name for path in self._folder.glob("*")} - ours:
+                raise UserError(
+                    f"{self._folder} holds no state of a training, but "
+                    f"{', '.join(sorted(others))}; --restart removes that and starts over"
+                )
             return
-        # A file that holds anything may make the libraries that read it fail in any way.
-        except Exception as error:
-            raise UserError(
-                f"{self._file} cannot be read: {reason_of(error)}; --restart starts over"
-            ) from error
+        with reading(f"{self._file} cannot be read", remedy="--restart starts over"):
+            about, values = self._read()
+            history, begun = list(about["history"]), about["settings"]
         if begun != self._settings:
             raise UserError(
                 f"{self._folder} holds a training begun with other settings, {begun}; "
@@ -145,7 +139,7 @@ class TrainingState:
 
     def _read(self) -> tuple[dict, dict[str, np.ndarray]]:
         """What `save` has written."""
-        if self._file.exists() and not self._file.is_file():
+        if not self._file.is_file():
             raise ValueError("it is no regular file")
         checksum, _, content = self._file.read_bytes().partition(b"\n")
         if checksum != _checksum(content):
@@ -179,15 +173,10 @@ def check_history(path: Path) -> None:
     check_writable(path)
     if not path.exists():
         return
-    try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        is_history = all(set(line) == {"epoch", "loss", "accuracy"} for line in lines)
-    except Exception:  # as whatever the file holds may bring about
-        is_history = False
-    if not is_history:
-        raise UserError(
-            f"--history {path} exists, and is no history of a training: not overwritten"
-        )
+    with reading(f"--history {path} is no history of a training, and is not overwritten"):
+        for number, line in enumerate(path.read_text().splitlines(), start=1):
+            if set(json.loads(line)) != {"epoch", "loss", "accuracy"}:
+                raise ValueError(f"line {number} is no epoch's loss and accuracy")
 
 
 def _checksum(content: bytes) -> bytes:
