@@ -14,6 +14,7 @@ is printed, draws the same moments and damages again.
 
 import argparse
 import contextlib
+import json
 import os
 import random
 import re
@@ -40,7 +41,7 @@ MOST_KILLS_OF_ONE_TRAINING = 5
 # Runs a script until it is about to do something in its folder for the n-th time: one kind of step
 # (`os.rename:2`), or any (`step:7`). Then kills it.
 RUN = """
-import collections, os, resource, runpy, sys
+import collections, json, os, resource, runpy, sys
 folder, kill_at, file_limit, script, *arguments = sys.argv[1:]
 if file_limit:
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(file_limit),) * 2)
@@ -61,7 +62,7 @@ sys.addaudithook(count)
 try:
     runpy.run_path(script, run_name="__main__")
 finally:
-    print("steps", steps["step"])
+    print("steps", json.dumps(steps))
 """
 
 
@@ -81,7 +82,7 @@ class Ended(NamedTuple):
     stdout: str
     stderr: str
     seconds: float
-    steps: int
+    steps: dict[str, int]  # how many of each kind it took
 
     def expect(self, fulfilled: bool, what: str) -> None:
         if not fulfilled:
@@ -111,7 +112,7 @@ class Training:
         ended.expect(ended.status == 0, "the undisturbed training failed")
         self.seconds, self.steps = ended.seconds, ended.steps
         self.size = self.weights(self.undisturbed).stat().st_size
-        print(f"{script}: undisturbed in {self.seconds:.1f} s and {self.steps} steps", flush=True)
+        print(f"{script}: undisturbed in {self.seconds:.1f} s, steps {self.steps}", flush=True)
         # One that was killed as its second epoch was to be saved.
         self.interrupted = self.new_folder("interrupted")
         ended = self.run(self.interrupted, kill_at="os.rename:3")
@@ -180,7 +181,7 @@ def end(process: subprocess.Popen, kill_after: float | None = None) -> Ended:
     command = shlex.join(process.args[6:])
     seconds = time.monotonic() - began
     stdout, _, steps = stdout.partition("steps ")
-    return Ended(command, process.returncode, stdout, stderr, seconds, int(steps or 0))
+    return Ended(command, process.returncode, stdout, stderr, seconds, json.loads(steps or "{}"))
 
 
 # --- Kills ---
@@ -191,10 +192,11 @@ def kill_until_finished(training: Training, rng: random.Random, name: str, most:
     folder = training.new_folder(name)
     moments = []
     for _ in range(rng.randint(1, min(most, MOST_KILLS_OF_ONE_TRAINING))):
-        if rng.random() < 0.5:
-            moment = {"kill_after": rng.uniform(0, training.seconds)}
+        if rng.random() < 0.3:
+            moment = {"kill_after": round(rng.uniform(0, training.seconds), 3)}
         else:
-            moment = {"kill_at": f"step:{rng.randint(1, training.steps)}"}
+            step, count = rng.choice(sorted(training.steps.items()))
+            moment = {"kill_at": f"{step}:{rng.randint(1, count)}"}
         ended = training.run(folder, **moment)
         if ended.status != -signal.SIGKILL:
             break
