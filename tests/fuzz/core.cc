@@ -339,8 +339,9 @@ int Main(int argc, char** argv) {
   const Options options =
       ReadOptions(argc, argv, "  --isa I    instruction set: baseline, avx2, avx512\n",
                   [&isa](const std::string& name, const std::string& value) {
-                    if (name == "--isa") isa = value;
-                    return name == "--isa";
+                    if (name != "--isa") return false;
+                    isa = value;
+                    return isa == "baseline" || isa == "avx2" || isa == "avx512";
                   });
   if (!isa.empty()) setenv("DEFORM_CONV_CPU_ISA", isa.c_str(), 1);
   if (!isa.empty() && isa != CpuInstructionSet()) {
