@@ -67,8 +67,6 @@ for sanitizer in address thread; do
     run_core $sanitizer "$isa" $(((seconds + runs - 1) / runs)) || failed=1
   done
 done
-if [[ -e tests/fuzz/ops.py ]]; then
-  python tests/fuzz/ops.py --seconds "$seconds" --seed "$(fresh_seed)" || failed=1
-fi
+python tests/fuzz/ops.py --seconds "$seconds" --seed "$(fresh_seed)" || failed=1
 ((failed == 0)) || echo "fuzz.sh: there are findings; each names the command that shows it again" >&2
 exit $failed
