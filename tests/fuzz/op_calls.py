@@ -33,7 +33,6 @@ class Call:
             self.arrays[name] = array_of(value, rng)
             made = formed(self.arrays[name], value)
             (self.tensors if value.form == "tensor" else self.others)[name] = made
-        self.attributes = {name: resolved(value) for name, value in case.attributes.items()}
         self.output_shape = self._output_shape()
         self.grad_output = None
         if case.wanted and self.output_shape and "grad_output" not in case.arguments:
@@ -42,6 +41,11 @@ class Call:
             array = array_of(Numbers(tuple(self.output_shape), dtype, fill), rng)
             self.arrays["grad_output"] = array
             self.grad_output = tf.constant(array)
+
+    @property
+    def attributes(self) -> dict:
+        """Made anew: within a graph, tensors are the graph's."""
+        return {name: resolved(value) for name, value in self.case.attributes.items()}
 
     def _output_shape(self):
         """What the oracle says, or None where the arguments do not fit."""
@@ -213,17 +217,14 @@ def _without_eager(value):
 def v1(case: Case) -> Verdict:
     call = Call(case)
     known = case.more["known"]
-    others, attributes = (
-        {name: _without_eager(value) for name, value in values.items()}
-        for values in (call.others, call.attributes)
-    )
+    others = {name: _without_eager(value) for name, value in call.others.items()}
     try:
         with tf.Graph().as_default() as made:
             feeds = {
                 name: tf.compat.v1.placeholder(tensor.dtype, known[name])
                 for name, tensor in call.tensors.items()
             }
-            output = deform_conv2d(**feeds, **others, **attributes)
+            output = deform_conv2d(**feeds, **others, **call.attributes)
             fetches = {"output": output}
             if call.grad_output is not None:
                 wanted = [name for name in case.wanted if name in feeds]
@@ -251,11 +252,11 @@ def shapes(case: Case) -> Verdict:
     names = [name for name in (*ARGUMENTS, "grad_output") if name in known]
     dtypes = {"grad_output": case.arguments["input"].dtype}
     dtypes |= {name: value.dtype for name, value in case.arguments.items()}
-    attributes = {name: resolved(value) for name, value in case.attributes.items()}
 
     def body(*tensors):
         entered.append(True)
         tensors = dict(zip(names, tensors, strict=True))
+        attributes = {name: resolved(value) for name, value in case.attributes.items()}
         if case.more["op"] == "op":
             return deform_conv2d(**tensors, **attributes)
         tensors["mask"] = [tensors["mask"]] if "mask" in tensors else []

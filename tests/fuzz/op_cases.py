@@ -112,12 +112,12 @@ def fit(case, draw, *, dtypes=FLOATS, size="any"):
             "input": tuple(from_native(sizes, meaning["data_format"])),
             "filters": (*kernel, channels // groups, groups * draw.choice((1, 2, 3, 4, 8, 17))),
         }
-        if refit(case, shapes, draw.chance(0.5)):
+        if shapes := completed(shapes, meaning, draw.chance(0.5)):
             break
     case.arguments = {}
     dtype = draw.choice(dtypes)
     offset_dtype = draw.choice(OFFSET_DTYPES[dtype])
-    for name, shape in case.more.pop("shapes").items():
+    for name, shape in shapes.items():
         moves = name in ("offset", "mask")
         fill = draw.choice(OFFSET_FILLS if name == "offset" else INPUT_FILLS)
         case.arguments[name] = Numbers(shape, offset_dtype if moves else dtype, fill)
@@ -125,23 +125,23 @@ def fit(case, draw, *, dtypes=FLOATS, size="any"):
     case.wanted = draw.some(case.arguments)
 
 
-def refit(case, shapes, mask, limit=200_000):
-    """Puts shapes into `case.more`, with an offset and a mask that fit, if there is an output."""
+def completed(shapes, meaning, mask, limit=200_000):
+    """Adds shapes of offset and, perhaps, mask; None where nothing fits, or is too large."""
     try:
-        output = output_shape(shapes, case.meaning)
+        output = output_shape(shapes, meaning)
     except MisfitError:
-        return False
-    data_format = case.meaning["data_format"]
-    taps = math.prod(shapes["filters"][:2]) * case.meaning["deform_groups"]
-    for name, per_tap in (("offset", 2), ("mask", 1)):
-        if name == "offset" or mask:
-            shape = from_native(range(4), data_format)
-            sizes = [*native(output, data_format)[:3], per_tap * taps]
-            shapes[name] = tuple(sizes[axis] for axis in shape)
+        return None
+    data_format = meaning["data_format"]
+    samples = math.prod(shapes["filters"][:2]) * meaning["deform_groups"]
+    counts = {"offset": 2 * samples} | ({"mask": samples} if mask else {})
+    per_position = {
+        name: tuple(from_native([*native(output, data_format)[:3], count], data_format))
+        for name, count in counts.items()
+    }
+    shapes = shapes | per_position
     if any(math.prod(shape) > limit for shape in (*shapes.values(), output)):
-        return False
-    case.more["shapes"] = shapes
-    return True
+        return None
+    return shapes
 
 
 def spelled(draw, meaning):

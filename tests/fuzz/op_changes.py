@@ -3,7 +3,7 @@
 import math
 from dataclasses import replace
 
-from op_cases import ARGUMENTS, ATTRIBUTES, FLOATS, RAW_NAMES, Odd, refit, spelled
+from op_cases import ARGUMENTS, ATTRIBUTES, FLOATS, RAW_NAMES, Odd, completed, spelled
 from op_oracle import LARGEST, OFFSET_DTYPES, native
 
 DTYPES = (
@@ -22,7 +22,8 @@ NO_INTEGERS = (
 # What is an integer, or two, in another guise. It may be taken or refused.
 GUISES = (
     Odd("one tensor"), Odd("ones tensor"), Odd("one array"), Odd("ones array"), Odd("variable"),
-    Odd("numpy integer"), Odd("index"), range(1, 2), Odd("int8 tensor"),
+    Odd("numpy integer"), Odd("index"), range(1, 2), Odd("int8 tensor"), Odd("unknown tensor"),
+    Odd("unknown number"),
 )  # fmt: skip
 NO_PADDINGS = (
     "same", "SAME ", "valid", "EXPLICIT", "FULL", "", b"SAME", None, 0, 1, 1.5, True, (), (1, 1),
@@ -48,6 +49,10 @@ NO_TENSORS = (
     1j, 10**400, (1, "a"), math.nan, Odd("deep list"), Odd("dead tensor"), Odd("string array"),
     Odd("keras variable of another shape"),
 )  # fmt: skip
+# Tensors after all, but not of this shape, nor perhaps of this type: another argument may be
+# blamed. Of tensors of another graph, TensorFlow itself speaks.
+TENSORS_BLAME = (*ARGUMENTS, "out of scope", "same graph")
+TENSORS = (math.nan, Odd("deep list"), Odd("dead tensor"), Odd("keras variable of another shape"))
 
 
 def change_rank(draw, case):
@@ -104,8 +109,8 @@ def _change_object(draw, case):
     case.arguments[name] = draw.choice(NO_TENSORS)
     case.change = f"{name} is no tensor"
     case.blamed = (name,)
-    if case.arguments[name] in (math.nan, Odd("deep list"), Odd("keras variable of another shape")):
-        case.blamed = ARGUMENTS  # a tensor, but not of this shape, nor perhaps of this type
+    if case.arguments[name] in TENSORS:
+        case.blamed = TENSORS_BLAME
     if (name, case.arguments[name]) == ("mask", Odd("none")):
         del case.arguments[name]
         case.blamed = None
@@ -144,9 +149,9 @@ def change_attribute(draw, case):
     case.change = "attributes far out"
     case.attributes = spelled(draw, case.meaning)
     shapes = {name: case.arguments[name].shape for name in ("input", "filters")}
-    if refit(case, shapes, "mask" in case.arguments):
-        for argument, shape in case.more.pop("shapes").items():
-            case.arguments[argument] = replace(case.arguments[argument], shape=shape)
+    shapes = completed(shapes, case.meaning, "mask" in case.arguments) or {}
+    for argument, shape in shapes.items():
+        case.arguments[argument] = replace(case.arguments[argument], shape=shape)
 
 
 def _change_to_no_attribute(draw, case):

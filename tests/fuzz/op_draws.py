@@ -88,30 +88,10 @@ def _draw_specs(draw, case):
     case.more["known"] = specs
 
 
-def _draw_v1(draw, case):
-    _draw_graph(draw, case)
-
-
 # --- Shapes in inference only ---
 
-SIZES = (
-    None,
-    None,
-    0,
-    1,
-    2,
-    3,
-    4,
-    9,
-    18,
-    LARGEST - 1,
-    LARGEST,
-    LARGEST + 1,
-    2**32,
-    2**40,
-    2**61,
-    2**62 + 1,
-)
+SIZES = (None, None, 0, 1, 2, 3, 4, 9, 18, LARGEST - 1, LARGEST, LARGEST + 1)
+SIZES += (2**32, 2**40, 2**61, 2**62 + 1)
 
 
 def _draw_shapes(draw, case):
@@ -200,7 +180,7 @@ def _draw_raw_jit(draw, case):
     _draw_raw(draw, case, setting=draw.randrange(JIT_SETTINGS))
 
 
-# --- Second order ---
+# --- The pure TensorFlow reference, and second order, which is made of it ---
 
 
 def _draw_second(draw, case):
@@ -296,7 +276,7 @@ def _draw_trial(draw, case):
 _DRAWN_BY = {
     "eager": _draw_op,
     "graph": _draw_graph,
-    "v1": _draw_v1,
+    "v1": _draw_graph,
     "raw": _draw_raw,
     "raw_graph": _draw_raw_graph,
     "shapes": _draw_shapes,

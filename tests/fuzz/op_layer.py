@@ -138,18 +138,11 @@ def _shapes(call):
 
 def _offset_problem(case, made, images, offset, dtype) -> Verdict | None:
     """Whether the offsets are other than a plain convolution's."""
-    arrays = {
-        "input": tf.cast(images, dtype).numpy(),
-        "filters": made.offset_conv.kernel.numpy(),
-        "offset": np.zeros([*offset.shape]),
-    }
-    taps = arrays["filters"].shape[0] * arrays["filters"].shape[1]
-    channels = 1 if case.meaning["data_format"] == "NCHW" else 3
+    arrays = {"input": tf.cast(images, dtype).numpy(), "filters": made.offset_conv.kernel.numpy()}
     shape = list(offset.shape)
-    shape[channels] = 2 * taps
+    shape[1 if case.meaning["data_format"] == "NCHW" else 3] //= made.deform_groups
     arrays["offset"] = np.zeros(shape)
-    meaning = case.meaning | {"deform_groups": 1}
-    expected = results(arrays, dtype, meaning)["output"]
+    expected = results(arrays, dtype, case.meaning | {"deform_groups": 1})["output"]
     problem = expected.difference(offset, dtype)
     return Verdict("wrong result", f"offset: {problem}") if problem else None
 

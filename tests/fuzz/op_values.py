@@ -88,6 +88,11 @@ def _dead_tensor():
         return tf.zeros((2, 3, 3, 4))
 
 
+def _variable():
+    with tf.init_scope():
+        return tf.Variable(1)
+
+
 # Each is made anew: some can be used once only.
 ODD = {
     "none": lambda: None,
@@ -111,7 +116,10 @@ ODD = {
     "int8 tensor": lambda: tf.constant([1, 1], tf.int8),
     "matrix tensor": lambda: tf.constant([[1, 1], [1, 1]]),
     "empty tensor": lambda: tf.constant([], tf.int32),
-    "variable": lambda: tf.Variable(1),
+    "variable": _variable,
+    # In a graph, what it holds is known at run time only.
+    "unknown tensor": lambda: tf.cast(tf.random.uniform((2,)) < 1, tf.int32),
+    "unknown number": lambda: tf.cast(tf.random.uniform(()) < 1, tf.int32),
     "keras tensor": functools.cache(lambda: keras.Input((5, 6, 4))),
     "keras variable of another shape": lambda: keras.Variable([1.0, 2.0]),
     "tensor spec": lambda: tf.TensorSpec((2, 3, 3, 4)),
