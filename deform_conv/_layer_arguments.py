@@ -55,6 +55,17 @@ def one_of(value, argument: str, choices: tuple[str, ...]) -> str:
     return value.lower()
 
 
+def keras_object(value, argument: str):
+    """The initializer or the like that `value` is, names or describes; `argument` ends in which."""
+    module = argument.rpartition("_")[2] + "s"
+    try:
+        return getattr(keras, module).get(value)
+    except Exception as error:
+        raise ValueError(
+            f"{argument} must be one of keras.{module}. Received: {shown(value)}"
+        ) from error
+
+
 def positive_number(value, argument: str) -> float:
     try:
         fits = not isinstance(value, bool) and isinstance(value, numbers.Real)

@@ -9,6 +9,7 @@ from ._arguments import shown
 from ._layer_arguments import (
     boolean,
     height_and_width,
+    keras_object,
     one_of,
     positive_integer,
     positive_number,
@@ -45,6 +46,9 @@ class DeformableConv2D(keras.layers.Conv2D):
 
     With `own_offsets=False` the layer has neither, and is called with a list: `[inputs, offset]`
     or, modulated, `[inputs, offset, mask]`.
+
+    `offset(inputs)` and `mask(inputs)` are what the layer samples with. Functional models can show
+    them, and have them as calls of the layer: `layer(inputs, returns="offset")`.
 
     Offsets and masks are float32 in 16-bit layers too, own and given ones, since 16 bits are too
     coarse for positions.
@@ -126,7 +130,7 @@ class DeformableConv2D(keras.layers.Conv2D):
         # None and numbers too, as in Conv2D: deformable() copies models that have them.
         if isinstance(use_bias, int | None):
             use_bias = bool(use_bias)
-        # Keras takes much for these that it fails on later.
+        # Keras takes much for these that it fails on later, or names no argument.
         super().__init__(
             filters=positive_integer(filters, "filters"),
             kernel_size=height_and_width(kernel_size, "kernel_size"),
@@ -135,15 +139,15 @@ class DeformableConv2D(keras.layers.Conv2D):
             data_format=data_format,
             dilation_rate=height_and_width(dilation_rate, "dilation_rate"),
             groups=positive_integer(groups, "groups"),
-            activation=activation,
+            activation=keras_object(activation, "activation"),
             use_bias=boolean(use_bias, "use_bias"),
-            kernel_initializer=kernel_initializer,
-            bias_initializer=bias_initializer,
-            kernel_regularizer=kernel_regularizer,
-            bias_regularizer=bias_regularizer,
-            activity_regularizer=activity_regularizer,
-            kernel_constraint=kernel_constraint,
-            bias_constraint=bias_constraint,
+            kernel_initializer=keras_object(kernel_initializer, "kernel_initializer"),
+            bias_initializer=keras_object(bias_initializer, "bias_initializer"),
+            kernel_regularizer=keras_object(kernel_regularizer, "kernel_regularizer"),
+            bias_regularizer=keras_object(bias_regularizer, "bias_regularizer"),
+            activity_regularizer=keras_object(activity_regularizer, "activity_regularizer"),
+            kernel_constraint=keras_object(kernel_constraint, "kernel_constraint"),
+            bias_constraint=keras_object(bias_constraint, "bias_constraint"),
             **kwargs,
         )
         if self.compute_dtype not in _COMPUTE_DTYPES:
@@ -154,7 +158,9 @@ class DeformableConv2D(keras.layers.Conv2D):
         self.deform_groups = positive_integer(deform_groups, "deform_groups")
         self.modulated = boolean(modulated, "modulated")
         self.mask_scale = positive_number(mask_scale, "mask_scale")
-        self.offset_kernel_initializer = keras.initializers.get(offset_kernel_initializer)
+        self.offset_kernel_initializer = keras_object(
+            offset_kernel_initializer, "offset_kernel_initializer"
+        )
         self.own_offsets = boolean(own_offsets, "own_offsets")
         if offset_trainable is None:
             offset_trainable = self.own_offsets and self.trainable
