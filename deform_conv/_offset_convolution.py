@@ -42,10 +42,11 @@ class OffsetConvolution(keras.layers.Conv2D):
         ]
         valid = self.padding == "valid"
         least = [1, *extents] if valid else [1, 1, 1]
-        static, dynamic = inputs.shape[:3], tf.shape(inputs)
+        static = inputs.shape[:3]
         if all(size is not None and size >= low for size, low in zip(static, least, strict=True)):
             return super().convolution_op(inputs, kernel)
 
+        dynamic = tf.shape(inputs)
         sizes = [dynamic[axis] if size is None else size for axis, size in enumerate(static)]
         missing = [_at_least(0, low - size) for size, low in zip(sizes, least, strict=True)]
         # With a value to pad with, since oneDNN would make one operation of padding by zeros and
