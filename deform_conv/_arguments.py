@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
+# The largest stride, dilation, padding and number of groups that the op takes.
 MAX_EXTENT = 2**31 - 1
 
 _short = reprlib.Repr()
@@ -57,20 +58,22 @@ def _advice(value) -> str:
 
 
 def plain(value, argument: str):
-    """A tensor, variable or array as Python numbers or lists of them; all else as it is."""
+    """A small tensor, variable or array as Python numbers or lists of them; all else as it is."""
+    array = value
     if not isinstance(value, np.ndarray | np.generic):
         try:
             if not hasattr(value, "dtype"):
                 return value
-            known = tf.get_static_value(tf.convert_to_tensor(value))
+            array = tf.get_static_value(tf.convert_to_tensor(value))
         except Exception:
             return value
-        if known is None:
+        if array is None:
             raise ValueError(
                 f"{argument} must be known while the graph is made; received {shown(value)}"
             )
-        value = known
-    return np.asarray(value).tolist()
+    array = np.asarray(array)
+    # Four pairs are the most that an attribute holds. A batch of images would be a very long list.
+    return array.tolist() if array.size <= 8 else value
 
 
 def items(value, argument: str) -> list | None:
