@@ -37,6 +37,11 @@ MODELS = {"train_regular_conv.py": "regular_model", "tune_deform_conv.py": "defo
 SCRIPTS = dict(zip(("train", "tune"), MODELS, strict=True))
 FEW = ("--epochs", 3, "--batch-size", 32, "--test-digits", 20)
 MOST_KILLS_OF_ONE_TRAINING = 5
+RESUMED = "resuming after epoch"
+
+# So that a killed process has printed what it was to; and without TensorFlow's notices.
+ENVIRONMENT = {**os.environ, "PYTHONUNBUFFERED": "1"}
+ENVIRONMENT.pop("TF_CPP_MIN_LOG_LEVEL", None)
 
 # Runs a script until it is about to do something in its folder for the n-th time: one kind of step
 # (`os.rename:2`), or any (`step:7`). Then kills it.
@@ -145,8 +150,7 @@ class Training:
         return subprocess.Popen(
             [str(word) for word in (*command, *arguments, *options)],
             cwd=PROJECT,
-            # Scripts leave TensorFlow's notices out, if the variable is not set.
-            env={key: value for key, value in os.environ.items() if key != "TF_CPP_MIN_LOG_LEVEL"},
+            env=ENVIRONMENT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -187,10 +191,13 @@ def end(process: subprocess.Popen, kill_after: float | None = None) -> Ended:
 # --- Kills ---
 
 
-def kill_until_finished(training: Training, rng: random.Random, name: str, most: int) -> int:
-    """Trains in a new folder, and kills it up to `most` times. Returns how often."""
+def kill_until_finished(
+    training: Training, rng: random.Random, name: str, most: int
+) -> tuple[int, int]:
+    """Trains in a new folder, and kills it up to `most` times. Returns how many of them it was, and
+    how many of the processes resumed after an epoch."""
     folder = training.new_folder(name)
-    moments = []
+    moments, resumed = [], 0
     for _ in range(rng.randint(1, min(most, MOST_KILLS_OF_ONE_TRAINING))):
         if rng.random() < 0.3:
             moment = {"kill_after": round(rng.uniform(0, training.seconds), 3)}
@@ -198,15 +205,17 @@ def kill_until_finished(training: Training, rng: random.Random, name: str, most:
             step, count = rng.choice(sorted(training.steps.items()))
             moment = {"kill_at": f"{step}:{rng.randint(1, count)}"}
         ended = training.run(folder, **moment)
+        resumed += RESUMED in ended.stdout
         if ended.status != -signal.SIGKILL:
             break
         moments.append(str(*moment.values()))
     else:
         ended = training.run(folder)
+        resumed += RESUMED in ended.stdout
+    print(f"{name}: killed at {', '.join(moments) or 'no moment'}", flush=True)
     training.expect_same(ended, folder)
-    print(f"{name}: killed at {', '.join(moments) or 'no moment'}; the same", flush=True)
     shutil.rmtree(folder)
-    return len(moments)
+    return len(moments), resumed
 
 
 # --- Faults ---
@@ -265,7 +274,7 @@ def full_disk(training: Training, rng: random.Random, name: str) -> None:
     if ended.status != 0:
         ended.expect_one_line("File too large")
         ended = training.run(folder)
-        ended.expect("resuming after epoch" in ended.stdout, "it did not resume")
+        ended.expect(RESUMED in ended.stdout, "it did not resume")
     training.expect_same(ended, folder)
 
 
@@ -304,7 +313,7 @@ def occupied_path(training: Training, rng: random.Random, name: str) -> None:
     if kept.exists():
         kept.rename(path)
     ended = training.run(folder)
-    ended.expect("resuming after epoch" in ended.stdout, "it did not resume")
+    ended.expect(RESUMED in ended.stdout, "it did not resume")
     training.expect_same(ended, folder)
 
 
@@ -399,27 +408,30 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32))
     arguments = parser.parse_args()
-    print(f"seed {arguments.seed}")
+    print(f"seed {arguments.seed}", flush=True)
     work = Path(tempfile.mkdtemp(prefix="training-fuzz-"))
     try:
         for key, script in SCRIPTS.items():
             if arguments.script in (key, "both"):
                 campaign(Training(script, work), arguments)
     except FindingError as finding:
-        print(f"finding in {work}, with seed {arguments.seed}: {finding}")
-        sys.exit(1)
+        sys.exit(f"finding in {work}, with seed {arguments.seed}: {finding}")
     shutil.rmtree(work)
     print("no finding")
 
 
 def campaign(training: Training, arguments: argparse.Namespace) -> None:
-    kills = trainings = 0
+    kills = resumed = trainings = 0
     while kills < arguments.kills:
         name = f"kills-{trainings}"
         rng = random.Random(f"{arguments.seed} {training.script} {name}")
-        kills += kill_until_finished(training, rng, name, arguments.kills - kills)
-        trainings += 1
-    print(f"{training.script}: {kills} kills in {trainings} trainings, all the same", flush=True)
+        more = kill_until_finished(training, rng, name, arguments.kills - kills)
+        kills, resumed, trainings = kills + more[0], resumed + more[1], trainings + 1
+    print(
+        f"{training.script}: {trainings} trainings, {kills} kills, {resumed} times resumed; "
+        "all ended the same",
+        flush=True,
+    )
     for index in range(arguments.faults):
         fault = FAULTS[index % len(FAULTS)]
         name = f"{fault.__name__}-{index}"
