@@ -21,7 +21,7 @@ from conftest import STOP_AFTER_ONE_EPOCH, error_of, script
 import plot_conv_test
 import train_regular_conv
 import tune_deform_conv
-from utils import evaluate, mnist
+from utils import evaluate, mnist, training
 from utils.cli import UserError
 from utils.files import check_writable, locked, write_file
 from utils.model import DEFORM, REGULAR, build_model, save_weights, weights_file
@@ -203,6 +203,19 @@ def test_a_training_that_ends_in_nan_says_so_and_keeps_what_was(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_nan_in_a_later_epoch_leaves_the_state_before_it(tmp_path, monkeypatch, capsys):
+    history = tmp_path / "history"
+    options = (*FEW, "--checkpoint-dir", tmp_path, "--history", history)
+    with monkeypatch.context() as patch:
+        results = iter([(2.0, 0.5), (np.nan, 0.5)])
+        patch.setattr(training, "_train_epoch", lambda *_: next(results))
+        assert refusal(train_regular_conv, *options).startswith("epoch 2 ended with NaN")
+    assert json.loads(history.read_text()) == {"epoch": 1, "loss": 2.0, "accuracy": 0.5}
+    assert not weights_file(REGULAR, tmp_path).exists()
+    run(train_regular_conv, *options)
+    assert "resuming after epoch 1" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_weights_with_nan_are_refused(value, tmp_path):
     model = build_model(REGULAR)
@@ -292,18 +305,18 @@ def test_a_state_of_other_variables_is_told(state):
     make, _ = state
     other = keras.Sequential([keras.Input((2,)), keras.layers.Dense(4, name="dense")], name="small")
     with pytest.raises(UserError, match="holds other variables than those of small; --restart"):
-        training = make(other)
-        training._settings = make()._settings  # as if it began with the same weights
-        begin(training)
+        forged = make(other)
+        forged._settings = make()._settings  # as if it began with the same weights
+        begin(forged)
 
 
 @pytest.mark.parametrize("about", ["no JSON", "1", "{}", '{"history": 1, "settings": ""}'])
 def test_a_state_of_another_make_is_told(about, state):
     make, _ = state
-    training = make()
+    forged = make()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(json, "dumps", lambda _: about)
-        training.save(loss=2.0, accuracy=0.5)
+        forged.save(loss=2.0, accuracy=0.5)
     with pytest.raises(UserError, match=r"state cannot be read: .*; --restart starts over"):
         begin(make())
 
