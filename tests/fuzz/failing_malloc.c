@@ -4,8 +4,8 @@
 #include <stdatomic.h>
 #include <stddef.h>
 
-void *__libc_malloc(size_t size);
-void *__libc_memalign(size_t alignment, size_t size);
+void* __libc_malloc(size_t size);
+void* __libc_memalign(size_t alignment, size_t size);
 
 static atomic_size_t least;
 static atomic_long until;
@@ -27,21 +27,21 @@ static int fails(size_t size) {
   return 1;
 }
 
-void *malloc(size_t size) {
+void* malloc(size_t size) {
   if (!fails(size)) return __libc_malloc(size);
   errno = ENOMEM;
   return NULL;
 }
 
-void *memalign(size_t alignment, size_t size) {
+void* memalign(size_t alignment, size_t size) {
   if (!fails(size)) return __libc_memalign(alignment, size);
   errno = ENOMEM;
   return NULL;
 }
 
-void *aligned_alloc(size_t alignment, size_t size) { return memalign(alignment, size); }
+void* aligned_alloc(size_t alignment, size_t size) { return memalign(alignment, size); }
 
-int posix_memalign(void **memory, size_t alignment, size_t size) {
+int posix_memalign(void** memory, size_t alignment, size_t size) {
   *memory = fails(size) ? NULL : __libc_memalign(alignment, size);
   return *memory ? 0 : ENOMEM;
 }

@@ -1,6 +1,7 @@
 """Draws a case: it follows from the seed, its number and its mode, and from nothing else."""
 
 import math
+import operator
 from dataclasses import replace
 
 from op_cases import (
@@ -25,7 +26,7 @@ from op_changes import (
     change_size,
     permute,
 )
-from op_oracle import LARGEST, from_native, output_shape
+from op_oracle import LARGEST, from_native, native, output_shape
 
 # How often each mode is drawn, in parts of the whole.
 WEIGHTS = {
@@ -209,11 +210,12 @@ def _draw_layer(draw, case):
         # Keras has no explicit padding, no dilation beside strides, and no empty output of "valid".
         dilated_strides = max(meaning["strides"]) > 1 < max(meaning["dilations"])
         empty = meaning["padding"] == "VALID" and 0 in case.arguments["offset"].shape[1:]
-        # Nor does a convolution of TensorFlow on oneDNN read the right pixels (2.21) where strides
-        # are beyond the kernel, and offsets are such a convolution.
+        # A convolution gives the offsets. On oneDNN, TensorFlow's own (2.21) reads memory not yet
+        # written where images have one channel and strides are beyond the kernel.
+        channels = native(case.arguments["input"].shape, meaning["data_format"])[3]
         kernel = case.arguments["filters"].shape[:2]
-        empty |= any(s > k for s, k in zip(meaning["strides"], kernel, strict=True))
-        if isinstance(meaning["padding"], str) and not dilated_strides and not empty:
+        beyond = channels == 1 and any(map(operator.gt, meaning["strides"], kernel))
+        if isinstance(meaning["padding"], str) and not (dilated_strides or empty or beyond):
             break
     shape, channels_first = case.arguments["input"].shape, meaning["data_format"] == "NCHW"
     filters = case.arguments["filters"].shape
