@@ -92,6 +92,34 @@ def test_unknown_instruction_set_is_refused():
     assert core_text("cpu_instruction_set", DEFORM_CONV_CPU_ISA="sse9") == message
 
 
+EMPTY_BATCH = """
+import resource
+import tensorflow as tf
+from tests.conftest import run
+tensors = {
+    "input": tf.zeros((0, 4, 4, 6), tf.float16),
+    "filters": tf.zeros((3, 3, 6, 8), tf.float16),
+    "offset": tf.zeros((0, 2**30, 1, 18), tf.float32),
+}
+padding = [[0, 0], [2**30 - 2, 0], [0, 0], [0, 0]]
+resource.setrlimit(resource.RLIMIT_AS, (2**34, 2**34))
+print(run(tensors, {"padding": padding, "strides": [1, 2]})["grad_filters"].shape)
+"""
+
+
+def test_empty_batch_takes_no_memory_for_an_image():
+    """In 16 bits, the copy of one output would take 34 GB here."""
+    printed = subprocess.run(
+        [sys.executable, "-c", EMPTY_BATCH],
+        cwd=PROJECT,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "-1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "(3, 3, 6, 8)" in printed
+
+
 def symbols(*arguments):
     if shutil.which("nm") is None:
         pytest.skip("nm is not installed")

@@ -112,7 +112,7 @@ absl::Status ForEachRange(const Backend& backend, int64_t images, const Work& wo
   const int64_t range = std::max<int64_t>(granted, 1);
   absl::Status status;
   const auto allocate = [&](auto& tensor) {
-    if (status.ok()) status = tensor.Allocate(range);
+    if (status.ok()) status = tensor.Allocate(std::min(range, images));
   };
   (allocate(tensors), ...);
   int64_t begin = 0;
