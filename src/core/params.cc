@@ -33,7 +33,9 @@ struct Axis {
 // The output size of one axis, and the padding before it (which SAME derives).
 std::string SizeAxis(const Axis& axis, Padding padding, int64_t* out, int64_t* pad_before) {
   *out = kUnknown;
-  *pad_before = padding == Padding::kExplicit ? axis.pad_before : 0;
+  *pad_before = padding == Padding::kExplicit ? axis.pad_before
+                : padding == Padding::kSame   ? kUnknown
+                                              : 0;
   if (!Known(axis.in)) return "";
   if (padding == Padding::kSame) *out = CeilDiv(axis.in, axis.stride);
   if (!Known(axis.kernel)) return "";
