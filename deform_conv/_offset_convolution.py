@@ -3,6 +3,8 @@
 import keras
 import tensorflow as tf
 
+from ._arguments import MAX_EXTENT
+
 
 class OffsetConvolution(keras.layers.Conv2D):
     """A `Conv2D` that is part of a layer, and "channels_last".
@@ -36,35 +38,47 @@ class OffsetConvolution(keras.layers.Conv2D):
         output, and what is too much of that is cut off. Where nothing is empty, this costs nothing:
         TensorFlow neither pads by 0 nor slices the whole.
         """
-        extents = [
-            (taps - 1) * dilation + 1
-            for taps, dilation in zip(self.kernel_size, self.dilation_rate, strict=True)
-        ]
-        valid = self.padding == "valid"
-        least = [1, *extents] if valid else [1, 1, 1]
+        extents, strides = [1, 1, 1], [1, *self.strides]  # of batch, height and width
+        if self.padding == "valid":
+            taps_and_dilations = zip(self.kernel_size, self.dilation_rate, strict=True)
+            extents[1:] = [
+                min((taps - 1) * dilation + 1, MAX_EXTENT) for taps, dilation in taps_and_dilations
+            ]
         static = inputs.shape[:3]
-        if all(size is not None and size >= low for size, low in zip(static, least, strict=True)):
+        if all(s is not None and s >= extent for s, extent in zip(static, extents, strict=True)):
             return super().convolution_op(inputs, kernel)
 
+        for name, size, extent, stride in zip("NHW", static, extents, strides, strict=True):
+            if size is not None and extent - size > stride:
+                raise ValueError(
+                    f"inputs must have {name} of at least {extent - stride} for the dilated "
+                    f"kernel's {extent}. Received: {size}"
+                )
         dynamic = tf.shape(inputs)
         sizes = [dynamic[axis] if size is None else size for axis, size in enumerate(static)]
-        missing = [_at_least(0, low - size) for size, low in zip(sizes, least, strict=True)]
+        axes = list(zip(sizes, extents, strides, strict=True))
         # With a value to pad with, since oneDNN would make one operation of padding by zeros and
         # the convolution, in which nothing is extended.
-        zero = tf.zeros([], inputs.dtype)
-        extended = tf.pad(inputs, [*([0, more] for more in missing), [0, 0]], constant_values=zero)
+        extended = tf.pad(
+            inputs,
+            [*([0, _lack(*axis)] for axis in axes), [0, 0]],
+            constant_values=tf.zeros([], inputs.dtype),
+        )
         extended.set_shape([None, None, None, inputs.shape[3]])
         outputs = super().convolution_op(extended, kernel)
-
-        # The sizes that deform_conv2d expects, or 0 where it has an error for the images' size.
-        out_sizes = [sizes[0]]
-        for size, extent, stride in zip(sizes[1:], extents, self.strides, strict=True):
-            out_sizes.append(_at_least(0, (size - (extent if valid else 1)) // stride + 1))
+        out_sizes = [(size - extent) // stride + 1 for size, extent, stride in axes]
         outputs = tf.slice(outputs, [0, 0, 0, 0], [*out_sizes, -1])
         known = [size if isinstance(size, int) else None for size in out_sizes]
         outputs.set_shape([*known, kernel.shape[-1]])
         return outputs
 
 
-def _at_least(low: int, size):
-    return max(low, size) if isinstance(size, int) else tf.maximum(low, size)
+def _lack(size, extent: int, stride: int):
+    """How many pixels or images are missing for an output along an axis.
+
+    0 also if more than a stride is missing, for which TensorFlow has an error.
+    """
+    lack = extent - size
+    if isinstance(size, int):
+        return lack if 0 < lack <= stride else 0
+    return tf.where((lack > 0) & (lack <= stride), lack, 0)

@@ -566,11 +566,17 @@ def test_images_too_small_for_an_output_have_gradients(data_format):
     assert all(np.all(gradient == 0) for gradient in tf.nest.flatten(gradients))
 
 
-def test_images_too_small_for_the_kernel_are_refused():
-    layer = DeformableConv2D(6, 3)
+@pytest.mark.parametrize("modulated", [False, True])
+def test_images_too_small_for_the_kernel_are_refused(modulated):
+    layer = DeformableConv2D(6, 3, dilation_rate=2, modulated=modulated)
     layer.build((None, None, None, 4))
-    with pytest.raises(tf.errors.InvalidArgumentError, match="input has height 1 with its padding"):
-        layer(tf.zeros((2, 1, 8, 4)))
+    message = "inputs must have H of at least 4 for the dilated kernel's 5. Received: 1"
+    for call in (layer, layer.offset):
+        with pytest.raises(ValueError, match=message):
+            call(tf.zeros((2, 1, 8, 4)))
+    function = tf.function(layer, input_signature=[tf.TensorSpec([None, None, None, 4])])
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        function(tf.zeros((2, 1, 8, 4)))
 
 
 @pytest.mark.parametrize("modulated", [False, True])
