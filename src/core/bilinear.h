@@ -1,7 +1,7 @@
 // The sampling rule and its derivatives: the only copy, for every device.
 //
 // An image is extended with zeros, and a sample is 0 unless -1 < h < H and -1 < w < W. Inside, it
-// interpolates bilinearly between the four pixels around (h, w). At an integer position the
+// interpolates bilinearly between the four pixels around (h, w). At an integer position inside, the
 // derivative is the one towards +.
 //
 // Corners outside the image have no part in a sample, also beside infinite numbers, with which a
