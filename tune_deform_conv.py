@@ -120,7 +120,7 @@ def report_offsets(model: keras.Model, digits: Digits, count: int = 500) -> None
     images = digits.take(count).images
     print(f"offsets on {len(images)} scaled test digits, in pixels of the layer's input")
     for name in CONVOLUTION_NAMES:
-        offset = np.abs(offsets_of(model, name, images))
+        offset = np.abs(offsets_of(model, name, images).astype(np.float64))
         print(f"  {name}: mean |offset| {offset.mean():.3f}, largest {offset.max():.2f}")
 
 
