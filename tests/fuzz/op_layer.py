@@ -89,6 +89,8 @@ def _called(case, made, inputs):
     def with_gradient(inputs):
         with tf.GradientTape() as tape:
             outputs = made(inputs)
+        if isinstance(outputs, keras.KerasTensor):  # of a KerasTensor, for a functional model
+            return outputs, None
         return outputs, tape.gradient(outputs, made.kernel.value)
 
     if how == "function":
