@@ -8,6 +8,10 @@ a .png beside it.
 """
 
 import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from utils.quiet_tensorflow import keras
@@ -16,7 +20,7 @@ import cv2
 import numpy as np
 
 from utils.cli import PROJECT, UserError, number, reading, run
-from utils.files import check_writable, write_file
+from utils.files import check_writable, refuse_overwriting, write_file
 from utils.mnist import IMAGE_SIZE, warp, zoom_matrix
 from utils.model import (
     CHECKPOINTS,
@@ -66,8 +70,11 @@ def main() -> None:
         parser.error(f"--output must end in .gif, got {arguments.output}")
     still = arguments.output.with_suffix(".png")
     for output in (arguments.output, still):
-        if output.exists() and arguments.image.exists() and output.samefile(arguments.image):
-            parser.error(f"{output} would take the place of --image")
+        try:
+            refuse_overwriting("--output", output, {"--image": arguments.image})
+            refuse_overwriting("--image", arguments.image, {"--output": output})
+        except UserError as error:
+            parser.error(str(error))
         check_writable(output)
 
     digit = read_image(arguments.image)
@@ -96,11 +103,26 @@ def main() -> None:
     print(f"wrote {arguments.output} and {still}")
 
 
+@contextlib.contextmanager
+def without_stderr() -> Iterator[None]:
+    """Drops what C libraries write to stderr meanwhile."""
+    sys.stderr.flush()
+    stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(null)
+
+
 def read_image(path: Path) -> np.ndarray:
     """Reads an image file of any size as `[28, 28]` uint8, bright on dark like MNIST."""
     if not path.is_file():
         raise UserError(f"image {path} not found")
-    with reading(f"image {path} cannot be read"):  # it may be far too large
+    # It may be far too large. Of a damaged one, libraries write warnings of their own.
+    with reading(f"image {path} cannot be read"), without_stderr():
         image = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
     if image is None:
         raise UserError(f"{path} is no image that OpenCV can read")

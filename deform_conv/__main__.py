@@ -86,7 +86,11 @@ def _output_and_gradients(function, arguments, grad_output) -> dict[str, tf.Tens
 
 def main() -> None:
     describe()
-    sys.exit(0 if check() else 1)
+    try:
+        agrees = check()
+    except tf.errors.InvalidArgumentError as error:  # such as of a variable of the environment
+        sys.exit(f"error: {error.message}")
+    sys.exit(0 if agrees else 1)
 
 
 if __name__ == "__main__":

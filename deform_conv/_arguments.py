@@ -80,7 +80,10 @@ def items(value, argument: str) -> list | None:
     """The items of a sequence, also of a tensor or an array; None of anything else."""
     value = plain(value, argument)
     if isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview):
-        return list(value)
+        try:
+            return list(value)
+        except Exception:  # of a class of somebody's own
+            return None
     return None
 
 

@@ -66,13 +66,27 @@ def keras_object(value, argument: str):
         ) from error
 
 
+def dtype_policy(value):
+    """The policy that `value` is, names or describes."""
+    try:
+        policy = keras.dtype_policies.get(value)
+    except Exception:
+        policy = None
+    if not isinstance(policy, keras.DTypePolicy):
+        raise ValueError(f"dtype must be a type or a policy of Keras. Received: {shown(value)}")
+    return policy
+
+
 def positive_number(value, argument: str) -> float:
+    """A number that is above 0 and finite in float32."""
     try:
         fits = not isinstance(value, bool) and isinstance(value, numbers.Real)
         number = float(value) if fits else 0.0
     except OverflowError:
         number = math.inf
-    if not 0 < number < math.inf:
+    with np.errstate(all="ignore"):
+        in_float32 = float(np.float32(number))
+    if not 0 < in_float32 < math.inf:
         raise ValueError(f"{argument} must be a finite number above 0. Received: {shown(value)}")
     return number
 

@@ -71,7 +71,12 @@ def deformable(
     def copy_of(layer):
         config = layer.get_config()
         if any(layer is one for one in chosen):
-            return DeformableConv2D.from_config({**config, **options})
+            try:
+                return DeformableConv2D.from_config({**config, **options})
+            except TypeError as error:
+                # Keras puts the layer's own error into a longer one.
+                own = error.__context__
+                raise (own if isinstance(own, ValueError) else error) from None
         return type(layer).from_config(config)
 
     with _taken_for_uncompiled([model, *filter(_is_graph, originals)]):

@@ -8,6 +8,7 @@ import tensorflow as tf
 from ._arguments import shown
 from ._layer_arguments import (
     boolean,
+    dtype_policy,
     height_and_width,
     keras_object,
     one_of,
@@ -130,6 +131,8 @@ class DeformableConv2D(keras.layers.Conv2D):
         # None and numbers too, as in Conv2D: deformable() copies models that have them.
         if isinstance(use_bias, int | None):
             use_bias = bool(use_bias)
+        if kwargs.get("dtype") is not None:
+            kwargs["dtype"] = dtype_policy(kwargs["dtype"])
         # Keras takes much for these that it fails on later, or names no argument.
         super().__init__(
             filters=positive_integer(filters, "filters"),

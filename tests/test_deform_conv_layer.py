@@ -182,6 +182,18 @@ def test_offset_and_mask_are_those_that_the_layer_samples_with(images, rng):
     assert relative_error(layer(images), expected + layer.bias) <= 1e-6
 
 
+@pytest.mark.parametrize("mask_scale", [1e39, 1e-320, -1, 0, "2", True])
+def test_mask_scale_is_above_0_and_finite_in_float32(mask_scale):
+    with pytest.raises(ValueError, match="mask_scale must be a finite number above 0"):
+        DeformableConv2D(6, 3, modulated=True, mask_scale=mask_scale)
+
+
+@pytest.mark.parametrize("dtype", [{"class_name": "x"}, {}, "int128", [], object()], ids=str)
+def test_dtype_that_is_no_policy_is_refused(dtype):
+    with pytest.raises(ValueError, match="dtype must be "):
+        DeformableConv2D(6, 3, dtype=dtype)
+
+
 @pytest.mark.parametrize("mask_scale", [1, 2.0])
 def test_mask_starts_at_half_of_its_scale(mask_scale, images):
     layer = DeformableConv2D(6, 3, modulated=True, mask_scale=mask_scale)

@@ -175,6 +175,16 @@ def test_layers_are_chosen(choice, expected):
     assert deformable_names(deformable(small_model(), choice)) == expected
 
 
+@pytest.mark.parametrize(
+    "option", [{"modulated": 2}, {"mask_scale": -1}, {"deform_groups": 0}], ids=str
+)
+def test_options_that_do_not_fit_are_told_as_the_layer_tells(option):
+    model = keras.Sequential([keras.Input((8, 8, 2)), keras.layers.Conv2D(2, 3)])
+    (name,) = option
+    with pytest.raises(ValueError, match=f"^{name} must be "):
+        deformable(model, **option)
+
+
 def test_options_are_given_to_each_layer():
     options = {"deform_groups": 2, "modulated": True, "mask_scale": 1.0}
     copy = deformable(

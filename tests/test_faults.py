@@ -6,6 +6,7 @@ import resource
 import shutil
 import struct
 import sys
+import zipfile
 import zlib
 from argparse import Namespace
 from contextlib import contextmanager
@@ -67,7 +68,7 @@ def test_a_file_is_on_the_disk_before_it_takes_the_old_ones_place(tmp_path, monk
 
     monkeypatch.setattr(os, "fsync", fsync)
     folder = tmp_path / "folder"
-    file, unfinished = folder / "file", folder / "unfinished-file"
+    file, unfinished = folder / "file", folder / ".file.unfinished"
     write_file(file, b"new")
     assert steps == [(tmp_path, [folder]), (unfinished, b"new"), (folder, [file])]
 
@@ -152,6 +153,61 @@ def test_a_disk_too_full_for_the_state_is_told_before_the_training(tmp_path, cap
     assert message == f"cannot write {tmp_path}/regular_model.training/state: File too large"
     assert "Epoch" not in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
+
+
+PLACES = {
+    "the weights file": lambda folder, digits: folder / "regular_model.weights.h5",
+    "the training's state": lambda folder, digits: folder / "regular_model.training" / "history",
+    "--data": lambda folder, digits: digits,
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_history_takes_the_place_of_no_other_file_of_the_training(name, tmp_path):
+    digits = mnist_file(tmp_path / "mnist.npz")
+    place = PLACES[name](tmp_path, digits)
+    options = ("--checkpoint-dir", tmp_path, "--data", digits, "--history", place)
+    assert f"--history {place} would take the place of {name}, " in refusal(
+        train_regular_conv, *FEW, *options
+    )
+    assert list(tmp_path.iterdir()) == [digits]
+
+
+def test_tuned_weights_do_not_take_the_place_of_the_regular_ones(tmp_path):
+    path = weights_file(DEFORM, tmp_path)
+    shutil.copy(weights_file(REGULAR), path)
+    options = ("--regular-weights", path, "--checkpoint-dir", tmp_path)
+    message = refusal(tune_deform_conv, *FEW, *options)
+    assert message == f"the weights file {path} would take the place of --regular-weights, {path}"
+    assert path.read_bytes() == weights_file(REGULAR).read_bytes()
+
+
+def test_a_training_goes_on_with_the_data_that_it_began_with_wherever_they_are(tmp_path):
+    first, moved = mnist_file(tmp_path / "mnist.npz"), tmp_path / "moved.npz"
+    options = ("--epochs", 2, "--checkpoint-dir", tmp_path)
+    stopped = script("-c", STOP_AFTER_ONE_EPOCH, "stop", *options, "--data", first, check=False)
+    assert stopped.returncode == 130
+    first.rename(moved)
+    mnist_file(first, y_train=np.ones(3, np.uint8))
+    assert "begun with other settings" in refusal(train_regular_conv, *options, "--data", first)
+    run(train_regular_conv, *options, "--data", moved)
+
+
+def test_weights_of_another_suffix_are_told(tmp_path):
+    path = tmp_path / "regular.h5"
+    shutil.copy(weights_file(REGULAR), path)
+    message = refusal(tune_deform_conv, "--regular-weights", path, "--checkpoint-dir", tmp_path)
+    assert message == f"the name of weights must end in .weights.h5; it is {path}"
+
+
+def test_restart_does_not_empty_a_folder_that_is_linked_to(state, tmp_path):
+    make, file = state
+    other = tmp_path / "other"
+    file.parent.rename(other)
+    file.parent.symlink_to(other)
+    with pytest.raises(UserError, match=r"--restart does not empty .*, which is a link"):
+        begin(make(restart=True))
+    assert (other / "state").exists()
 
 
 @pytest.mark.parametrize("content", [b"a note\n", b"\xff\xfe", b"[]\n", b'{"epoch": 1}\n', b"1\n"])
@@ -324,7 +380,7 @@ def test_a_state_of_another_make_is_told(about, state):
 def test_a_training_killed_after_its_state_is_removed_starts_over(state):
     make, file = state
     file.unlink()
-    for name in ("lock", "unfinished-state"):
+    for name in ("lock", ".state.unfinished"):
         file.with_name(name).touch()
     assert begin(make()) == 0
     assert not file.parent.exists()
@@ -405,6 +461,15 @@ def test_digits_that_are_none_are_told(arrays, message, tmp_path):
         mnist.load_mnist(path)
 
 
+def test_a_file_with_members_that_are_no_arrays_is_told(tmp_path):
+    path = tmp_path / "mnist.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("x_train", "y_train", "x_test", "y_test"):
+            archive.writestr(name, "a note")
+    with pytest.raises(UserError, match=f"^{path} is no MNIST file .*: it holds something that is"):
+        mnist.load_mnist(path)
+
+
 @pytest.mark.parametrize("kind", ["empty", "text", "array", "cut", "without labels", "flipped"])
 def test_a_file_that_is_no_mnist_is_told(kind, tmp_path):
     path = mnist_file(tmp_path / "mnist.npz")
@@ -464,6 +529,14 @@ def test_a_full_standard_output_is_told_in_one_line():
     with Path("/dev/full").open("w") as full:
         message = error_of("utils/evaluate.py", "--test-digits", 10, stdout=full)
     assert message == "evaluate.py: error: [Errno 28] No space left on device"
+
+
+def test_unknown_instruction_set_is_told_in_one_line(tmp_path):
+    message = error_of(
+        "plot_conv_test.py", "--output", tmp_path / "viz.gif", DEFORM_CONV_CPU_ISA="sse9"
+    )
+    expected = 'DEFORM_CONV_CPU_ISA must be "baseline", "avx2", "avx512" or unset; received "sse9"'
+    assert message == f"plot_conv_test.py: error: {expected}"
 
 
 @pytest.mark.parametrize("name", ["tune_deform_conv.py", "utils/evaluate.py", "plot_conv_test.py"])

@@ -242,7 +242,7 @@ FOREIGN = {
     "stride of 0": ({"words": "1, 0, 0, 1, 1, 1, 0, 0, 0, 0, 1"}, "strides must be from 1"),
     "stride of 2": ({"words": "1, 0, 2, 1, 1, 1, 0, 0, 0, 0, 1"}, "offset has height and width"),
     "groups": ({"words": "1, 0, 1, 1, 1, 1, 0, 0, 0, 0, 2"}, "36 expected"),
-    "offset's type": ({"offset_type": "f64"}, "argument 2 has another type"),
+    "offset's type": ({"offset_type": "f64"}, "offset has another type"),
     "output's type": ({"output": "1x5x5x3xf64"}, "the output has another type"),
     "output's shape": ({"output": "1x5x5x2xf32"}, "the output's shape"),
 }

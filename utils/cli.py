@@ -47,6 +47,12 @@ def run(main: Callable[[], None]) -> None:
         if error.name != "libdeform_conv":
             raise
         message, status = f"error: {error}", 1
+    except Exception as error:
+        # TensorFlow's error about a variable of the environment.
+        found = re.search(r"DEFORM_CONV_\w+ must be .*?; received \"[^\"]*\"", str(error), re.S)
+        if not found:
+            raise
+        message, status = f"error: {found[0]}", 1
     except KeyboardInterrupt:
         message, status = "interrupted", 130
     else:

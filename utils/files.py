@@ -42,6 +42,30 @@ def check_writable(path: Path, size: int = 0) -> None:
             os.posix_fallocate(file.fileno(), 0, size)
 
 
+def unfinished_name(name: str) -> str:
+    """The name, in the same folder, of what becomes the file `name` once it is whole."""
+    return f".{name}.unfinished"
+
+
+def refuse_overwriting(option: str, path: Path, kept: dict[str, Path]) -> None:
+    """Makes sure that a file to be written is none of those that are `kept`, nor within them.
+
+    Args:
+      option: what names `path`, for the error.
+      path: the file to be written.
+      kept: other files and folders, by what names them.
+
+    Raises:
+      UserError: it is.
+    """
+    real = Path(os.path.realpath(path))
+    for name, other in kept.items():
+        taken = Path(os.path.realpath(other))
+        unfinished = taken.with_name(unfinished_name(taken.name))
+        if real in (taken, unfinished) or taken in real.parents:
+            raise UserError(f"{option} {path} would take the place of {name}, {other}")
+
+
 @contextlib.contextmanager
 def locked(path: Path, taken: str) -> Iterator[None]:
     """Holds a lock, whose file is `path`, until the end of the context or of this process.
@@ -77,7 +101,7 @@ def _unfinished(path: Path) -> Iterator[tuple[BinaryIO, Path, Path]]:
         if target.exists() and not target.is_file():
             raise UserError(f"cannot write {path}: it is no regular file")
         _make_folder(target.parent)
-        unfinished = target.with_name(f"unfinished-{target.name}")
+        unfinished = target.with_name(unfinished_name(target.name))
         with _open_locked(unfinished, fcntl.LOCK_EX) as file:
             try:
                 file.truncate()  # a killed process may have left something

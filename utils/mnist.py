@@ -45,6 +45,8 @@ def load_mnist(path: Path | str = MNIST_FILE) -> tuple[Digits, Digits]:
         np.load(path) as arrays,
     ):
         parts = [(arrays[f"x_{part}"], arrays[f"y_{part}"]) for part in ("train", "test")]
+        if not all(isinstance(array, np.ndarray) for part in parts for array in part):
+            raise ValueError("it holds something that is no array")
     train, test = (_digits(images, labels, path) for images, labels in parts)
     return train, test
 

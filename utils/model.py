@@ -78,6 +78,8 @@ def load_model(name: str, path: Path | None = None, folder: Path = CHECKPOINTS) 
     if not path.is_file():
         script = "train_regular_conv.py" if name == REGULAR else "tune_deform_conv.py"
         raise UserError(f"weights {path} not found: {script} writes them")
+    if not path.name.endswith(".weights.h5"):  # or Keras would look for another format in it
+        raise UserError(f"the name of weights must end in .weights.h5; it is {path}")
     model = build_model(name)
     with reading(f"{path} does not hold the weights of {name}"):
         model.load_weights(path)

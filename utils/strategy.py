@@ -93,11 +93,12 @@ def _cluster(tf_config: str | None) -> tuple[list[str], int]:
         well_formed = (
             list(cluster) == ["worker"]
             and isinstance(workers, list)
-            and all(isinstance(worker, str) for worker in workers)
+            and all(isinstance(worker, str) and worker.isprintable() for worker in workers)
             and task["type"] == "worker"
+            and type(index) is int
             and index in range(len(workers))
         )
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         well_formed = False
     if not well_formed:
         raise UserError(f"TF_CONFIG must be like {example}; it is {tf_config}")

@@ -10,7 +10,7 @@ from utils.quiet_tensorflow import keras, tf
 import numpy as np
 
 from utils.cli import UserError, number
-from utils.files import check_writable
+from utils.files import check_writable, refuse_overwriting
 from utils.loss_scale import LossScaleOptimizer
 from utils.mnist import (
     EASY_SHIFT,
@@ -22,7 +22,7 @@ from utils.mnist import (
 )
 from utils.model import CHECKPOINTS, not_finite, save_weights, weights_file
 from utils.strategy import add_strategy_arguments, is_chief
-from utils.training_state import TrainingState, check_history, write_history
+from utils.training_state import TrainingState, check_history, state_folder, write_history
 
 EVALUATION_BATCH = 500
 
@@ -117,8 +117,15 @@ def train(
     path = weights_file(model.name, arguments.checkpoint_dir)
     history = arguments.history if is_chief(strategy) else None
     if is_chief(strategy):
+        kept = {"--data": arguments.data}
+        if getattr(arguments, "regular_weights", None):
+            kept["--regular-weights"] = arguments.regular_weights
+        refuse_overwriting("the weights file", path, kept)
         check_writable(path, model.count_params() * 4)
     if history:
+        kept["the weights file"] = path
+        kept["the training's state"] = state_folder(model.name, arguments.checkpoint_dir)
+        refuse_overwriting("--history", history, kept)
         check_history(history)
     with state.held():
         state.begin()

@@ -13,7 +13,7 @@ from utils.quiet_tensorflow import keras, tf
 import numpy as np
 
 from utils.cli import UserError, reading
-from utils.files import check_writable, locked, write_file
+from utils.files import check_writable, locked, unfinished_name, write_file
 from utils.strategy import all_workers_have, is_chief
 
 # Options that a training may be resumed with others of: they make no difference to its result, or
@@ -26,6 +26,11 @@ _NO_SETTINGS = (
     "strategy",
     "logical_cpus",
 )
+
+
+def state_folder(name: str, folder: Path) -> Path:
+    """Where the state of a training of the model `name`, whose weights go to `folder`, is kept."""
+    return Path(folder) / f"{name}.training"
 
 
 class TrainingState:
@@ -43,7 +48,7 @@ class TrainingState:
         strategy: tf.distribute.Strategy,
     ):
         self.history: list[dict[str, float]] = []  # of each epoch
-        self._folder = Path(arguments.checkpoint_dir) / f"{model.name}.training"
+        self._folder = state_folder(model.name, arguments.checkpoint_dir)
         self._file, self._lock = self._folder / "state", self._folder / "lock"
         self._name = model.name
         self._strategy = strategy
@@ -57,6 +62,8 @@ class TrainingState:
             key: value for key, value in sorted(vars(arguments).items()) if key not in _NO_SETTINGS
         }
         settings["initial weights"] = _digest(model)
+        if "data" in settings:  # a file may be moved, or another one take its place
+            settings["data"] = hashlib.sha256(Path(arguments.data).read_bytes()).hexdigest()[:16]
         self._settings = json.dumps(settings, default=str)
 
     def held(self) -> contextlib.AbstractContextManager:
@@ -113,7 +120,7 @@ class TrainingState:
     def _restore(self) -> None:
         """Takes over what the file holds, if there is one."""
         if not self._file.exists():
-            ours = {self._lock.name, f"unfinished-{self._file.name}"}
+            ours = {self._lock.name, unfinished_name(self._file.name)}
             if others := {path.name for path in self._folder.glob("*")} - ours:
                 raise UserError(
                     f"{self._folder} holds no state of a training, but "
@@ -148,10 +155,19 @@ class TrainingState:
             )
         with np.load(io.BytesIO(content)) as arrays:
             values = dict(arrays)
-        return json.loads(str(values.pop("about"))), values
+        about = json.loads(str(values.pop("about")))
+        if not all(isinstance(value, np.ndarray) for value in values.values()):
+            raise ValueError("it holds something that is no array")
+        if [line["epoch"] for line in about["history"]] != list(
+            range(1, len(about["history"]) + 1)
+        ):
+            raise ValueError("its history is not of one epoch after the other")
+        return about, values
 
     def _forget(self) -> None:
         """Removes the state, and whatever else is in its folder."""
+        if self._folder.is_symlink():
+            raise UserError(f"--restart does not empty {self._folder}, which is a link")
         for path in self._folder.glob("*"):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)

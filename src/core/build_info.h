@@ -8,8 +8,8 @@
 // C functions, which Python calls with ctypes. The texts live as long as the library.
 extern "C" {
 
-// The instruction set that the CPU's inner loops use here: "baseline", "avx2" or "avx512"; or
-// why there is none.
+// The instruction set that the CPU's inner loops use here: "baseline", "avx2" or "avx512"; or the
+// error, if DEFORM_CONV_CPU_ISA names no instruction set.
 DEFORM_CONV_EXPORT const char* deform_conv_cpu_instruction_set();
 
 // What the GPU kernels are for, such as "CUDA 13.0 for 75 80"; empty where there are none.

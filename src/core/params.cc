@@ -14,6 +14,9 @@ namespace {
 // Coordinates within an image are ints, and every tensor's element count an int64_t.
 constexpr int64_t kMaxExtent = std::numeric_limits<int32_t>::max();
 
+// How messages name the sizes of images, whatever the data format.
+constexpr char kImages[] = "N, H, W, C";
+
 template <typename... Parts>
 std::string Message(const Parts&... parts) {
   std::ostringstream stream;
@@ -109,10 +112,11 @@ int64_t Product(std::initializer_list<int64_t> sizes) {
 
 // Checks one tensor's sizes: what it takes, in bytes too, is to fit an int64_t. An image is to fit
 // it even where there is none.
-std::string CheckSizes(const char* tensor, const std::array<int64_t, 4>& shape) {
+std::string CheckSizes(const char* tensor, const char* dimensions,
+                       const std::array<int64_t, 4>& shape) {
   const auto received = [&] {
-    return Message("; received sizes ", shape[0], ", ", shape[1], ", ", shape[2], ", ", shape[3],
-                   ", where ", kUnknown, " is unknown");
+    return Message("; received ", shape[0], ", ", shape[1], ", ", shape[2], ", ", shape[3], " (",
+                   dimensions, "), where ", kUnknown, " is unknown");
   };
   if (*std::min_element(shape.begin(), shape.end()) < kUnknown) {
     return Message(tensor, " must have sizes of 0 or more", received());
@@ -127,10 +131,10 @@ std::string CheckSizes(const char* tensor, const std::array<int64_t, 4>& shape) 
 }
 
 std::string CheckAllSizes(const DeformConvShapes& shapes) {
-  std::string error = CheckSizes("input", shapes.input);
-  if (error.empty()) error = CheckSizes("filters", shapes.filters);
-  if (error.empty()) error = CheckSizes("offset", shapes.offset);
-  if (error.empty() && shapes.has_mask) error = CheckSizes("mask", shapes.mask);
+  std::string error = CheckSizes("input", kImages, shapes.input);
+  if (error.empty()) error = CheckSizes("filters", "KH, KW, C / groups, O", shapes.filters);
+  if (error.empty()) error = CheckSizes("offset", kImages, shapes.offset);
+  if (error.empty() && shapes.has_mask) error = CheckSizes("mask", kImages, shapes.mask);
   return error;
 }
 
@@ -204,7 +208,7 @@ std::string CheckPerPosition(const char* argument, const std::array<int64_t, 4>&
     const int64_t expected =
         Product({per_tap, params.deform_groups, params.kernel_h, params.kernel_w});
     if (shape[3] != expected) {
-      const std::string number = Known(expected) ? Message(expected) : "more than 2^63";
+      const std::string number = Known(expected) ? Message(expected) : "2^63 or more";
       return Message(argument, " has ", shape[3], " channels; ", rule, params.kernel_h, " * ",
                      params.kernel_w, " = ", number, " expected");
     }
@@ -269,7 +273,7 @@ std::string MakeParams(const DeformConvAttributes& attributes, const DeformConvS
     if (!error.empty()) return error;
     FillFrom(shapes.mask, params);
   }
-  return CheckSizes("the output of input and filters",
+  return CheckSizes("the output of input and filters", kImages,
                     {params->batch, params->out_h, params->out_w, params->out_channels});
 }
 

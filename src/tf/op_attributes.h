@@ -27,6 +27,12 @@ struct OpAttributes {
 // grad_output last.
 enum Argument { kInput, kFilters, kOffset, kMask, kArguments };
 
+// What errors call input `index` of the ops.
+inline const char* ArgumentName(int index, bool has_mask) {
+  constexpr const char* kNames[] = {"input", "filters", "offset", "mask", "grad_output"};
+  return kNames[index < kMask || (index == kMask && has_mask) ? index : kArguments];
+}
+
 // The gradient op's attributes that say which gradients are wanted.
 constexpr const char* kWantAttributes[kArguments] = {"want_grad_input", "want_grad_filters",
                                                      "want_grad_offset", "want_grad_mask"};

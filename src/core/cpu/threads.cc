@@ -6,7 +6,8 @@
 namespace deform_conv {
 
 // Workspace is allocated by the worker that uses it, so it may throw. An exception must not leave a
-// pool's thread: the caller throws it instead. There is one kind only, so no std::exception_ptr is
+// pool's thread: the caller throws it instead. Nothing in a worker throws another kind, since
+// the kernels have been selected before, so no std::exception_ptr is
 // needed, which would ask for the C++ library of GCC 11.
 void RunOn(const CpuThreads& threads, int64_t count, const std::function<void(int64_t)>& work) {
   if (count <= 1) {

@@ -77,12 +77,14 @@ class Tile {
   // the other, the rounding errors of so many additions add up. So a tile sums up its own terms
   // first. Where samples lie apart, as they nearly always do, the loop ends soon.
   void PlanSums() {
-    constexpr int64_t kManySamples = 64;  // for each pixel
+    constexpr int64_t kManySamples = 64;  // for each pixel and channel
     const int64_t first_image = located_.begin / params_.image_positions();
     const int64_t images = (located_.end - 1) / params_.image_positions() + 1 - first_image;
     const int64_t samples = (located_.end - located_.begin) * params_.taps() *
                             (located_.end_deform_group - located_.first_deform_group);
-    const int64_t most_pixels = samples / (kManySamples * images);
+    // A deformable group adds to its own channels only.
+    const int64_t most_pixels =
+        (located_.end - located_.begin) * params_.taps() / (kManySamples * images);
     int64_t top = params_.in_h, bottom = -1, left = params_.in_w, right = -1;
     for (int64_t i = 0; i < samples; ++i) {
       const SampleBlock<T>& block = blocks_[i / SampleBlock<T>::kSize];

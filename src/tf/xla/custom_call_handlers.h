@@ -97,7 +97,8 @@ class CallArguments {
     const ffi::DataType compute_type = type() == ffi::F64 ? ffi::F64 : ffi::F32;
     for (size_t i = 0; i < buffers_.size(); ++i) {
       if (buffers_[i].element_type() != (i < kOffset ? type() : compute_type)) {
-        return absl::InvalidArgumentError(absl::StrCat("argument ", i, " has another type"));
+        return absl::InvalidArgumentError(
+            absl::StrCat(ArgumentName(i, true), " has another type than the call is for"));
       }
     }
     const auto dimensions = [this](int i) { return DimensionsOf(buffers_[i]); };
@@ -119,7 +120,8 @@ class CallArguments {
         DimensionsOf(result) == DimensionsOf(buffers_[i])) {
       return absl::OkStatus();
     }
-    return absl::InvalidArgumentError(absl::StrCat("gradient ", i, " does not fit its argument"));
+    return absl::InvalidArgumentError(absl::StrCat(
+        "grad_", ArgumentName(i, true), " has another type or shape than ", ArgumentName(i, true)));
   }
 
   template <typename T>

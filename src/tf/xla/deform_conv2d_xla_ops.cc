@@ -47,7 +47,7 @@ class DeformConv2DXlaOp : public XlaOpKernel {
       if (shape->is_static()) continue;
       return absl::InvalidArgumentError(
           absl::StrCat("XLA compiles deform_conv2d for static shapes only; received ",
-                       shape->ToString(), " as argument ", i));
+                       shape->ToString(), " as ", ArgumentName(i, has_mask())));
     }
     return MakeParamsOf(
         attributes_, [context](int index) { return Dimensions(context, index); }, params);
