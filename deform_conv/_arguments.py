@@ -1,8 +1,9 @@
 """Arguments in the form that the op takes, or a ValueError that says why they have none."""
 
+import contextlib
 import operator
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -24,24 +25,36 @@ def shown(value) -> str:
     return text if len(text) <= 200 else f"{text[:97]} ... {text[-97:]}"
 
 
+@contextlib.contextmanager
+def converting(failure: Callable[[], str]) -> Iterator[None]:
+    """A context that converts an argument to a tensor; any failure becomes a ValueError.
+
+    TensorFlow and what it converts raise whatever they like, and name no argument. A lack of memory
+    stays what it is.
+    """
+    try:
+        yield
+    except (MemoryError, tf.errors.ResourceExhaustedError):
+        raise
+    except Exception as error:
+        raise ValueError(failure()) from error
+
+
 def to_tensor(value, argument: str, dtypes: Sequence[tf.DType], hint: tf.DType | None = None):
     """Converts `value` to a tensor of one of `dtypes`; Python numbers become `hint`, if given."""
     *others, last = (dtype.name for dtype in dtypes)
     expected = f"{', '.join(others)} or {last}" if others else last
     if hint is not None:
         expected += " here"
-    try:
+    with converting(
+        lambda: (
+            f"{argument} must be a tensor of {expected}; received {shown(value)}{_advice(value)}"
+        )
+    ):
         hint = None if hasattr(value, "dtype") else hint
         tensor = tf.convert_to_tensor(value, dtype_hint=hint, name=argument)
         if tf.executing_eagerly() and tf.is_symbolic_tensor(tensor):
             raise TypeError("a tensor of a graph has no value outside of it")
-    except (MemoryError, tf.errors.ResourceExhaustedError):
-        raise
-    except Exception as error:
-        # TensorFlow and what it converts raise whatever they like, and name no argument.
-        raise ValueError(
-            f"{argument} must be a tensor of {expected}; received {shown(value)}{_advice(value)}"
-        ) from error
     if tensor.dtype not in dtypes:
         raise ValueError(f"{argument} must be {expected}; received {tensor.dtype.name}")
     return tensor

@@ -7,25 +7,20 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from ._arguments import MAX_EXTENT, integer_or_none, items, shown
+from ._arguments import MAX_EXTENT, converting, integer_or_none, items, shown
 
 
 def tensor(value, argument: str):
     """A tensor of numbers, or a KerasTensor that stands for one."""
-    try:
+    with converting(
+        lambda: f"{argument} must be a dense tensor of real numbers. Received: {shown(value)}"
+    ):
         converted = value if isinstance(value, keras.KerasTensor) else tf.convert_to_tensor(value)
         dtype = tf.as_dtype(converted.dtype)
         if not (dtype.is_floating or dtype.is_integer or dtype.is_bool):
             raise TypeError(f"{dtype.name} is no type of real numbers")
         if getattr(converted, "sparse", False) or getattr(converted, "ragged", False):
             raise TypeError("TensorFlow converts neither sparse nor ragged tensors to dense ones")
-    except (MemoryError, tf.errors.ResourceExhaustedError):
-        raise
-    except Exception as error:
-        # TensorFlow and what it converts raise whatever they like, and name no argument.
-        raise ValueError(
-            f"{argument} must be a dense tensor of real numbers. Received: {shown(value)}"
-        ) from error
     if tf.TensorShape(converted.shape).rank is None:
         raise ValueError(f"{argument} must have a known rank. Received: {shown(value)}")
     return converted

@@ -105,7 +105,7 @@ class CallArguments {
     return MakeParamsOf(attributes, dimensions, params);
   }
 
-  // Fails unless `result`, the output or its gradient, has the type of the input and the shape of
+  // Fails unless `output`, or the output's gradient, has the type of the input and the shape of
   // the output.
   absl::Status CheckOutput(const DeformConvParams& params, const ffi::AnyBuffer& output) const {
     if (output.element_type() != type()) {
