@@ -12,6 +12,12 @@ class OffsetConvolution(keras.layers.Conv2D):
     Keras never rounds its kernel and bias to the 16 bits of the layer around it.
     """
 
+    keeps_weights = False  # when a file is loaded, which has none for it
+
+    def load_own_variables(self, store):
+        if not self.keeps_weights:
+            super().load_own_variables(store)
+
     def add_weight(self, *args, **kwargs):
         return super().add_weight(*args, autocast=False, **kwargs)
 

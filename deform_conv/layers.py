@@ -18,6 +18,7 @@ from ._layer_arguments import (
 )
 from ._library import xla_kernels_loaded
 from ._offset_convolution import OffsetConvolution
+from ._plain_weights import choose_weights
 from .ops import deform_conv2d
 
 if keras.backend.backend() != "tensorflow":
@@ -259,6 +260,13 @@ class DeformableConv2D(keras.layers.Conv2D):
         self._specify_inputs(channels)
         for convolution in filter(None, (self.offset_conv, self.mask_conv)):
             convolution.build((None, None, None, channels))
+
+    def load_own_variables(self, store):
+        """Loads the kernel and the bias, also of a `Conv2D` of the same name."""
+        plain = choose_weights(store, self.name)
+        for convolution in filter(None, (self.offset_conv, self.mask_conv)):
+            convolution.keeps_weights = plain
+        super().load_own_variables(store)
 
     def offset(self, inputs):
         """The offsets that the layer computes from images, as `deform_conv2d` takes them.
