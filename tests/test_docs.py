@@ -1,8 +1,10 @@
 """The Python of each page is a program that runs, and whose assertions hold."""
 
+import importlib.util
 import itertools
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -17,12 +19,29 @@ def program_of(page) -> str:
     return "\n".join(re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S))
 
 
+# What a page may need beside requirements.txt: packages, by its imports, and commands, by name.
+PACKAGES = ("onnx", "onnxruntime", "tf2onnx", "torch", "torchvision")
+COMMANDS = ("cc",)
+
+
+def missing_for(program: str) -> list[str]:
+    imported = re.findall(r"^\s*(?:import|from) (\w+)", program, re.M)
+    packages = [name for name in PACKAGES if name in imported]
+    commands = [name for name in COMMANDS if f'"{name}"' in program]
+    return [
+        *(name for name in packages if importlib.util.find_spec(name) is None),
+        *(name for name in commands if shutil.which(name) is None),
+    ]
+
+
 @pytest.mark.parametrize("page", ["README.md", *PAGES], ids=str)
 def test_program_of_a_page_runs(page, tmp_path):
     program = program_of(page)
     if not program:
         assert str(page) in ("docs/README.md", "docs/install.md")
         return
+    if missing := missing_for(program):
+        pytest.skip(f"needs {', '.join(missing)}")
     file = tmp_path / "program.py"
     file.write_text(program)
     completed = subprocess.run(
