@@ -43,6 +43,25 @@ def height_and_width(value, argument: str) -> tuple[int, int]:
     return tuple(positive_integer(number, argument) for number in pair)
 
 
+def image_padding(value) -> str | tuple[tuple[int, int], tuple[int, int]]:
+    """ "valid", "same" or ((top, bottom), (left, right))."""
+    if isinstance(value, str) and value.lower() in ("valid", "same"):
+        return value.lower()
+    sequence = items(value, "padding")
+    axes = [value, value] if sequence is None else sequence
+    pairs = [[axis, axis] if (pair := items(axis, "padding")) is None else pair for axis in axes]
+    numbers = [integer_or_none(number, "padding") for pair in pairs for number in pair]
+    if [len(pair) for pair in pairs] != [2, 2] or any(n is None or n < 0 for n in numbers):
+        raise ValueError(
+            "padding must be 'valid' or 'same', or integers of at least 0: one, (h, w) or "
+            f"((top, bottom), (left, right)). Received: {shown(value)}"
+        )
+    if max(numbers) > MAX_EXTENT:
+        raise ValueError(f"padding must be at most {MAX_EXTENT}. Received: {shown(value)}")
+    top, bottom, left, right = numbers
+    return (top, bottom), (left, right)
+
+
 def one_of(value, argument: str, choices: tuple[str, ...]) -> str:
     if not isinstance(value, str) or value.lower() not in choices:
         expected = " or ".join(map(repr, choices))

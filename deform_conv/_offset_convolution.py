@@ -4,9 +4,10 @@ import keras
 import tensorflow as tf
 
 from ._arguments import MAX_EXTENT
+from ._padded_convolution import PaddedConv2D
 
 
-class OffsetConvolution(keras.layers.Conv2D):
+class OffsetConvolution(PaddedConv2D):
     """A `Conv2D` that is part of a layer, and "channels_last".
 
     Keras never rounds its kernel and bias to the 16 bits of the layer around it.
@@ -44,39 +45,53 @@ class OffsetConvolution(keras.layers.Conv2D):
         output, and what is too much of that is cut off. Where nothing is empty, this costs nothing:
         TensorFlow neither pads by 0 nor slices the whole.
         """
-        extents, strides = [1, 1, 1], [1, *self.strides]  # of batch, height and width
-        if self.padding == "valid":
-            taps_and_dilations = zip(self.kernel_size, self.dilation_rate, strict=True)
-            extents[1:] = [
-                min((taps - 1) * dilation + 1, MAX_EXTENT) for taps, dilation in taps_and_dilations
-            ]
+        strides = [1, *self.strides]  # of batch, height and width
+        spans = [1, *self._spans]
+        extents = [min(max(span, 1), MAX_EXTENT) for span in spans]
         static = inputs.shape[:3]
         if all(s is not None and s >= extent for s, extent in zip(static, extents, strict=True)):
-            return super().convolution_op(inputs, kernel)
+            return self._convolve(inputs, kernel)
 
         for name, size, extent, stride in zip("NHW", static, extents, strides, strict=True):
             if size is not None and extent - size > stride:
+                padded = "" if isinstance(self.padding, str) else " less the padding"
                 raise ValueError(
                     f"inputs must have {name} of at least {extent - stride} for the dilated "
-                    f"kernel's {extent}. Received: {size}"
+                    f"kernel's {extent}{padded}. Received: {size}"
                 )
         dynamic = tf.shape(inputs)
         sizes = [dynamic[axis] if size is None else size for axis, size in enumerate(static)]
         axes = list(zip(sizes, extents, strides, strict=True))
-        # With a value to pad with, since oneDNN would make one operation of padding by zeros and
-        # the convolution, in which nothing is extended.
-        extended = tf.pad(
-            inputs,
-            [*([0, _lack(*axis)] for axis in axes), [0, 0]],
-            constant_values=tf.zeros([], inputs.dtype),
-        )
+        extended = _pad(inputs, [*([0, _lack(*axis)] for axis in axes), [0, 0]])
         extended.set_shape([None, None, None, inputs.shape[3]])
-        outputs = super().convolution_op(extended, kernel)
-        out_sizes = [(size - extent) // stride + 1 for size, extent, stride in axes]
+        outputs = self._convolve(extended, kernel)
+        out_sizes = [
+            (size - span) // stride + 1
+            for size, span, stride in zip(sizes, spans, strides, strict=True)
+        ]
         outputs = tf.slice(outputs, [0, 0, 0, 0], [*out_sizes, -1])
         known = [size if isinstance(size, int) else None for size in out_sizes]
         outputs.set_shape([*known, kernel.shape[-1]])
         return outputs
+
+    def _convolve(self, inputs, kernel):
+        if isinstance(self.padding, str):
+            return super().convolution_op(inputs, kernel)
+        # tf.nn.conv2d takes such padding too, but has no gradient on a CPU where it is dilated, and
+        # _pad() says what else.
+        inputs = _pad(inputs, self.tensorflow_padding)
+        return tf.nn.convolution(
+            inputs, kernel, self.strides, "VALID", dilations=self.dilation_rate
+        )
+
+
+def _pad(inputs, paddings):
+    """Pads by a value, which is 0.
+
+    oneDNN would make one operation of padding by zeros and the convolution, which extends nothing
+    that is empty, and ends the process where the padding is very large.
+    """
+    return tf.pad(inputs, paddings, constant_values=tf.zeros([], inputs.dtype))
 
 
 def _lack(size, extent: int, stride: int):

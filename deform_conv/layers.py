@@ -18,6 +18,7 @@ from ._layer_arguments import (
 )
 from ._library import xla_kernels_loaded
 from ._offset_convolution import OffsetConvolution
+from ._padded_convolution import PaddedConv2D
 from ._plain_weights import choose_weights
 from .ops import deform_conv2d
 
@@ -34,7 +35,7 @@ _COMPUTE_DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
 @keras.saving.register_keras_serializable(package="deform_conv")
-class DeformableConv2D(keras.layers.Conv2D):
+class DeformableConv2D(PaddedConv2D):
     """2D deformable convolution layer.
 
     A `keras.layers.Conv2D` that samples its input where an offset (dy, dx), in pixels, moves each
@@ -65,10 +66,13 @@ class DeformableConv2D(keras.layers.Conv2D):
     Zhu et al., Deformable ConvNets v2, arXiv:1811.11168.
 
     Args:
-      filters, kernel_size, strides, padding, data_format, dilation_rate, groups, activation,
-        use_bias, kernel_initializer, bias_initializer, kernel_regularizer, bias_regularizer,
+      filters, kernel_size, strides, data_format, dilation_rate, groups, activation, use_bias,
+        kernel_initializer, bias_initializer, kernel_regularizer, bias_regularizer,
         activity_regularizer, kernel_constraint, bias_constraint: as in `Conv2D`; activation,
         regularizers and constraints are not those of `offset_conv` and `mask_conv`.
+      padding: "valid" or "same", as in `Conv2D`; or numbers of zeros, at least 0: one, or (h, w),
+        for both sides as PyTorch pads, or ((top, bottom), (left, right)). At a stride above 1,
+        "same" depends on the size of the image, and pads more below and on the right.
       deform_groups: number of groups of consecutive input channels with offsets and masks of their
         own; divides the number of input channels.
       modulated: whether a mask scales the samples (version 2).
@@ -139,7 +143,7 @@ class DeformableConv2D(keras.layers.Conv2D):
             filters=positive_integer(filters, "filters"),
             kernel_size=height_and_width(kernel_size, "kernel_size"),
             strides=height_and_width(strides, "strides"),
-            padding=one_of(padding, "padding", ("valid", "same")),
+            padding=padding,
             data_format=data_format,
             dilation_rate=height_and_width(dilation_rate, "dilation_rate"),
             groups=positive_integer(groups, "groups"),
@@ -406,7 +410,7 @@ class DeformableConv2D(keras.layers.Conv2D):
             keras.ops.cast(offset, self._offset_dtype),
             mask,
             strides=self.strides,
-            padding=self.padding.upper(),
+            padding=self.tensorflow_padding,
             dilations=self.dilation_rate,
             deform_groups=self.deform_groups,
             data_format=data_format,

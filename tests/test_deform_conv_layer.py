@@ -24,6 +24,13 @@ ARGUMENTS = [
 ]
 OPTIONS = ("deform_groups", "modulated")
 
+# Padding that Conv2D does not have.
+PADDED = [
+    {"padding": 1, "strides": 2},
+    {"padding": (0, 2), "dilation_rate": 2, "groups": 2, "modulated": True},
+    {"padding": ((2, 0), (1, 3)), "strides": (2, 3), "modulated": True, "deform_groups": 2},
+]
+
 
 @pytest.fixture
 def images(rng):
@@ -127,7 +134,7 @@ def test_channels_first_equals_channels_last(images, rng):
 
 
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
-@pytest.mark.parametrize("arguments", ARGUMENTS)
+@pytest.mark.parametrize("arguments", ARGUMENTS + PADDED)
 def test_shape_and_type_are_known_before_the_call(arguments, data_format, images):
     layer = new_layer(arguments | {"data_format": data_format, "dtype": "mixed_bfloat16"})
     images = images if data_format == "channels_last" else channels_first(images)
@@ -149,6 +156,148 @@ def test_integer_images_are_converted(rng):
     images = tf.constant(rng.integers(0, 255, (2, 9, 8, 4)), "uint8")
     layer = DeformableConv2D(6, 3)
     assert relative_error(layer(images), layer(tf.cast(images, "float32"))) <= 1e-6
+
+
+# --- Padding by numbers ---
+
+
+def padded(images, layer):
+    """`images` with the layer's padding as zeros around them."""
+    (top, bottom), (left, right) = layer.padding
+    return tf.pad(images, [(0, 0), (top, bottom), (left, right), (0, 0)])
+
+
+@pytest.mark.parametrize(
+    "padding", [1, (1, 1), [1, (1, 1)], ((1, 1), (1, 1)), np.ones(2, int), tf.ones((2, 2), "int32")]
+)
+def test_one_number_and_one_per_axis_are_padding_of_both_sides(padding):
+    assert DeformableConv2D(6, 3, padding=padding).padding == ((1, 1), (1, 1))
+
+
+def test_padding_by_numbers_is_height_first_and_before_after():
+    assert DeformableConv2D(6, 3, padding=(1, 2)).padding == ((1, 1), (2, 2))
+    shape = DeformableConv2D(6, 1, padding=((1, 2), (3, 4))).compute_output_shape((2, 9, 8, 4))
+    assert shape == (2, 9 + 3, 8 + 7, 6)
+
+
+@pytest.mark.parametrize("arguments", PADDED)
+def test_new_layer_with_padding_computes_what_conv2d_does_on_padded_images(arguments, images):
+    layer = new_layer(arguments)
+    regular = keras.layers.Conv2D(
+        **{"filters": 6, "kernel_size": 3}
+        | {name: arguments[name] for name in arguments if name not in (*OPTIONS, "padding")}
+    )
+    regular.build((2, 9, 8, 4))
+    layer.build((2, 9, 8, 4))
+    regular.set_weights(layer.get_weights()[:2])
+    results = []
+    for function, variables in (
+        (layer, [layer.kernel, layer.bias]),
+        (lambda images: regular(padded(images, layer)), regular.trainable_variables),
+    ):
+        with tf.GradientTape() as tape:
+            tape.watch(images)
+            outputs = function(images)
+        results.append([outputs, *tape.gradient(outputs, [images, *variables])])
+    for actual, expected in zip(*results, strict=True):
+        assert relative_error(actual, expected) <= 1e-6
+
+
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+@pytest.mark.parametrize("arguments", PADDED)
+def test_padding_by_numbers_is_that_of_the_op_and_of_the_offsets(
+    arguments, data_format, images, rng
+):
+    inputs = keras.Input((4, 9, 8) if data_format == "channels_first" else (9, 8, 4))
+    model = random_model(rng, inputs, data_format=data_format, **arguments)
+    layer = model.layers[-1]
+
+    def last(tensor):
+        return tf.transpose(tensor, [0, 2, 3, 1]) if data_format == "channels_first" else tensor
+
+    given = channels_first(images) if data_format == "channels_first" else images
+    convolved = {
+        convolution.name: convolution.bias
+        + tf.nn.convolution(
+            padded(images, layer),
+            convolution.kernel,
+            strides=layer.strides,
+            padding="VALID",
+            dilations=layer.dilation_rate,
+        )
+        for convolution in (layer.offset_conv, layer.mask_conv)
+        if convolution is not None
+    }
+    offset, mask = convolved["offset_conv"], None
+    assert relative_error(last(layer.offset(given)), offset) <= 1e-6
+    if layer.modulated:
+        mask = 2 * tf.sigmoid(convolved["mask_conv"])
+        assert relative_error(last(layer.mask(given)), mask) <= 1e-6
+    expected = deform_conv2d(
+        images,
+        layer.kernel,
+        offset,
+        mask,
+        strides=layer.strides,
+        padding=[(0, 0), *layer.padding, (0, 0)],
+        dilations=layer.dilation_rate,
+        deform_groups=layer.deform_groups,
+    )
+    assert relative_error(last(model(given)), expected + layer.bias) <= 1e-5
+
+
+def test_padding_by_numbers_is_same_at_stride_1_and_elsewhere_at_stride_2(images):
+    for strides, equal in ((1, True), (2, False)):
+        layers = [DeformableConv2D(6, 3, strides, padding) for padding in ("same", 1)]
+        outputs = []
+        for layer in layers:
+            layer.build((2, 9, 8, 4))
+            layer.set_weights(layers[0].get_weights())
+            outputs.append(layer(images))
+        assert outputs[0].shape == outputs[1].shape
+        assert (relative_error(*outputs) <= 1e-6) == equal
+
+
+@pytest.mark.parametrize("arguments", PADDED)
+def test_sizes_may_be_unknown_with_padding(arguments, images, rng):
+    model = random_model(rng, keras.Input((None, None, 4)), **arguments)
+    assert model.output_shape == (None, None, None, 6)
+    layer = model.layers[-1]
+    assert relative_error(model(images), layer(images)) <= 1e-6
+    function = tf.function(layer, input_signature=[tf.TensorSpec([None, None, None, 4])])
+    assert relative_error(function(images), layer(images)) <= 1e-6
+
+
+def test_offsets_of_a_dilated_layer_with_padding_learn(images):
+    layer = DeformableConv2D(6, 3, padding=2, dilation_rate=2, modulated=True)
+    model = keras.Sequential([keras.Input((9, 8, 4)), layer])
+    model.compile("adam", "mse")
+    model.fit(images, tf.ones((2, 9, 8, 6)), verbose=0)
+    for convolution in (layer.offset_conv, layer.mask_conv):
+        assert np.all(convolution.kernel.numpy() != 0)
+
+
+@pytest.mark.parametrize("own_offsets", [True, False])
+def test_images_too_small_for_the_kernel_less_the_padding_are_refused(own_offsets):
+    layer = DeformableConv2D(6, 7, padding=((1, 1), (3, 3)), own_offsets=own_offsets)
+    with pytest.raises(ValueError, match=r"at least \(5, 1\) for the dilated kernel less the padd"):
+        layer.compute_output_shape((2, 4, 8, 4))
+    if own_offsets:
+        layer.build((None, None, None, 4))
+        message = "H of at least 4 for the dilated kernel's 5 less the padding. Received: 3"
+        with pytest.raises(ValueError, match=message):
+            layer(tf.zeros((2, 3, 8, 4)))
+
+
+@pytest.mark.parametrize(
+    "compiled", [tf.function, lambda function, **_: function], ids=["graph", "eager"]
+)
+def test_padding_beyond_memory_is_an_error(compiled):
+    """TensorFlow's own convolutions, and those that it joins with a padding, end the process."""
+    layer = DeformableConv2D(2, 1, padding=((0, 2**31 - 1), (0, 2**27)))
+    function = compiled(layer, input_signature=[tf.TensorSpec([None, None, None, 64])])
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        function(tf.zeros((1, 9, 8, 64)))  # 2**64 numbers, which no memory holds
 
 
 # --- Offsets and masks of its own ---
@@ -285,8 +434,14 @@ COPIES = WITH_WEIGHTS | WITHOUT_WEIGHTS
 @pytest.mark.parametrize("make_copy", COPIES)
 @pytest.mark.parametrize(
     "arguments",
-    [{}, {"data_format": "channels_first"}, {"dtype": "mixed_float16"}, {"dtype": "float64"}],
-    ids=lambda arguments: "-".join(arguments.values()),
+    [
+        {},
+        {"data_format": "channels_first"},
+        {"dtype": "mixed_float16"},
+        {"dtype": "float64"},
+        {"padding": ((2, 0), (1, 3))},
+    ],
+    ids=lambda arguments: "-".join(map(str, arguments.values())),
 )
 def test_offsets_and_masks_of_a_copied_model_are_those_that_it_samples_with(
     arguments, make_copy, images, tmp_path, rng
@@ -495,10 +650,12 @@ def empty_case(shape, data_format, own_offsets=True, **arguments):
         **arguments,
     )
     batch, *size, _ = shape
-    cut = 0 if layer.padding == "same" else 2
+    cuts = {"same": (0, 0), "valid": (2, 2)}
+    if layer.padding not in cuts:
+        cuts[layer.padding] = [2 - sum(pads) for pads in layer.padding]
     size = [
         max(0, -(-(length - cut) // stride))
-        for length, stride in zip(size, layer.strides, strict=True)
+        for length, cut, stride in zip(size, cuts[layer.padding], layer.strides, strict=True)
     ]
     shapes = [shape, (batch, *size, 36), (batch, *size, 18), (batch, *size, 6)]
     if data_format == "channels_first":
@@ -519,10 +676,11 @@ def outputs_and_gradients(layer, inputs):
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 @pytest.mark.parametrize("own_offsets", [True, False])
 @pytest.mark.parametrize("strides", [1, 2])
+@pytest.mark.parametrize("padding", ["same", 1, ((2, 1), (0, 3))], ids=str)  # more than nothing too
 @pytest.mark.parametrize("shape", EMPTY.values(), ids=EMPTY)
-def test_nothing_comes_of_nothing(shape, strides, own_offsets, data_format):
+def test_nothing_comes_of_nothing(shape, padding, strides, own_offsets, data_format):
     layer, inputs, output_shape, offset_shape = empty_case(
-        shape, data_format, own_offsets, padding="same", strides=strides
+        shape, data_format, own_offsets, padding=padding, strides=strides
     )
     outputs, gradients = outputs_and_gradients(layer, inputs)
     assert outputs.shape == output_shape
@@ -530,13 +688,16 @@ def test_nothing_comes_of_nothing(shape, strides, own_offsets, data_format):
     sources = tf.nest.flatten([inputs, list(layer.trainable_variables)])
     for source, gradient in zip(sources, tf.nest.flatten(gradients), strict=True):
         assert gradient.shape == source.shape
-        assert np.all(gradient == 0)
+        if source is layer.bias:  # which is added to what padding alone gives
+            assert np.all(gradient == outputs.shape.num_elements() // 6)
+        else:
+            assert np.all(gradient == 0)
     if own_offsets:
         assert layer.offset(inputs).shape == offset_shape
 
 
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
-@pytest.mark.parametrize("padding", ["valid", "same"])
+@pytest.mark.parametrize("padding", ["valid", "same", ((2, 1), (0, 3))], ids=str)
 @pytest.mark.parametrize(
     "jit_compile",
     [
@@ -778,7 +939,7 @@ def test_result_is_that_of_float32_but_for_rounding(dtype, tolerance, images, rn
 # --- Saving and training ---
 
 
-@pytest.mark.parametrize("arguments", ARGUMENTS)
+@pytest.mark.parametrize("arguments", ARGUMENTS + PADDED)
 def test_layer_survives_saving_and_loading(arguments, images, tmp_path, rng):
     model = random_model(rng, **arguments)
     model.save(tmp_path / "model.keras")
@@ -850,6 +1011,7 @@ def test_xla_compiles_the_layer_where_it_knows_the_op():
 
 INTEGER, PAIR = "an integer above 0", "one or two integers"
 NUMBER, FLAG = "a finite number above 0", "True or False"
+PADDING = "'valid' or 'same', or integers of at least 0"
 
 
 @pytest.mark.parametrize(
@@ -876,10 +1038,21 @@ NUMBER, FLAG = "a finite number above 0", "True or False"
         ("strides", 10**5000, "at most 2147483647"),
         ("dilation_rate", True, INTEGER),
         ("dilation_rate", [[1, 1]], PAIR),
-        ("padding", "causal", "'valid' or 'same'"),
-        ("padding", ((1, 1), (1, 1)), "'valid' or 'same'"),
-        ("padding", None, "'valid' or 'same'"),
-        ("padding", b"same", "'valid' or 'same'"),
+        ("padding", "causal", PADDING),
+        ("padding", None, PADDING),
+        ("padding", b"same", PADDING),
+        ("padding", "1", PADDING),
+        ("padding", -1, PADDING),
+        ("padding", 1.0, PADDING),
+        ("padding", True, PADDING),
+        ("padding", (1, 2, 3), PADDING),
+        ("padding", (1, 2, 3, 4), PADDING),
+        ("padding", (1, None), PADDING),
+        ("padding", ((1, 1), (1, -1)), PADDING),
+        ("padding", ((1, 1), (1,)), PADDING),
+        ("padding", ((1, 1), (1, 1), (1, 1)), PADDING),
+        ("padding", [(0, 0), (1, 1), (1, 1), (0, 0)], PADDING),
+        ("padding", (1, 2**31), "at most 2147483647"),
         ("data_format", "NHWC", "'channels_last' or 'channels_first'"),
         ("data_format", 1, "'channels_last' or 'channels_first'"),
         ("use_bias", "yes", FLAG),
