@@ -1,9 +1,9 @@
 """Deformable convolution for TensorFlow.
 
-from deform_conv import deform_conv2d, deformable
+from deform_conv import deform_conv2d, deformable, from_torch
 from deform_conv.layers import DeformableConv2D
 
-`deformable` and `layers` need Keras, and import it when they are first asked for.
+`deformable`, `from_torch` and `layers` need Keras, and import it when they are first asked for.
 """
 
 import importlib as _importlib
@@ -17,6 +17,7 @@ from .ops import deform_conv2d
 if _typing.TYPE_CHECKING:
     from . import layers as layers
     from .convert import deformable as deformable
+    from .torch import from_torch as from_torch
 
 # Without the names that need Keras: a star import would need it too.
 __all__ = ["__version__", "deform_conv2d", "xla_kernels_loaded"]
@@ -28,8 +29,10 @@ def __getattr__(name: str):
         return _importlib.import_module(".layers", __name__)
     if name == "deformable":
         return _importlib.import_module(".convert", __name__).deformable
+    if name == "from_torch":
+        return _importlib.import_module(".torch", __name__).from_torch
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), "deformable", "layers"})
+    return sorted({*globals(), "deformable", "from_torch", "layers"})
