@@ -1,10 +1,16 @@
 """The convolutions that compute the offsets and masks of a `DeformableConv2D`."""
 
+import contextvars
+
 import keras
 import tensorflow as tf
 
 from ._arguments import MAX_EXTENT
 from ._padded_convolution import PaddedConv2D
+
+# False while `deform_conv.onnx` traces a model: what empty inputs take is for TensorFlow alone, and
+# would be most of the nodes of a file.
+takes_empty = contextvars.ContextVar("takes_empty", default=True)
 
 
 class OffsetConvolution(PaddedConv2D):
@@ -49,7 +55,10 @@ class OffsetConvolution(PaddedConv2D):
         spans = [1, *self._spans]
         extents = [min(max(span, 1), MAX_EXTENT) for span in spans]
         static = inputs.shape[:3]
-        if all(s is not None and s >= extent for s, extent in zip(static, extents, strict=True)):
+        filled = all(
+            s is not None and s >= extent for s, extent in zip(static, extents, strict=True)
+        )
+        if filled or not takes_empty.get():
             return self._convolve(inputs, kernel)
 
         for name, size, extent, stride in zip("NHW", static, extents, strides, strict=True):

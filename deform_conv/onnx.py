@@ -1,0 +1,431 @@
+"""ONNX: `export` writes models that hold `deform_conv2d` with ONNX's own op for it, `DeformConv`.
+
+Importing this module teaches tf2onnx the op, so that
+`model.export(path, format="onnx", opset_version=19)` is right too.
+"""
+
+import contextlib
+import logging
+import tempfile
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+
+from ._arguments import integer_or_none, shown
+
+try:
+    import onnx
+    import tf2onnx
+    from tf2onnx.handler import tf_op
+except ModuleNotFoundError as error:
+    if error.name not in ("onnx", "tf2onnx"):
+        raise
+    raise ModuleNotFoundError(
+        f"deform_conv.onnx needs {error.name}, which is not installed: "
+        "pip install 'tf-deform-conv[onnx]'",
+        name=error.name,
+    ) from None
+
+__all__ = ["export"]
+
+# The opsets that have DeformConv, each with its IR version. tf2onnx 1.17 knows those up to 18; the
+# ops that it emits have kept their form since.
+_IR_VERSIONS = {19: 9, 20: 9, 21: 10, 22: 10}
+for _opset, _ir_version in _IR_VERSIONS.items():
+    tf2onnx.constants.OPSET_TO_IR_VERSION.setdefault(_opset, _ir_version)
+
+# Why an op that users may meet has no form in ONNX.
+_REASONS = {
+    "DeformConv2DGrad": "a gradient; ONNX has inference only",
+    "PartitionedCall": "a function that could not be inlined",
+    "StatefulPartitionedCall": "a function that could not be inlined, perhaps because of "
+    "jit_compile=True",
+}
+
+_FLOAT16 = onnx.TensorProto.FLOAT16
+
+
+def export(
+    model,
+    path,
+    opset: int = 19,
+    *,
+    input_signature=None,
+    sample_inputs=None,
+    tolerance: float | None = None,
+    verbose: bool = True,
+) -> float | None:
+    """Writes a model as an ONNX file, with a `DeformConv` for each deformable convolution.
+
+    The result is checked by `onnx.checker` and, where onnxruntime is installed, compared with the
+    model. Where that fails, nothing is written.
+
+    Unknown sizes stay unknown: the batch, and height and width. Deformable convolutions in float16
+    are computed in float32, between casts, since ONNX would compute positions in 16 bits.
+
+    Args:
+      model: a Keras model that is built (a subclassed one that was called), a `tf.function`, or
+        another callable that takes tensors. Its inference is exported.
+      path: of the file.
+      opset: from 19, the first that has `DeformConv`, to 22.
+      input_signature: what `model` is called with: a list with a `tf.TensorSpec`, or a structure of
+        them, for each argument. None for what a Keras model or a `tf.function` says itself.
+      sample_inputs: the arrays to compare on, in the structure of the signature or in one list.
+        None for random ones (normal numbers; 0 and 1 for integers), whose batch is 2 and other
+        unknown sizes are 64.
+      tolerance: the largest difference allowed, relative to the largest magnitude in the output, or
+        to 1 if that is less. None for 1e-3, or 5e-2 for models with float16 in them.
+      verbose: whether to print what was compared.
+
+    Returns:
+      The largest difference, relative as `tolerance`; None where nothing could be compared:
+      onnxruntime is not installed, or has no implementation of one of the ops.
+
+    Raises:
+      ValueError: an argument does not fit, or `model` has an op without a form in ONNX.
+      onnx.checker.ValidationError: the result is no valid ONNX.
+      ArithmeticError: the outputs differ by more than `tolerance`.
+
+    Example:
+      >>> layer = DeformableConv2D(16, 3, padding="same")
+      >>> model = keras.Sequential([keras.Input((None, None, 3)), layer])
+      >>> difference = deform_conv.onnx.export(model, "model.onnx")
+      model.onnx: opset 19. ONNX Runtime 1.32.0 differs by 2.4e-07 from the model, on inputs of
+      (2, 64, 64, 3)
+    """
+    if integer_or_none(opset, "opset") not in _IR_VERSIONS:
+        first, *_, last = _IR_VERSIONS
+        raise ValueError(
+            f"opset must be from {first}, the first that has DeformConv, to {last}. "
+            f"Received: {shown(opset)}"
+        )
+    signature = _signature(model, input_signature)
+    proto = _converted(model, signature, opset)
+    onnx.checker.check_model(proto, full_check=True)
+    difference, comparison = _compare(proto, model, signature, sample_inputs)
+    if difference is not None:
+        if tolerance is None:
+            tolerance = 5e-2 if _has_float16(proto.graph) else 1e-3
+        if not difference <= tolerance:  # NaN is none either
+            raise ArithmeticError(f"{comparison}. At most {tolerance:.2g} is allowed")
+
+    path = Path(path)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        file = Path(folder, path.name)
+        onnx.save(proto, file)
+        file.replace(path)
+    if verbose:
+        print(f"{path}: opset {opset}. {comparison}")
+    return difference
+
+
+def _signature(model, given) -> list:
+    """What `model` is called with: a `tf.TensorSpec`, or a structure of them, per argument."""
+    if given is None and isinstance(model, tf.types.experimental.PolymorphicFunction):
+        given = model.input_signature
+    elif given is None:
+        given = _keras_signature(model)
+    specs = tf.nest.flatten(given)
+    if not specs or not all(isinstance(spec, tf.TensorSpec) for spec in specs):
+        raise ValueError(
+            "input_signature must be a list of tf.TensorSpec, or of structures of them, for a "
+            f"function without one and for a callable. Received: {shown(given)}"
+        )
+    for spec in specs:
+        if spec.shape.rank is None:
+            raise ValueError(f"input_signature must have known ranks. Received: {shown(spec)}")
+    return list(given)
+
+
+def _keras_signature(model) -> list | None:
+    """The signature of a Keras model; None for anything else."""
+    import keras
+
+    if not isinstance(model, keras.Model):
+        return None
+    from keras.src.export.export_utils import get_input_signature, make_tf_tensor_spec
+
+    return keras.tree.map_structure(make_tf_tensor_spec, get_input_signature(model))
+
+
+# --- Conversion ---
+
+
+def _converted(model, signature: list, opset: int) -> onnx.ModelProto:
+    from ._offset_convolution import takes_empty
+
+    function = tf.function(model, input_signature=signature, autograph=False)
+    token = takes_empty.set(False)
+    try:
+        concrete = function.get_concrete_function()
+    finally:
+        takes_empty.reset(token)
+    _check_types(concrete.graph.as_graph_def())
+    for op in concrete.graph.get_operations():
+        # Keras has XLA compile a grouped convolution on a CPU, and such a call is not inlined.
+        if op.type.endswith("PartitionedCall"):
+            op._clear_attr("_XlaMustCompile")
+    with _logged_errors() as errors:
+        proto, _ = tf2onnx.convert.from_function(
+            types.SimpleNamespace(get_concrete_function=lambda *_: concrete),
+            signature,
+            opset=opset,
+        )
+    if leftover := sorted(_unknown_ops(proto.graph, opset)):
+        names = [f"{name} ({_REASONS[name]})" if name in _REASONS else name for name in leftover]
+        causes = "".join(f"; {error}" for error in errors)
+        raise ValueError(
+            f"model must have only operations with a form in ONNX. Received: {', '.join(names)}"
+            f"{causes}"
+        )
+    _inline_captured(proto.graph, concrete)
+    return proto
+
+
+def _check_types(graph_def) -> None:
+    functions = [function.node_def for function in graph_def.library.function]
+    for node in [node for nodes in (graph_def.node, *functions) for node in nodes]:
+        if any(attribute.type == tf.bfloat16.as_datatype_enum for attribute in node.attr.values()):
+            raise ValueError(
+                "model must have no bfloat16, which tf2onnx takes for float16: give its weights to "
+                f"a model in float32. Received: {node.op} {node.name}"
+            )
+
+
+@contextlib.contextmanager
+def _logged_errors() -> Iterator[list[Exception]]:
+    """Collects the exceptions that tf2onnx logs while it goes on, in place of printing them."""
+    errors = []
+    handler = logging.Handler()
+    handler.emit = lambda record: errors.extend(
+        [record.exc_info[1]] if record.exc_info and record.levelno >= logging.ERROR else []
+    )
+    logger = logging.getLogger(tf2onnx.__name__)
+    handlers, propagate = logger.handlers, logger.propagate
+    logger.handlers, logger.propagate = [handler], False
+    try:
+        yield errors
+    finally:
+        logger.handlers, logger.propagate = handlers, propagate
+
+
+def _unknown_ops(graph: onnx.GraphProto, opset: int) -> set[str]:
+    """The ops that are none of ONNX's: tf2onnx leaves those in place that it cannot convert."""
+    unknown = set()
+    for node in graph.node:
+        if node.domain or not onnx.defs.has(node.op_type, opset):
+            unknown.add(node.op_type)
+        for attribute in node.attribute:
+            for body in (attribute.g, *attribute.graphs):
+                unknown |= _unknown_ops(body, opset)
+    return unknown
+
+
+def _inline_captured(graph: onnx.GraphProto, concrete) -> None:
+    """Makes constants of what the function captured; tf2onnx makes inputs of tensors."""
+    captured = concrete.captured_inputs
+    inner = concrete.inputs[len(concrete.inputs) - len(captured) :]
+    values = {tensor.name: value for tensor, value in zip(inner, captured, strict=True)}
+    for input in [input for input in graph.input if input.name in values]:
+        value = values[input.name].numpy()
+        graph.initializer.append(onnx.numpy_helper.from_array(value, input.name))
+        graph.input.remove(input)
+
+
+@tf_op("DeformConv2D")
+class _DeformConv2D:
+    """What tf2onnx calls for the op; it logs what is raised here."""
+
+    @classmethod
+    def version_1(cls, graph, node, **_):
+        raise ValueError(f"DeformConv needs opset 19 or newer. Received: opset {graph.opset}")
+
+    @classmethod
+    def version_19(cls, graph, node, **_):
+        _Conversion(graph, node).run()
+
+
+class _Conversion:
+    """Puts a `DeformConv`, and what it needs around it, in place of a node of tf2onnx's graph."""
+
+    def __init__(self, graph, node):
+        self.graph, self.node = graph, node
+        self.nhwc = node.get_attr_str("data_format") == "NHWC"
+        spatial = slice(1, 3) if self.nhwc else slice(2, 4)
+        input_shape, filters_shape = (graph.get_shape(tensor) or [-1] * 4 for tensor in node.input[:2])
+        channels = input_shape[3 if self.nhwc else 1]
+        if -1 in (channels, *filters_shape):
+            raise ValueError(
+                "DeformConv needs a known number of channels and filters of a known shape. "
+                f"Received: input {input_shape}, filters {filters_shape}, where -1 is unknown"
+            )
+        self.groups = channels // filters_shape[2]
+        self.size = np.array(input_shape[spatial])  # -1 is unknown
+        self.kernel = np.array(filters_shape[:2])
+        self.strides = np.array(node.get_attr_value("strides")[spatial])
+        self.dilations = np.array(node.get_attr_value("dilations")[spatial])
+        self.extents = self.dilations * (self.kernel - 1) + 1
+        explicit = node.get_attr_value("explicit_paddings") or [0] * 8
+        self.explicit = np.reshape(explicit, [4, 2])[spatial]
+
+    def run(self) -> None:
+        graph, node = self.graph, self.node
+        dtype, shape = graph.get_dtype(node.output[0]), graph.get_shape(node.output[0])
+        # In ONNX all inputs have one type. Runtimes compute positions in it, for which 16 bits are
+        # too coarse, and ONNX Runtime has no 16-bit kernel for CPUs.
+        wide = onnx.TensorProto.FLOAT if dtype == _FLOAT16 else dtype
+        input, filters, *given = (self._cast(tensor, wide) for tensor in node.input)
+        input, pads = self._padded(self._channels_first(input))
+        offset, *mask = map(self._channels_first, given)
+        output = self._made(
+            "DeformConv",
+            input,
+            self._made("Transpose", filters, perm=[3, 2, 0, 1]),  # HWIO to OIHW
+            offset,
+            *(["", *mask] if mask else []),  # without a bias
+            kernel_shape=self.kernel.tolist(),
+            strides=self.strides.tolist(),
+            dilations=self.dilations.tolist(),
+            pads=pads.T.flatten().tolist(),  # begins, then ends
+            group=self.groups,
+            offset_group=node.get_attr_int("deform_groups"),
+        )
+        if self.nhwc:
+            output = self._made("Transpose", output, perm=[0, 2, 3, 1])
+        graph.remove_node(node.name)
+        op_type, attributes = ("Identity", {}) if dtype == wide else ("Cast", {"to": dtype})
+        graph.make_node(
+            op_type, [output], attributes, outputs=node.output, shapes=[shape], dtypes=[dtype]
+        )
+
+    def _made(self, op_type: str, *inputs: str, **attributes) -> str:
+        return self.graph.make_node(op_type, list(inputs), attributes).output[0]
+
+    def _constant(self, numbers) -> str:
+        name = tf2onnx.utils.make_name("deform_conv")
+        return self.graph.make_const(name, np.array(numbers, np.int64)).output[0]
+
+    def _cast(self, tensor: str, dtype: int) -> str:
+        if self.graph.get_dtype(tensor) == dtype:
+            return tensor
+        return self._made("Cast", tensor, to=dtype)
+
+    def _channels_first(self, tensor: str) -> str:
+        return self._made("Transpose", tensor, perm=[0, 3, 1, 2]) if self.nhwc else tensor
+
+    def _padded(self, input: str) -> tuple[str, np.ndarray]:
+        """The input and the pads, (top, bottom) and (left, right), for `DeformConv`.
+
+        Not all runtimes take pads that differ on opposite sides. These become zeros around the
+        input, which is the same if the input is finite: samples outside of it are 0.
+        """
+        pads = self.explicit
+        if self.node.get_attr_str("padding") == "SAME":
+            if np.any((self.size == -1) & (self.strides > 1)):
+                return self._made("Pad", input, self._same_pads(input)), 0 * pads
+            # At stride 1 the size has no part in them.
+            size = np.where(self.strides == 1, 1, self.size)
+            outputs = -(-size // self.strides)
+            totals = np.maximum((outputs - 1) * self.strides + self.extents - size, 0)
+            pads = np.stack([totals // 2, totals - totals // 2], axis=1)
+        if np.all(pads[:, 0] == pads[:, 1]):
+            return input, pads
+        begins, ends = pads.T
+        amounts = self._constant([0, 0, *begins, 0, 0, *ends])
+        return self._made("Pad", input, amounts), 0 * pads
+
+    def _same_pads(self, input: str) -> str:
+        """What `Pad` adds for "SAME", where the input's size is known at run time only."""
+        made, constant = self._made, self._constant
+        strides, none = constant(self.strides), constant([0, 0])
+        size = made("Slice", made("Shape", input), constant([2]), constant([4]))
+        outputs = made("Div", made("Add", size, constant(self.strides - 1)), strides)
+        covered = made("Add", made("Mul", outputs, strides), constant(self.extents - self.strides))
+        totals = made("Max", made("Sub", covered, size), none)
+        begins = made("Div", totals, constant([2, 2]))
+        return made("Concat", none, begins, none, made("Sub", totals, begins), axis=0)
+
+
+# --- Comparison ---
+
+
+def _has_float16(graph: onnx.GraphProto) -> bool:
+    types = [value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)]
+    return _FLOAT16 in (*types, *(constant.data_type for constant in graph.initializer))
+
+
+def _compare(proto, model, signature: list, sample_inputs) -> tuple[float | None, str]:
+    """The largest difference between ONNX Runtime and `model`, and a sentence about it."""
+    samples = _samples(signature, sample_inputs)
+    try:
+        import onnxruntime
+    except ModuleNotFoundError:
+        return None, "Not compared: onnxruntime is not installed"
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        session = onnxruntime.InferenceSession(
+            proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+    except onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented as error:
+        return None, f"Not compared: {error}"
+    shapes = ", ".join(str(sample.shape) for sample in samples)
+    tensors = map(tf.constant, samples)
+    try:
+        outputs = model(*tf.nest.pack_sequence_as(signature, list(tensors)))
+    except Exception as error:
+        if sample_inputs is not None:
+            raise
+        raise ValueError(
+            f"sample_inputs must be given for this model, which fails on random inputs of {shapes}"
+        ) from error
+    names = [input.name for input in session.get_inputs()]
+    actual = session.run(None, dict(zip(names, samples, strict=True)))
+    expected = [output for output in tf.nest.flatten(outputs) if output is not None]
+    difference = max(map(_difference, actual, expected))
+    return difference, (
+        f"ONNX Runtime {onnxruntime.__version__} differs by {difference:.2g} from the model, on "
+        f"inputs of {shapes}"
+    )
+
+
+def _samples(signature: list, given) -> list[np.ndarray]:
+    specs = tf.nest.flatten(signature)
+    if given is None:
+        rng = np.random.default_rng(0)
+        return [_random(spec, rng) for spec in specs]
+    arrays = tf.nest.flatten(given)
+    if len(arrays) != len(specs):
+        raise ValueError(
+            f"sample_inputs must be {len(specs)} arrays, one for each input. "
+            f"Received: {len(arrays)}"
+        )
+    samples = []
+    for array, spec in zip(arrays, specs, strict=True):
+        sample = np.asarray(array, spec.dtype.as_numpy_dtype)
+        if not spec.shape.is_compatible_with(sample.shape):
+            raise ValueError(
+                f"sample_inputs must fit {shown(spec)}. Received: shape {sample.shape}"
+            )
+        samples.append(sample)
+    return samples
+
+
+def _random(spec: tf.TensorSpec, rng) -> np.ndarray:
+    shape = [
+        (2 if axis == 0 else 64) if size is None else size for axis, size in enumerate(spec.shape)
+    ]
+    numbers = rng.standard_normal(shape) if spec.dtype.is_floating else rng.integers(0, 2, shape)
+    return numbers.astype(spec.dtype.as_numpy_dtype)
+
+
+def _difference(actual, expected) -> float:
+    """The largest difference, relative to the largest magnitude in `expected`, or to 1."""
+    actual, expected = (np.asarray(value).astype(np.float64) for value in (actual, expected))
+    if actual.shape != expected.shape:
+        return np.inf
+    scale = max(1.0, np.max(np.abs(expected), initial=0))
+    return float(np.max(np.abs(actual - expected), initial=0) / scale)
