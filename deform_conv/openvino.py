@@ -32,9 +32,7 @@ def extension() -> ConversionExtension:
 def _convert(node) -> list:
     inputs = [node.get_input(index) for index in range(node.get_input_size())]
     # An input that is left out before others is a NullNode.
-    given = [
-        None if input.get_node().get_type_name() == "NullNode" else input for input in inputs
-    ]
+    given = [None if input.get_node().get_type_name() == "NullNode" else input for input in inputs]
     input, filters, offset, bias, mask = given + [None] * (5 - len(given))
     pads = node.get_attribute("pads", [0] * 4)
     output = opset8.deformable_convolution(
