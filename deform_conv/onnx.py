@@ -328,10 +328,9 @@ class _Conversion:
         if self.node.get_attr_str("padding") == "SAME":
             if np.any((self.size == -1) & (self.strides > 1)):
                 return self._made("Pad", input, self._same_pads(input)), 0 * pads
-            # At stride 1 the size has no part in them.
-            size = np.where(self.strides == 1, 1, self.size)
-            outputs = -(-size // self.strides)
-            totals = np.maximum((outputs - 1) * self.strides + self.extents - size, 0)
+            # Along an axis with a stride of 1, the size cancels out, also the -1 of an unknown one.
+            outputs = -(-self.size // self.strides)
+            totals = np.maximum((outputs - 1) * self.strides + self.extents - self.size, 0)
             pads = np.stack([totals // 2, totals - totals // 2], axis=1)
         if np.all(pads[:, 0] == pads[:, 1]):
             return input, pads

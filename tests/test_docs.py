@@ -20,7 +20,7 @@ def program_of(page) -> str:
 
 
 # What a page may need beside requirements.txt: packages, by its imports, and commands, by name.
-PACKAGES = ("onnx", "onnxruntime", "tf2onnx", "torch", "torchvision")
+PACKAGES = ("onnx", "onnxruntime", "openvino", "tf2onnx", "torch", "torchvision")
 COMMANDS = ("cc",)
 
 
