@@ -282,6 +282,33 @@ def test_grouped_convolution_of_keras_is_converted_too(file, rng):
     assert export(model, file, verbose=False) <= 1e-5
 
 
+def test_function_that_is_compiled_within_another_is_refused(file):
+    inputs = keras.Input((9, 8, 4))
+    grouped = keras.Model(inputs, keras.layers.Conv2D(6, 3, groups=2)(inputs))
+    function, signature = tf.function(grouped), [Spec([1, 9, 8, 4])]
+    with pytest.raises(ValueError, match=r"StatefulPartitionedCall \(a function that could not "):
+        export(function, file, input_signature=signature)
+
+
+@pytest.mark.parametrize("opset", [19, 20, 21, 22])
+def test_other_layers_have_a_valid_form_in_each_opset(opset, file, rng):
+    """tf2onnx itself knows opsets up to 18."""
+    layers = [
+        DeformableConv2D(6, 3, offset_kernel_initializer="he_normal"),
+        keras.layers.DepthwiseConv2D(3, strides=2, padding="same"),
+        keras.layers.LayerNormalization(),
+        keras.layers.MaxPooling2D(2, padding="same"),
+        keras.layers.Conv2DTranspose(4, 3, strides=2, activation="elu"),
+        keras.layers.UpSampling2D(2, interpolation="bilinear"),
+        keras.layers.AveragePooling2D(2),
+        keras.layers.Reshape((5, 20)),
+        keras.layers.LSTM(4, return_sequences=True),
+        keras.layers.Dense(3, activation="softmax"),
+    ]
+    model = keras.Sequential([keras.Input((9, 8, 4)), *layers])
+    assert export(model, file, opset, verbose=False) <= 1e-5
+
+
 def test_tensor_that_a_function_captures_is_a_constant(file, rng):
     filters = tf.constant(rng.standard_normal((3, 3, 4, 6)), tf.float32)
 
