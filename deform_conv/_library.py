@@ -159,6 +159,17 @@ def _load_xla_kernels(path: Path) -> str | None:
     return None
 
 
+def library_path() -> str:
+    """Path of the library of the ops that this process has loaded.
+
+    Returns:
+      The path of a `libdeform_conv.so`, for programs that load it themselves: `tf.load_library`,
+      or `TF_LoadLibrary` in C. It fits one minor version of TensorFlow, and needs
+      `libdeform_conv_core.so` in its folder or the one above.
+    """
+    return str(record.path)
+
+
 def xla_kernels_loaded() -> bool:
     """Whether XLA (`jit_compile=True`) can compile `deform_conv2d` in this process.
 

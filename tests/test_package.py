@@ -207,6 +207,15 @@ def test_installed_package_has_the_core_for_all_versions_of_tensorflow(tmp_path)
     run_in(tmp_path, "import installed; check(installed); assert installed.xla_kernels_loaded()")
 
 
+def test_library_path_is_that_of_the_library_for_this_tensorflow(tmp_path):
+    copy_package(tmp_path / "installed")
+    copy_build(tmp_path / "installed" / "lib", CORE_LIBRARY)
+    for version in (INSTALLED, "lib/tensorflow_2_99"):
+        copy_build(tmp_path / "installed" / version, OPS_LIBRARY)
+    path = tmp_path / "installed" / INSTALLED / OPS_LIBRARY
+    run_in(tmp_path, f"import installed; assert installed.library_path() == {str(path)!r}")
+
+
 def test_version_of_tensorflow_that_was_not_installed_for_is_named(tmp_path):
     copy_package(tmp_path / "installed")
     for version in ("2_17", "2_18"):
