@@ -1180,7 +1180,6 @@ NO_INPUTS = {
     "dict": lambda: {"images": tf.zeros((2, 9, 8, 4))},
     "array of objects": lambda: np.array([None]),
     "tensors of two shapes": lambda: [tf.zeros((2, 9, 8, 4)), tf.zeros((2, 7, 6, 18))],
-    "sparse KerasTensor": lambda: keras.Input((9, 8, 4), sparse=True),
     "KerasTensor of text": lambda: keras.Input((9, 8, 4), dtype="string"),
 }
 
@@ -1207,6 +1206,23 @@ def test_what_is_no_tensor_of_numbers_is_refused_by_name(name, value, images, rn
     inputs[name] = NO_INPUTS[value]()
     with pytest.raises(ValueError, match=rf"^{name} must be a dense tensor of real numbers"):
         layer(list(inputs.values()))
+
+
+def test_inputs_of_a_model_may_be_multiples_of_tensors(images, rng):
+    """Which Keras takes for sparse ones."""
+    offset, _ = given_tensors(rng)
+    inputs = [keras.Input(tensor.shape[1:]) for tensor in (images, offset)]
+    layer = DeformableConv2D(6, 3, deform_groups=2, own_offsets=False)
+    model = keras.Model(inputs, layer([2.0 * inputs[0], 0.5 * inputs[1] - 1.0]))
+    expected = layer([2.0 * images, 0.5 * offset - 1.0])
+    assert relative_error(model([images, offset]), expected) == 0
+
+
+def test_images_of_a_model_that_are_sparse_are_refused_when_it_is_called(images):
+    inputs = keras.Input((9, 8, 4), sparse=True)
+    model = keras.Model(inputs, DeformableConv2D(6, 3)(inputs))
+    with pytest.raises(ValueError, match="inputs must be a dense tensor of real numbers"):
+        model(tf.sparse.from_dense(images))
 
 
 @pytest.mark.parametrize("shape", [(9, 8, 4), (2, 9, 8, 4, 1), ()])
