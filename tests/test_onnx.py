@@ -82,10 +82,11 @@ def random_model(rng, shape=(9, 8, 4), filters=6, kernel_size=3, **arguments):
 
 
 def layers_to_compare() -> list:
-    """24 layers, with "valid" and with "same" at any strides and kernel sizes."""
+    """24 layers, with "valid", with numbers, and with "same" at any strides and kernel sizes."""
     cases = []
     for index, (arguments, (_, *shape)) in enumerate(random_layers(24, seed=20261128)):
-        arguments["padding"] = ("same", "valid")[index // 2 % 2]
+        if index % 3 != 0:  # the others have numbers
+            arguments["padding"] = ("same", "valid")[index // 3 % 2]
         arguments["data_format"] = ("channels_last", "channels_first")[index // 4 % 2]
         last = arguments["data_format"] == "channels_last"
         cases.append((arguments, tuple(shape) if last else (shape[2], *shape[:2])))
