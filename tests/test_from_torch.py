@@ -200,8 +200,6 @@ def test_layer_of_a_model_stays_in_it():
 
 # --- Arguments of a module ---
 
-SAME_AT_1 = {"padding": "same", "kernel_size": (3, 5)}
-
 
 @pytest.mark.parametrize(
     ("ours", "theirs"),
@@ -209,6 +207,7 @@ SAME_AT_1 = {"padding": "same", "kernel_size": (3, 5)}
         ({"padding": "same"}, {"padding": (1, 2)}),
         ({"padding": (1, 2)}, {"padding": "same"}),
         ({"padding": "same", "dilation_rate": (2, 1)}, {"padding": (2, 2), "dilation": (2, 1)}),
+        ({"padding": ((0, 1), (1, 1)), "kernel_size": (2, 3)}, {"padding": "same"}),
         ({"padding": "valid"}, {"padding": 0}),
         ({"padding": 0}, {"padding": "valid"}),
         ({"padding": 2, "strides": 2}, {"padding": 2, "stride": 2}),
@@ -713,7 +712,9 @@ def test_wrong_stride_of_a_module_of_pytorch_is_refused(torch, torchvision):
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
 def test_tensors_of_all_floating_types_are_taken(dtype, torch, torchvision):
-    conv = torchvision.ops.DeformConv2d(4, 6, 3).to(getattr(torch, dtype))
+    conv = torchvision.ops.DeformConv2d(4, 6, 3).double()
+    torch.nn.init.normal_(conv.weight)  # of numbers that no other type holds
+    conv = conv.to(getattr(torch, dtype))
     assert conv.weight.requires_grad
     layer = DeformableConv2D(6, 3, own_offsets=False, dtype="float64")
     for source in (conv, conv.state_dict(), (conv.weight, conv.bias)):
