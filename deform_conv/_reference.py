@@ -1,7 +1,8 @@
-"""Deformable convolution in pure TensorFlow: slow and obvious, the oracle for everything else.
+"""Deformable convolution in TensorFlow's own ops: slow and obvious, the oracle for everything else.
 
 It follows the definition sample by sample, without a thought for speed or memory, and leaves the
-gradients, of any order, to TensorFlow.
+gradients, of any order, to TensorFlow. Portable mode computes with it too: no arithmetic is on
+more than four axes, of which LiteRT has no more.
 """
 
 import tensorflow as tf
@@ -39,9 +40,9 @@ def deform_conv2d_reference(
     dtype = tf.convert_to_tensor(input).dtype
     compute_dtype = tf.float64 if dtype == tf.float64 else tf.float32
     input, filters, offset = (tf.cast(t, compute_dtype) for t in (input, filters, offset))
-    batch, out_h, out_w, _ = tf.unstack(tf.shape(offset))
-    in_h, in_w, channels = tf.unstack(tf.shape(input)[1:])
-    kernel_h, kernel_w, group_channels, out_channels = tf.unstack(tf.shape(filters))
+    batch, out_h, out_w, _ = sizes(offset)
+    _, in_h, in_w, channels = sizes(input)
+    kernel_h, kernel_w, group_channels, out_channels = sizes(filters)
     strides, dilations = (_height_and_width(v, data_format) for v in (strides, dilations))
     pad_top, pad_left = (
         _pad_before(padding, axis, size, kernel, stride, dilation)
@@ -50,76 +51,82 @@ def deform_conv2d_reference(
         )
     )
 
-    # Positions [batch, out_h, out_w, deform_groups, kernel_h, kernel_w].
-    offset = tf.reshape(offset, [batch, out_h, out_w, deform_groups, kernel_h, kernel_w, 2])
-    y = tf.reshape(tf.range(out_h), [1, -1, 1, 1, 1, 1])
-    x = tf.reshape(tf.range(out_w), [1, 1, -1, 1, 1, 1])
-    ky = tf.reshape(tf.range(kernel_h), [1, 1, 1, 1, -1, 1])
-    kx = tf.reshape(tf.range(kernel_w), [1, 1, 1, 1, 1, -1])
-    h = tf.cast(y * strides[0] - pad_top + ky * dilations[0], compute_dtype) + offset[..., 0]
-    w = tf.cast(x * strides[1] - pad_left + kx * dilations[1], compute_dtype) + offset[..., 1]
-
-    # Samples [batch, out_h, out_w, deform_groups, kernel_h, kernel_w, deform group's channels].
-    image = tf.reshape(input, [batch, in_h, in_w, deform_groups, channels // deform_groups])
+    # Positions and masks [batch, out_h, out_w, deform_groups * taps].
+    taps = kernel_h * kernel_w
+    channel = tf.range(deform_groups * taps)
+    g, ky, kx = channel // taps, channel % taps // kernel_w, channel % kernel_w
+    y, x = tf.range(out_h)[:, tf.newaxis, tf.newaxis], tf.range(out_w)[:, tf.newaxis]
+    h = _locate(y * strides[0] - pad_top + ky * dilations[0], offset[..., 0::2], in_h)
+    w = _locate(x * strides[1] - pad_left + kx * dilations[1], offset[..., 1::2], in_w)
     if mask is not None:
         mask = tf.cast(mask, compute_dtype)
-        mask = tf.reshape(mask, [batch, out_h, out_w, deform_groups, kernel_h, kernel_w])
-    samples = _sample(image, h, w, mask)
-    samples = tf.transpose(samples, [0, 1, 2, 4, 5, 3, 6])
 
-    groups = channels // group_channels
-    samples = tf.reshape(samples, [batch, out_h, out_w, kernel_h, kernel_w, groups, group_channels])
-    filters = tf.reshape(
-        filters, [kernel_h, kernel_w, group_channels, groups, out_channels // groups]
-    )
-    output = tf.einsum("nyxklgc,klcgo->nyxgo", samples, filters)
+    # Samples, one a row: [batch * out_h * out_w * deform_groups * taps, deform group's channels].
+    image = tf.reshape(input, [batch, in_h, in_w, deform_groups, channels // deform_groups])
+    samples = _sample(image, g, h, w, mask)
+
+    # Per position and tap, the channels of all deformable groups side by side.
+    positions, groups = batch * out_h * out_w, channels // group_channels
+    samples = tf.reshape(samples, [positions, deform_groups, taps, channels // deform_groups])
+    samples = tf.transpose(samples, [0, 2, 1, 3])
+    samples = tf.reshape(samples, [positions, taps, groups, group_channels])
+    filters = tf.reshape(filters, [taps, group_channels, groups, out_channels // groups])
+    output = tf.einsum("pklc,kclo->plo", samples, filters)
     return tf.cast(tf.reshape(output, [batch, out_h, out_w, out_channels]), dtype)
 
 
-def _sample(image, h, w, mask):
-    """Samples image[n, :, :, g] at (h, w)[n, ..., g, ky, kx], by bilinear interpolation.
+def sizes(tensor):
+    """The size of each axis: a number where it is known, or else a tensor."""
+    dynamic = tf.shape(tensor)
+    return [dynamic[i] if size is None else size for i, size in enumerate(tensor.shape)]
+
+
+def _locate(base, offset, size):
+    """Where `base + offset` lies on an axis of `size` pixels.
+
+    Returns:
+      The pixel before it, the fraction of the way to the next pixel, and whether it is inside:
+      above -1 and below `size`. Where it is not, the other two are finite and without a meaning.
+    """
+    # What is beyond any image has no place among integers. Written so that NaN is, too.
+    far = 2.0**40
+    near = (offset > -far) & (offset < far)
+    offset = tf.where(near, offset, tf.zeros_like(offset))
+    # The whole pixels are taken off before the base is added: the fraction stays exact.
+    whole = tf.floor(offset)
+    fraction = offset - whole
+    low = tf.cast(base, tf.int64) + tf.cast(whole, tf.int64)
+    inside = near & (low < tf.cast(size, tf.int64)) & ((low >= 0) | ((low >= -1) & (fraction > 0)))
+    return tf.cast(tf.where(inside, low, tf.zeros_like(low)), tf.int32), fraction, inside
+
+
+def _sample(image, g, h, w, mask):
+    """Samples image[n, :, :, g] at (h, w)[n, ...], by bilinear interpolation.
 
     Scaled by the mask, if there is one; 0 outside, whatever the mask.
     """
-    in_h, in_w = image.shape[1] or tf.shape(image)[1], image.shape[2] or tf.shape(image)[2]
-    size_h, size_w = tf.cast(in_h, h.dtype), tf.cast(in_w, w.dtype)
-    inside = (h > -1) & (h < size_h) & (w > -1) & (w < size_w)
-    # Any place will do outside, as long as it is finite: neither value nor gradient is used.
-    h, w = (tf.where(inside, position, tf.zeros_like(position)) for position in (h, w))
-    if mask is not None:
-        mask = tf.where(inside, mask, tf.zeros_like(mask))
-    h_low, w_low = tf.floor(h), tf.floor(w)
-    h_fraction, w_fraction = h - h_low, w - w_low
-    total = 0
+    (h_low, h_fraction, h_inside), (w_low, w_fraction, w_inside) = h, w
+    batch, in_h, in_w, *_ = sizes(image)
+    inside = h_inside & w_inside
+    n = tf.reshape(tf.range(batch), [-1, 1, 1, 1])
+    n, g = (tf.broadcast_to(index, tf.shape(inside)) for index in (n, g))
+    # One pixel more, of zeros, in place of those that do not exist.
+    image = tf.pad(image, [[0, 0], [0, 1], [0, 1], [0, 0], [0, 0]])
+    samples = 0
     for down, h_weight in ((0, 1 - h_fraction), (1, h_fraction)):
         for right, w_weight in ((0, 1 - w_fraction), (1, w_fraction)):
-            pixel_h = tf.cast(h_low, tf.int32) + down
-            pixel_w = tf.cast(w_low, tf.int32) + right
-            value = _pixel_or_zero(image, pixel_h, pixel_w, in_h, in_w)
-            total += (h_weight * w_weight)[..., tf.newaxis] * value
+            y, x = h_low + down, w_low + right
+            exists = inside & (y >= 0) & (y < in_h) & (x >= 0) & (x < in_w)
+            pixel = tf.stack([n, tf.where(exists, y, in_h), tf.where(exists, x, in_w), g], axis=-1)
+            values = tf.gather_nd(image, tf.reshape(pixel, [-1, 4]))
+            samples += _column(tf.where(exists, h_weight * w_weight, 0)) * values
     if mask is not None:
-        total *= mask[..., tf.newaxis]
-    return tf.where(inside[..., tf.newaxis], total, tf.zeros_like(total))
+        samples *= _column(tf.where(inside, mask, 0))
+    return samples
 
 
-def _pixel_or_zero(image, pixel_h, pixel_w, in_h, in_w):
-    exists = (pixel_h >= 0) & (pixel_h < in_h) & (pixel_w >= 0) & (pixel_w < in_w)
-    shape = tf.shape(pixel_h)
-    n = tf.reshape(tf.range(shape[0]), [-1, 1, 1, 1, 1, 1])
-    g = tf.reshape(tf.range(shape[3]), [1, 1, 1, -1, 1, 1])
-    indices = tf.stack(
-        [
-            tf.broadcast_to(n, shape),
-            tf.where(exists, pixel_h, 0),
-            tf.where(exists, pixel_w, 0),
-            tf.broadcast_to(g, shape),
-        ],
-        axis=-1,
-    )
-    # One pixel more, so that there is something to gather from an image without pixels.
-    image = tf.pad(image, [[0, 0], [0, 1], [0, 1], [0, 0], [0, 0]])
-    pixels = tf.gather_nd(image, indices)
-    return tf.where(exists[..., tf.newaxis], pixels, tf.zeros_like(pixels))
+def _column(numbers):
+    return tf.reshape(numbers, [-1, 1])
 
 
 def _height_and_width(value, data_format):
