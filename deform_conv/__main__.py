@@ -1,7 +1,9 @@
 """Says what is installed, and proves that it works: `python -m deform_conv`.
 
 On every device that TensorFlow has here, random numbers go through the op, forward and backward,
-and are compared with the pure TensorFlow reference. Exits with status 1 if they differ.
+and are compared with the pure TensorFlow reference. In portable mode that would be a comparison of
+the reference with itself: there, offsets are 0, masks 1, and the measure is tf.nn.conv2d. Exits
+with status 1 if they differ.
 """
 
 import ctypes
@@ -11,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from . import __version__, deform_conv2d
-from ._library import built_for, record, xla_kernels_loaded
+from ._library import PORTABLE, built_for, record, xla_kernels_loaded
 from ._reference import deform_conv2d_reference
 
 TOLERANCE = 1e-5
@@ -19,17 +21,21 @@ TOLERANCE = 1e-5
 
 def describe() -> None:
     """Prints what is installed, and what of it this machine can use."""
+    library = "none: TensorFlow's own ops compute, with DEFORM_CONV_PORTABLE=1"
+    rows = {"library": library, "XLA": "yes"} if PORTABLE else _library_rows()
+    print(f"deform_conv {__version__}")
+    for name, text in ({"TensorFlow": tf.__version__} | rows).items():
+        print(f"  {name:12} {text}")
+
+
+def _library_rows() -> dict[str, str]:
     gpu = [text for name in ("cuda", "driver_misfit") if (text := _core_text(name))]
-    rows = {
-        "TensorFlow": tf.__version__,
+    return {
         "library": f"{record.path}, for TensorFlow {built_for(record.path)}",
         "CPU": _core_text("cpu_instruction_set"),
         "GPU": "; ".join(gpu) or "built without CUDA kernels",
         "XLA": "yes" if xla_kernels_loaded() else f"no: {record.xla_problem}",
     }
-    print(f"deform_conv {__version__}")
-    for name, text in rows.items():
-        print(f"  {name:12} {text}")
 
 
 def _core_text(name: str) -> str:
@@ -41,7 +47,7 @@ def _core_text(name: str) -> str:
 
 
 def check() -> bool:
-    """Whether the op agrees with the reference, on every device."""
+    """Whether the op agrees with its measure, on every device."""
     # A GPU would otherwise round the matrix product's arguments to 11 bits.
     tf.config.experimental.enable_tensor_float_32_execution(False)
     rng = np.random.default_rng(0)
@@ -57,16 +63,22 @@ def check() -> bool:
             "mask": tf.sigmoid(normal(2, 7, 7, 2 * 9)),
         }
         grad_output = normal(2, 7, 7, 16)
-        expected = _output_and_gradients(deform_conv2d_reference, arguments, grad_output)
+        measure, measured = "the reference", deform_conv2d_reference
+        if PORTABLE:
+            measure, measured = "tf.nn.conv2d", _convolution
+            arguments["offset"] = tf.zeros_like(arguments["offset"])
+            arguments["mask"] = tf.ones_like(arguments["mask"])
+        expected = _output_and_gradients(measured, arguments, grad_output)
     worst = 0.0
     gpus = range(len(tf.config.list_physical_devices("GPU")))
     for device in ("CPU:0", *(f"GPU:{number}" for number in gpus)):
         with tf.device(device):
             actual = _output_and_gradients(deform_conv2d, arguments, grad_output)
         place = actual["output"].device.rpartition("device:")[2]
-        print(f"deform_conv2d, version 2, on {place}, against the reference")
-        for name, value in actual.items():
-            error = float(tf.norm(value - expected[name]) / tf.norm(expected[name]))
+        print(f"deform_conv2d, version 2, on {place}, against {measure}")
+        for name, wanted in expected.items():
+            value = actual[name]
+            error = float(tf.norm(value - wanted) / tf.norm(wanted))
             worst = np.maximum(worst, error)  # NaN stays
             print(f"  {name:12} {list(value.shape)!s:18} relative error {error:.1e}")
     if worst <= TOLERANCE:
@@ -81,7 +93,14 @@ def _output_and_gradients(function, arguments, grad_output) -> dict[str, tf.Tens
         tape.watch(arguments)
         output = function(**arguments, strides=2, deform_groups=2)
     gradients = tape.gradient(output, arguments, output_gradients=grad_output)
-    return {"output": output} | {f"grad_{name}": grad for name, grad in gradients.items()}
+    return {"output": output} | {
+        f"grad_{name}": gradient for name, gradient in gradients.items() if gradient is not None
+    }
+
+
+def _convolution(input, filters, offset, mask, strides, deform_groups):
+    """What `deform_conv2d` computes where offsets are 0 and masks 1."""
+    return tf.nn.conv2d(input, filters, strides, "SAME")
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ import os
 import re
 import threading
 import types
+import warnings
 from pathlib import Path
 
 from . import __version__
@@ -33,6 +34,8 @@ _BUILD = "build it with ./compile.sh"
 # Without the cache: pip keeps what it built for another TensorFlow there.
 _REINSTALL = "pip install --no-deps --force-reinstall --no-cache-dir ."
 
+_WITHOUT = "Or set DEFORM_CONV_PORTABLE=1 to do without: slowly, by TensorFlow's own ops"
+
 # TensorFlow registers an op, a kernel or a gradient once in a process. This record of it is kept on
 # TensorFlow's module, so that it lasts as long as the registrations do. A reload of the package
 # finds it, and so does a copy under another name.
@@ -41,7 +44,19 @@ _REINSTALL = "pip install --no-deps --force-reinstall --no-cache-dir ."
 #   ops            the module of the ops
 #   xla_problem    why XLA has no kernels for them, or None
 #   gradients      the newest gradient function of each op
-record = vars(tf).setdefault("_deform_conv_record", types.SimpleNamespace(lock=threading.RLock()))
+record = vars(tf).setdefault(
+    "_deform_conv_record", types.SimpleNamespace(lock=threading.RLock(), gradients={})
+)
+
+
+def _portable_mode() -> bool:
+    """Whether the environment asks to do without the libraries."""
+    value = os.environ.get("DEFORM_CONV_PORTABLE", "")
+    if value not in ("", "0", "1"):
+        raise ImportError(
+            f"DEFORM_CONV_PORTABLE must be 1, or 0 or empty; received {value!r}", name=_LIBRARY
+        )
+    return value == "1"
 
 
 def _load_libraries() -> None:
@@ -62,7 +77,6 @@ def _load_libraries() -> None:
             path=path,
             ops=_load_ops(path),
             xla_problem="they have not been loaded",
-            gradients={},
         )
     if record.xla_problem is not None:
         # Everything but jit_compile works without it.
@@ -103,10 +117,11 @@ def _find_library() -> Path:
         raise ImportError(
             f"this installation of deform_conv {__version__} is for TensorFlow "
             f"{', '.join(versions)}, and this is TensorFlow {tf.__version__}. Install one of "
-            f"those. {remedy}",
+            f"those. {remedy}. {_WITHOUT}",
             name=_LIBRARY,
         )
-    raise ImportError(f"{' and '.join(map(str, places))} not found: {_BUILD}", name=_LIBRARY)
+    places = " and ".join(map(str, places))
+    raise ImportError(f"{places} not found: {_BUILD}. {_WITHOUT}", name=_LIBRARY)
 
 
 def built_for(path: Path, library: str = _LIBRARY) -> str | None:
@@ -175,9 +190,9 @@ def xla_kernels_loaded() -> bool:
 
     Returns:
       False where the library of the XLA kernels is missing or does not load. Everything but
-      `jit_compile` works then.
+      `jit_compile` works then. True with `DEFORM_CONV_PORTABLE=1`, which needs no kernels.
     """
-    return record.xla_problem is None
+    return PORTABLE or record.xla_problem is None
 
 
 def check_xla() -> None:
@@ -193,5 +208,13 @@ def check_xla() -> None:
         )
 
 
-with record.lock:
-    _load_libraries()
+PORTABLE = _portable_mode()
+if PORTABLE:
+    warnings.warn(
+        "DEFORM_CONV_PORTABLE=1: deform_conv computes by TensorFlow's own ops, which take several "
+        "times the time and memory of its compiled ones",
+        stacklevel=1,
+    )
+else:
+    with record.lock:
+        _load_libraries()

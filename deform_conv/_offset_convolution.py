@@ -71,8 +71,11 @@ class OffsetConvolution(PaddedConv2D):
         dynamic = tf.shape(inputs)
         sizes = [dynamic[axis] if size is None else size for axis, size in enumerate(static)]
         axes = list(zip(sizes, extents, strides, strict=True))
-        extended = _pad(inputs, [*([0, _lack(*axis)] for axis in axes), [0, 0]])
-        extended.set_shape([None, None, None, inputs.shape[3]])
+        lacks = [_lack(*axis) for axis in axes]
+        extended = _pad(inputs, [*([0, lack] for lack in lacks), [0, 0]])
+        # Known sizes as LiteRT's converter knows them too, unlike those of set_shape.
+        extended_sizes = [size + lack for size, lack in zip(sizes, lacks, strict=True)]
+        extended = tf.reshape(extended, [*extended_sizes, inputs.shape[3]])
         outputs = self._convolve(extended, kernel)
         out_sizes = [
             (size - span) // stride + 1

@@ -77,8 +77,11 @@ def deform_conv2d_reference(
 
 def sizes(tensor):
     """The size of each axis: a number where it is known, or else a tensor."""
+    shape = tensor.shape.as_list()
+    if None not in shape:
+        return shape
     dynamic = tf.shape(tensor)
-    return [dynamic[i] if size is None else size for i, size in enumerate(tensor.shape)]
+    return [dynamic[axis] if size is None else size for axis, size in enumerate(shape)]
 
 
 def _locate(base, offset, size):
@@ -144,5 +147,5 @@ def _pad_before(padding, axis, size, kernel, stride, dilation):
         return 0
     if padding != "SAME":
         return padding[axis][0]
-    out = (size + stride - 1) // stride
+    out = -(-size // stride)
     return tf.maximum((out - 1) * stride + (kernel - 1) * dilation + 1 - size, 0) // 2

@@ -13,11 +13,11 @@ from ._arguments import (
     to_tensor,
 )
 from ._library import check_xla, record
-from ._reference import deform_conv2d_reference
+from ._portable import deform_conv2d_portable, in_portable_mode, reference_of_op
 
 __all__ = ["deform_conv2d"]
 
-_ops = record.ops
+_ops = getattr(record, "ops", None)  # None in a process that is in portable mode
 
 # Positions and sums are in float32 for 16-bit types, so these may have float32 offsets and masks.
 _OFFSET_DTYPES = {
@@ -98,7 +98,11 @@ def deform_conv2d(
         raise ValueError(f"data_format must be 'NHWC' or 'NCHW'; received {shown(data_format)}")
     if not isinstance(name, str | None):
         raise ValueError(f"name must be a string or None; received {shown(name)}")
-    check_xla()
+    if in_portable_mode():
+        compute = deform_conv2d_portable
+    else:
+        check_xla()
+        compute = _ops.deform_conv2d
     with tf.name_scope(name or "DeformConv2D"):
         input = to_tensor(input, "input", tuple(_OFFSET_DTYPES))
         dtype, offset_dtypes = input.dtype, _OFFSET_DTYPES[input.dtype]
@@ -109,7 +113,7 @@ def deform_conv2d(
             masks = [to_tensor(mask, "mask", (offset.dtype,), hint=offset.dtype)]
         deform_groups = integer(deform_groups, "deform_groups")
         check_filters_order(input, filters, offset, deform_groups, data_format)
-        return _ops.deform_conv2d(
+        return compute(
             input=input,
             filters=filters,
             offset=offset,
@@ -203,10 +207,6 @@ def _deform_conv2d_grad_grad(op, *grad_gradients):
     # Tensors of a known rank, each read once: in a tf.compat.v1 loop, every read of op.inputs gives
     # another one.
     *arguments, grad_output = [tf.ensure_shape(tensor, [None] * 4) for tensor in op.inputs]
-    attributes = _attributes(op)
-    explicit = attributes.pop("explicit_paddings")
-    if attributes["padding"] == "EXPLICIT":
-        attributes["padding"] = [explicit[index : index + 2] for index in range(0, 8, 2)]
     wanted = [
         index
         for index, name in enumerate(_GRADIENTS[: len(arguments)])
@@ -216,7 +216,8 @@ def _deform_conv2d_grad_grad(op, *grad_gradients):
         second.watch([*arguments, grad_output])
         with tf.GradientTape() as first:
             first.watch(arguments)
-            output = deform_conv2d_reference(*arguments, **attributes)
+            input, filters, offset, *mask = arguments
+            output = reference_of_op(input, filters, offset, mask, **_attributes(op))
         gradients = first.gradient(
             output, [arguments[index] for index in wanted], output_gradients=grad_output
         )

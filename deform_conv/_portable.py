@@ -1,0 +1,72 @@
+"""Portable mode: `deform_conv2d` in TensorFlow's own ops, for where the compiled op cannot be."""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
+import tensorflow as tf
+
+from ._library import PORTABLE
+from ._reference import deform_conv2d_reference
+from ._rules import Rules
+
+# Of a thread, in which it also traces functions: calls in other threads do not become slow.
+_within = contextvars.ContextVar("deform_conv_portable", default=False)
+
+
+@contextlib.contextmanager
+def portable() -> Iterator[None]:
+    """A context in which `deform_conv2d`, and so the layers, compute by TensorFlow's own ops.
+
+    It is for programs that cannot have the compiled op, such as LiteRT (TensorFlow Lite). Results
+    and gradients of any order are the same but for rounding, and take more time and memory.
+
+    It holds for what this thread calls and traces. A function or a model that was traced before
+    keeps what it was traced with, as does one that was traced in here. `DEFORM_CONV_PORTABLE=1` in
+    the environment does the same for a whole process, which then needs no compiled library.
+
+    Example:
+      >>> converter = tf.lite.TFLiteConverter.from_keras_model(model)
+      >>> with deform_conv.portable():
+      ...     program = converter.convert()
+    """
+    token = _within.set(True)
+    try:
+        yield
+    finally:
+        _within.reset(token)
+
+
+def in_portable_mode() -> bool:
+    return PORTABLE or _within.get()
+
+
+def deform_conv2d_portable(input, filters, offset, mask, **attributes) -> tf.Tensor:
+    """What the op computes, from the same inputs and attributes, with its checks.
+
+    Sizes that are known at run time only are checked then, but not in LiteRT, which has no
+    assertions.
+    """
+    tensors = {"input": input, "filters": filters, "offset": offset}
+    if mask:
+        (tensors["mask"],) = mask
+    tensors = {
+        name: tf.ensure_shape(tensor, [None] * 4, name) if tensor.shape.rank is None else tensor
+        for name, tensor in tensors.items()
+    }
+    rules = Rules()
+    output_shape = rules.check(tensors, **attributes)
+    with tf.control_dependencies(rules.assertions):
+        input, filters, offset, *mask = map(tf.identity, tensors.values())
+    output = reference_of_op(input, filters, offset, mask, **attributes)
+    output.set_shape(output_shape)
+    return output
+
+
+def reference_of_op(
+    input, filters, offset, mask, *, padding, explicit_paddings=(), **attributes
+) -> tf.Tensor:
+    """The reference, from the inputs and attributes that the op takes."""
+    if padding == "EXPLICIT":
+        padding = [explicit_paddings[index : index + 2] for index in range(0, 8, 2)]
+    return deform_conv2d_reference(input, filters, offset, *mask, padding=padding, **attributes)
