@@ -5,6 +5,10 @@ variable names another minor version, or that one where the front end hides it, 
 
     DEFORM_CONV_TENSORFLOW=2.20 uv pip install .
 
+Where nothing can be compiled, there is a wheel of the Python alone, for portable mode:
+
+    pip install -C wheel.cmake=false .
+
 An editable installation is built as in a checkout, by compile.sh, which tells of its options.
 """
 
@@ -36,8 +40,9 @@ __all__ = [
 
 VARIABLE = "DEFORM_CONV_TENSORFLOW"
 DEFINITION = "cmake.define.TENSORFLOWS"
+PYTHON_ALONE = {"wheel.cmake": "false"}
 # compile.sh runs CMake, and its libraries stay where they are.
-EDITABLE = {"wheel.cmake": "false"}
+EDITABLE = PYTHON_ALONE
 
 
 def get_requires_for_build_wheel(config_settings=None):
@@ -50,6 +55,8 @@ def get_requires_for_build_editable(config_settings=None):
 
 
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
+    if PYTHON_ALONE.items() <= (config_settings or {}).items():
+        return _scikit_build.build_wheel(wheel_directory, config_settings, metadata_directory)
     settings = {
         DEFINITION: None if config_settings and DEFINITION in config_settings else _tensorflow(),
         "cmake.define.DEFORM_CONV_CUDA_ARCHS": os.environ.get("CUDA_ARCHS"),

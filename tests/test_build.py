@@ -6,6 +6,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -141,6 +142,19 @@ def test_sdist_has_what_a_build_needs_and_nothing_large(tmp_path, monkeypatch):
     assert needed <= set(names)
     folders = {name.partition("/")[0] for name in names}
     assert not folders & {"benchmarks", "build", "checkpoint", "data", "dist", "img", ".venv"}
+
+
+def test_wheel_of_the_python_alone_is_for_any_platform_and_needs_no_tensorflow(
+    no_environment, monkeypatch
+):
+    monkeypatch.chdir(PROJECT)
+    settings = {"wheel.cmake": "false"}
+    assert not build_backend.get_requires_for_build_wheel(settings)
+    name = build_backend.build_wheel(str(no_environment), settings)
+    assert name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(no_environment / name) as wheel:
+        modules = {file for file in wheel.namelist() if file.startswith("deform_conv/")}
+    assert modules == {f"deform_conv/{file.name}" for file in PROJECT.glob("deform_conv/*.py")}
 
 
 # --- What the scripts print ---
