@@ -65,7 +65,7 @@ class Rules:
                 )
                 # What the input does not tell, the offset may.
                 output = [
-                    other if tf.is_tensor(size) else size
+                    size if tf.is_tensor(other) else other
                     for size, other in zip(output, place, strict=True)
                 ]
         shape = [None if tf.is_tensor(size) else size for size in (*output, out_channels)]
@@ -74,7 +74,9 @@ class Rules:
     def _require(self, holds, *message) -> None:
         """Raises, or has the graph raise, where a rule does not hold."""
         if tf.is_tensor(holds):
-            self.assertions.append(tf.debugging.Assert(holds, list(message)))
+            # In order: where several do not hold, the first one is told of.
+            with tf.control_dependencies(self.assertions[-1:]):
+                self.assertions.append(tf.debugging.Assert(holds, list(message)))
         elif not holds:
             text = "".join("?" if tf.is_tensor(part) else str(part) for part in message)
             if tf.executing_eagerly():
@@ -130,17 +132,20 @@ class Rules:
             *("deform_groups must divide the input's ", channels, " channels; received "),
             deform_groups,
         )
-        self._require(
-            _equal(channels % group_channels, 0),
-            *("filters have ", group_channels, " input channels; a divisor of the input's "),
-            *(channels, " channels expected"),
-        )
-        groups = channels // group_channels
-        self._require(
-            _equal(out_channels % groups, 0),
-            *("filters have ", out_channels, " output channels; a multiple of the ", groups),
-            *(" groups (", channels, " / ", group_channels, " channels) expected"),
-        )
+        # A division by 0 would have a message of its own.
+        with tf.control_dependencies(self.assertions):
+            self._require(
+                _equal(channels % group_channels, 0),
+                *("filters have ", group_channels, " input channels; a divisor of the input's "),
+                *(channels, " channels expected"),
+            )
+        with tf.control_dependencies(self.assertions):
+            groups = channels // group_channels
+            self._require(
+                _equal(out_channels % groups, 0),
+                *("filters have ", out_channels, " output channels; a multiple of the ", groups),
+                *(" groups (", channels, " / ", group_channels, " channels) expected"),
+            )
 
     def _out_size(self, axis, size, kernel, stride, dilation, pads):
         """The output's height or width."""
