@@ -89,18 +89,18 @@ def _locate(base, offset, size):
 
     Returns:
       The pixel before it, the fraction of the way to the next pixel, and whether it is inside:
-      above -1 and below `size`. Where it is not, the other two are finite and without a meaning.
+      above -1 and below `size`. The other two are 0 where it is not.
     """
-    # What is beyond any image has no place among integers. Written so that NaN is, too.
-    far = 2.0**40
-    near = (offset > -far) & (offset < far)
-    offset = tf.where(near, offset, tf.zeros_like(offset))
-    # The whole pixels are taken off before the base is added: the fraction stays exact.
+    # The whole pixels are taken off before the base is added, so that the fraction stays exact.
     whole = tf.floor(offset)
-    fraction = offset - whole
+    fraction = offset - whole  # NaN for infinite offsets too
+    # What int64 does not hold becomes its smallest or largest number, outside in either case.
     low = tf.cast(base, tf.int64) + tf.cast(whole, tf.int64)
-    inside = near & (low < tf.cast(size, tf.int64)) & ((low >= 0) | ((low >= -1) & (fraction > 0)))
-    return tf.cast(tf.where(inside, low, tf.zeros_like(low)), tf.int32), fraction, inside
+    from_first = (low >= 0) & (fraction >= 0)
+    before_first = (low >= -1) & (fraction > 0)
+    inside = (low < tf.cast(size, tf.int64)) & (from_first | before_first)
+    low, fraction = (tf.where(inside, value, tf.zeros_like(value)) for value in (low, fraction))
+    return tf.cast(low, tf.int32), fraction, inside
 
 
 def _sample(image, g, h, w, mask):

@@ -205,6 +205,15 @@ def test_wrong_shape_that_is_known_at_run_time_only_raises_then(
     assert message in text or ("rank 4" in message and f"DeformConv2D/{argument}}}" in text)
 
 
+def test_of_several_wrong_shapes_the_first_is_named_at_run_time_too(portable_mode):
+    specs = [tf.TensorSpec([None] * 4)] * 4
+    function = tf.function(deform_conv2d, input_signature=specs, autograph=False)
+    tensors = [tf.zeros((1, 0, 1, 3)) for _ in FITTING]
+    for _ in range(30):
+        with pytest.raises(tf.errors.InvalidArgumentError, match="filters must have a height"):
+            function(*tensors)
+
+
 @pytest.mark.parametrize(("dtypes", "message"), WRONG_DTYPES)
 def test_wrong_dtype_raises(dtypes, message, portable_mode):
     tensors = {
@@ -244,6 +253,7 @@ def test_shapes_may_be_unknown(shape, data_format, rng):
     [
         ("NHWC", [None, 5, 6, 4], [None, 5, 6, 18], [None, 5, 6, 8]),
         ("NHWC", [None, None, None, 4], [3, None, 7, 18], [3, None, 7, 8]),
+        ("NHWC", [2, 5, 6, 4], [None] * 4, [2, 5, 6, 8]),
         ("NCHW", [None, 4, 5, None], [None, 18, 5, None], [None, 8, 5, None]),
     ],
 )
@@ -405,17 +415,19 @@ def test_litert_takes_other_numbers_and_sizes_of_images(rng):
 
 
 @pytest.mark.parametrize(
-    ("types", "tolerance"), [([tf.float16], 1e-3), ([], 3e-2)], ids=["float16", "int8"]
+    ("settings", "tolerance"),
+    [
+        ({"target_spec": tf.lite.TargetSpec(supported_types=[tf.float16])}, 1e-3),
+        ({}, 3e-2),
+        ({"representative_dataset": lambda: ([images_of(np.random.default_rng(0))],)}, 1e-1),
+    ],
+    ids=["float16 weights", "int8 weights", "int8"],
 )
-def test_litert_takes_smaller_weights(types, tolerance, rng):
-    """As far as their precision goes: int8 is that of weights and offset convolutions alone."""
+def test_litert_computes_with_fewer_bits(settings, tolerance, rng):
     model, images = network(batch_size=1), images_of(rng)
     whole = in_portable_mode(converted)(model)
-    program = in_portable_mode(converted)(
-        model,
-        optimizations=[tf.lite.Optimize.DEFAULT],
-        target_spec=tf.lite.TargetSpec(supported_types=types),
-    )
+    optimizations = [tf.lite.Optimize.DEFAULT]
+    program = in_portable_mode(converted)(model, optimizations=optimizations, **settings)
     assert len(program) < len(whole)
     assert relative_error(interpreted(program, images), model(images)) < tolerance
 
