@@ -74,9 +74,7 @@ class Rules:
     def _require(self, holds, *message) -> None:
         """Raises, or has the graph raise, where a rule does not hold."""
         if tf.is_tensor(holds):
-            # In order: where several do not hold, the first one is told of.
-            with tf.control_dependencies(self.assertions[-1:]):
-                self.assertions.append(tf.debugging.Assert(holds, list(message)))
+            self.assertions.append(tf.debugging.Assert(holds, list(message)))
         elif not holds:
             text = "".join("?" if tf.is_tensor(part) else str(part) for part in message)
             if tf.executing_eagerly():

@@ -205,15 +205,6 @@ def test_wrong_shape_that_is_known_at_run_time_only_raises_then(
     assert message in text or ("rank 4" in message and f"DeformConv2D/{argument}}}" in text)
 
 
-def test_of_several_wrong_shapes_the_first_is_named_at_run_time_too(portable_mode):
-    specs = [tf.TensorSpec([None] * 4)] * 4
-    function = tf.function(deform_conv2d, input_signature=specs, autograph=False)
-    tensors = [tf.zeros((1, 0, 1, 3)) for _ in FITTING]
-    for _ in range(30):
-        with pytest.raises(tf.errors.InvalidArgumentError, match="filters must have a height"):
-            function(*tensors)
-
-
 @pytest.mark.parametrize(("dtypes", "message"), WRONG_DTYPES)
 def test_wrong_dtype_raises(dtypes, message, portable_mode):
     tensors = {
