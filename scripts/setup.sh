@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
 # Makes .venv with everything the project needs, and builds the library. Quick when all is there.
 #
-#   scripts/setup.sh [--dev]     --dev: the tests' requirements too
+#   scripts/setup.sh [--dev | --peers]
+#
+#   --dev     the tests' requirements too
+#   --peers   those, and what some tests and benchmarks compare with (PyTorch, several GB)
 #
 # PYTHON3 chooses the Python (3.10 to 3.13) that the environment is made with.
 set -euo pipefail
@@ -16,7 +19,8 @@ requirements=requirements.txt
 case ${1:-} in
   "") ;;
   --dev) requirements=requirements-dev.txt ;;
-  *) fail "unknown option $1 (there is --dev)" ;;
+  --peers) requirements=requirements-peers.txt ;;
+  *) fail "unknown option $1 (there are --dev and --peers)" ;;
 esac
 
 fits() {
