@@ -56,7 +56,8 @@ def deform_conv2d(
     groups of consecutive input channels, each with offsets and a mask of its own.
 
     Gradients with respect to input, filters, offset and mask are registered; only those that are
-    asked for are computed. Second-order gradients work too, in pure TensorFlow, so slowly.
+    asked for are computed. Second-order gradients work too, in pure TensorFlow, so slowly. Within
+    `deform_conv.portable()`, TensorFlow's own ops compute everything.
 
     Args:
       input: `[N, H, W, C]`, or `[N, C, H, W]` for data_format "NCHW"; float32, float64, float16 or
