@@ -52,8 +52,8 @@ class OffsetConvolution(PaddedConv2D):
         TensorFlow neither pads by 0 nor slices the whole.
         """
         strides = [1, *self.strides]  # of batch, height and width
-        spans = [1, *self._spans]
-        extents = [min(max(span, 1), MAX_EXTENT) for span in spans]
+        spans = [1, *(min(span, MAX_EXTENT) for span in self._spans)]
+        extents = [max(span, 1) for span in spans]
         static = inputs.shape[:3]
         filled = all(
             s is not None and s >= extent for s, extent in zip(static, extents, strict=True)
