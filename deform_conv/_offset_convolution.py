@@ -6,14 +6,15 @@ import keras
 import tensorflow as tf
 
 from ._arguments import MAX_EXTENT
-from ._padded_convolution import PaddedConv2D
+from ._extended_convolution import ExtendedConv2D
+from ._reference import sizes
 
 # False while `deform_conv.onnx` traces a model: what empty inputs take is for TensorFlow alone, and
 # would be most of the nodes of a file.
 takes_empty = contextvars.ContextVar("takes_empty", default=True)
 
 
-class OffsetConvolution(PaddedConv2D):
+class OffsetConvolution(ExtendedConv2D):
     """A `Conv2D` that is part of a layer, and "channels_last".
 
     Keras never rounds its kernel and bias to the 16 bits of the layer around it.
@@ -87,14 +88,21 @@ class OffsetConvolution(PaddedConv2D):
         return outputs
 
     def _convolve(self, inputs, kernel):
-        if isinstance(self.padding, str):
-            return super().convolution_op(inputs, kernel)
-        # tf.nn.conv2d takes such padding too, but has no gradient on a CPU where it is dilated, and
+        padding = self.tensorflow_padding
+        # tf.nn.conv2d takes numbers too, but has no gradient on a CPU where it is dilated, and
         # _pad() says what else.
-        inputs = _pad(inputs, self.tensorflow_padding)
-        return tf.nn.convolution(
-            inputs, kernel, self.strides, "VALID", dilations=self.dilation_rate
-        )
+        if not isinstance(padding, str):
+            inputs, padding = _pad(inputs, padding), "VALID"
+        dilations = self.dilation_rate
+        if max(self.strides) == 1 or max(dilations) == 1:
+            return tf.nn.convolution(inputs, kernel, self.strides, padding, dilations=dilations)
+        # TensorFlow refuses both, so what the strides skip is computed too, and left out.
+        outputs = tf.nn.convolution(inputs, kernel, 1, padding, dilations=dilations)
+        first = [0, 0]
+        if padding == "SAME":
+            axes = zip(sizes(inputs)[1:3], self.strides, self._extents, strict=True)
+            first = [_first_of_same(*axis) for axis in axes]
+        return outputs[:, first[0] :: self.strides[0], first[1] :: self.strides[1]]
 
 
 def _pad(inputs, paddings):
@@ -104,6 +112,17 @@ def _pad(inputs, paddings):
     that is empty, and ends the process where the padding is very large.
     """
     return tf.pad(inputs, paddings, constant_values=tf.zeros([], inputs.dtype))
+
+
+def _first_of_same(size, stride: int, extent: int):
+    """Which output of stride 1 is the first of `stride`, along an axis that "same" pads.
+
+    It pads less at a larger stride, so that this one's taps start further into the image.
+    """
+    # No division of negative numbers, which rounds to 0 in ONNX.
+    padding = (size - 1) // stride * stride + extent - size
+    padding = max(padding, 0) if isinstance(size, int) else tf.maximum(padding, 0)
+    return (extent - 1) // 2 - padding // 2
 
 
 def _lack(size, extent: int, stride: int):

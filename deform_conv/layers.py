@@ -6,6 +6,7 @@ import keras
 import tensorflow as tf
 
 from ._arguments import shown
+from ._extended_convolution import ExtendedConv2D
 from ._layer_arguments import (
     boolean,
     dtype_policy,
@@ -18,7 +19,6 @@ from ._layer_arguments import (
 )
 from ._library import xla_kernels_loaded
 from ._offset_convolution import OffsetConvolution
-from ._padded_convolution import PaddedConv2D
 from ._plain_weights import choose_weights
 from .ops import deform_conv2d
 
@@ -35,7 +35,7 @@ _COMPUTE_DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
 @keras.saving.register_keras_serializable(package="deform_conv")
-class DeformableConv2D(PaddedConv2D):
+class DeformableConv2D(ExtendedConv2D):
     """2D deformable convolution layer.
 
     A `keras.layers.Conv2D` that samples its input where an offset (dy, dx), in pixels, moves each
@@ -69,7 +69,8 @@ class DeformableConv2D(PaddedConv2D):
       filters, kernel_size, strides, data_format, dilation_rate, groups, activation, use_bias,
         kernel_initializer, bias_initializer, kernel_regularizer, bias_regularizer,
         activity_regularizer, kernel_constraint, bias_constraint: as in `Conv2D`; activation,
-        regularizers and constraints are not those of `offset_conv` and `mask_conv`.
+        regularizers and constraints are not those of `offset_conv` and `mask_conv`. Strides and
+        dilation may both be above 1.
       padding: "valid" or "same", as in `Conv2D`; or numbers of zeros, at least 0: one, or (h, w),
         for both sides as PyTorch pads, or ((top, bottom), (left, right)). At a stride above 1,
         "same" depends on the size of the image, and pads more below and on the right.

@@ -9,8 +9,7 @@ def random_layers(count: int, seed: int) -> Iterator[tuple[dict, tuple[int, int,
     """Arguments that PyTorch and ONNX have too, and the shape `[N, H, W, C]` of images that fit.
 
     Both versions come by turns, and so do paddings by a number, by (h, w) and by "same", which
-    stands only where it pads both sides equally. Stride and dilation are not above 1 together:
-    Keras refuses that.
+    stands only where it pads both sides equally. Stride and dilation may be above 1 together.
     """
     rng = np.random.default_rng(seed)
 
@@ -24,12 +23,10 @@ def random_layers(count: int, seed: int) -> Iterator[tuple[dict, tuple[int, int,
         groups, deform_groups = integer(1, 3), integer(1, 3)
         channels = int(np.lcm(groups, deform_groups)) * integer(1, 2)
         padding = (integer(0, 3), pair(0, 3), "same")[index % 3]
-        kernel_size, strides, dilation_rate = pair(1, 7), pair(1, 3), (1, 1)
+        kernel_size, strides, dilation_rate = pair(1, 7), pair(1, 3), pair(1, 3)
         if padding == "same":
             kernel_size = tuple(2 * (taps // 2) + 1 for taps in kernel_size)
             strides = (1, 1)
-        if integer(0, 1):
-            strides, dilation_rate = (1, 1), pair(1, 3)
         arguments = {
             "filters": groups * integer(1, 3),
             "kernel_size": kernel_size,

@@ -32,6 +32,15 @@ PADDED = [
 ]
 
 
+# Strides and dilation above 1 together, which Conv2D does not have either.
+STRIDED_AND_DILATED = [
+    {"strides": 2, "dilation_rate": 2, "padding": "same", "modulated": True},
+    {"strides": 2, "dilation_rate": 3, "padding": ((4, 2), (1, 3)), "kernel_size": (3, 2)},
+    {"strides": (4, 2), "dilation_rate": (2, 4), "padding": "same", "kernel_size": (4, 3)},
+    {"strides": (1, 2), "dilation_rate": (2, 1), "modulated": True, "deform_groups": 2},
+]
+
+
 @pytest.fixture
 def images(rng):
     return tf.constant(rng.standard_normal((2, 9, 8, 4)), "float32")
@@ -134,7 +143,7 @@ def test_channels_first_equals_channels_last(images, rng):
 
 
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
-@pytest.mark.parametrize("arguments", ARGUMENTS + PADDED)
+@pytest.mark.parametrize("arguments", ARGUMENTS + PADDED + STRIDED_AND_DILATED)
 def test_shape_and_type_are_known_before_the_call(arguments, data_format, images):
     layer = new_layer(arguments | {"data_format": data_format, "dtype": "mixed_bfloat16"})
     images = images if data_format == "channels_last" else channels_first(images)
@@ -258,8 +267,8 @@ def test_padding_by_numbers_is_same_at_stride_1_and_elsewhere_at_stride_2(images
         assert (relative_error(*outputs) <= 1e-6) == equal
 
 
-@pytest.mark.parametrize("arguments", PADDED)
-def test_sizes_may_be_unknown_with_padding(arguments, images, rng):
+@pytest.mark.parametrize("arguments", PADDED + STRIDED_AND_DILATED)
+def test_sizes_may_be_unknown_with_any_padding(arguments, images, rng):
     model = random_model(rng, keras.Input((None, None, 4)), **arguments)
     assert model.output_shape == (None, None, None, 6)
     layer = model.layers[-1]
@@ -298,6 +307,56 @@ def test_padding_beyond_memory_is_an_error(compiled):
     function = compiled(layer, input_signature=[tf.TensorSpec([None, None, None, 64])])
     with pytest.raises(tf.errors.InvalidArgumentError):
         function(tf.zeros((1, 9, 8, 64)))  # 2**64 numbers, which no memory holds
+
+
+# --- Strides and dilation ---
+
+
+@pytest.mark.parametrize("size", [(9, 8), (8, 11)])
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+@pytest.mark.parametrize("arguments", STRIDED_AND_DILATED)
+def test_offsets_of_a_strided_and_dilated_layer_are_the_ops_convolution(
+    arguments, data_format, size, rng
+):
+    layer = new_layer(arguments | {"data_format": data_format, "dtype": "float64"})
+    images = tf.constant(rng.standard_normal((2, *size, 4)))
+    images = images if data_format == "channels_last" else channels_first(images)
+    shape = layer(images).shape
+    randomize(layer, rng)
+
+    def expected(images):
+        samples = np.prod(layer.kernel_size)
+        channels_axis = 3 if data_format == "channels_last" else 1
+        none = np.zeros([2 * samples if i == channels_axis else n for i, n in enumerate(shape)])
+        outputs = deform_conv2d(
+            images,
+            layer.offset_conv.kernel,
+            none,
+            strides=layer.strides,
+            padding=layer.tensorflow_padding,
+            dilations=layer.dilation_rate,
+            data_format={"channels_last": "NHWC", "channels_first": "NCHW"}[data_format],
+        )
+        return outputs + tf.reshape(layer.offset_conv.bias, [-1] + [1] * (3 - channels_axis))
+
+    results = []
+    for function in (layer.offset, expected):
+        with tf.GradientTape() as tape:
+            tape.watch(images)
+            outputs = function(images)
+            loss = tf.reduce_sum(outputs**2)
+        sources = [images, *layer.offset_conv.trainable_variables]
+        results.append([outputs, *tape.gradient(loss, sources)])
+    for actual, wanted in zip(*results, strict=True):
+        assert relative_error(actual, wanted) <= 1e-12
+
+
+@pytest.mark.parametrize("arguments", STRIDED_AND_DILATED)
+def test_strided_and_dilated_layer_survives_saving_and_loading(arguments, images, tmp_path, rng):
+    model = random_model(rng, **arguments)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(loaded(images), model(images))
 
 
 # --- Offsets and masks of its own ---
@@ -650,9 +709,10 @@ def empty_case(shape, data_format, own_offsets=True, **arguments):
         **arguments,
     )
     batch, *size, _ = shape
-    cuts = {"same": (0, 0), "valid": (2, 2)}
+    reach = 2 * layer.dilation_rate[0]
+    cuts = {"same": (0, 0), "valid": (reach, reach)}
     if layer.padding not in cuts:
-        cuts[layer.padding] = [2 - sum(pads) for pads in layer.padding]
+        cuts[layer.padding] = [reach - sum(pads) for pads in layer.padding]
     size = [
         max(0, -(-(length - cut) // stride))
         for length, cut, stride in zip(size, cuts[layer.padding], layer.strides, strict=True)
@@ -675,12 +735,14 @@ def outputs_and_gradients(layer, inputs):
 
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 @pytest.mark.parametrize("own_offsets", [True, False])
-@pytest.mark.parametrize("strides", [1, 2])
+@pytest.mark.parametrize(("strides", "dilation"), [(1, 1), (2, 1), (2, 2), (2, 3)])
 @pytest.mark.parametrize("padding", ["same", 1, ((2, 1), (0, 3))], ids=str)  # more than nothing too
 @pytest.mark.parametrize("shape", EMPTY.values(), ids=EMPTY)
-def test_nothing_comes_of_nothing(shape, padding, strides, own_offsets, data_format):
+def test_nothing_comes_of_nothing(shape, padding, strides, dilation, own_offsets, data_format):
+    if dilation > 1 and padding != "same":
+        padding = ((2 * dilation, 1), (2, 2 * dilation))
     layer, inputs, output_shape, offset_shape = empty_case(
-        shape, data_format, own_offsets, padding=padding, strides=strides
+        shape, data_format, own_offsets, padding=padding, strides=strides, dilation_rate=dilation
     )
     outputs, gradients = outputs_and_gradients(layer, inputs)
     assert outputs.shape == output_shape

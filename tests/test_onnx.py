@@ -106,15 +106,17 @@ def test_runtimes_compute_what_a_layer_does(arguments, shape, file, rng):
 
 
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
-@pytest.mark.parametrize("strides", [1, (2, 3)])
+@pytest.mark.parametrize(
+    "arguments", [{}, {"strides": (2, 3)}, {"strides": (2, 3), "dilation_rate": (2, 1)}], ids=str
+)
 @pytest.mark.parametrize("padding", ["same", "valid"])
-def test_height_and_width_may_be_unknown(padding, strides, data_format, file, rng):
+def test_height_and_width_may_be_unknown(padding, arguments, data_format, file, rng):
     last = data_format == "channels_last"
-    arguments = {"padding": padding, "strides": strides, "data_format": data_format}
+    arguments = {"padding": padding, "data_format": data_format, **arguments}
     shape = (None, None, 4) if last else (4, None, None)
     model = random_model(rng, shape, kernel_size=(3, 4), modulated=True, **arguments)
     export(model, file, verbose=False)
-    for size in ((9, 8), (12, 14), (4, 4)):
+    for size in ((9, 8), (12, 14), (5, 4)):
         shape = (2, *size, 4) if last else (2, 4, *size)
         images = rng.standard_normal(shape).astype("float32")
         assert difference(in_onnx_runtime(file, images)[0], model(images)) <= 1e-5

@@ -405,6 +405,16 @@ def test_litert_takes_other_numbers_and_sizes_of_images(rng):
         np.testing.assert_allclose(interpreted(program, images), model(images), atol=1e-5)
 
 
+@pytest.mark.parametrize("padding", ["same", "valid", 1])
+def test_litert_takes_strides_and_dilation_together(padding, rng):
+    options = {"strides": 2, "dilation_rate": (2, 3), "padding": padding}
+    layer = DeformableConv2D(4, 3, offset_kernel_initializer="glorot_uniform", **options)
+    model = keras.Sequential([keras.Input((None, None, 3)), layer])
+    program = in_portable_mode(converted)(model)
+    for images in (images_of(rng), images_of(rng, 2, (9, 14))):
+        np.testing.assert_allclose(interpreted(program, images), model(images), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("settings", "tolerance"),
     [

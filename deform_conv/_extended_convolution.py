@@ -1,20 +1,22 @@
-"""`Conv2D` with padding by numbers, which Keras's own does not take."""
+"""`Conv2D` with what Keras's own does not take: padding by numbers, and strides with dilation."""
 
 import keras
 
 from ._layer_arguments import image_padding
 
 
-class PaddedConv2D(keras.layers.Conv2D):
-    """The part of a `Conv2D` that is about `padding`, which may also be numbers.
+class ExtendedConv2D(keras.layers.Conv2D):
+    """The part of a `Conv2D` that is about where its kernel goes.
 
-    The attribute `padding` is "valid", "same" or ((top, bottom), (left, right)).
+    `padding` may also be numbers, and strides and dilation may both be above 1. The attribute
+    `padding` is "valid", "same" or ((top, bottom), (left, right)).
     """
 
-    def __init__(self, *args, padding, **kwargs):
+    def __init__(self, *args, padding, dilation_rate, **kwargs):
         padding = image_padding(padding)
         super().__init__(*args, padding=padding if isinstance(padding, str) else "valid", **kwargs)
         self.padding = padding
+        self.dilation_rate = dilation_rate
 
     @property
     def tensorflow_padding(self) -> str | list[tuple[int, int]]:
@@ -51,5 +53,11 @@ class PaddedConv2D(keras.layers.Conv2D):
         if self.padding == "same":
             return 1, 1
         pads = [(0, 0)] * 2 if self.padding == "valid" else self.padding
-        axes = zip(self.kernel_size, self.dilation_rate, pads, strict=True)
-        return tuple((taps - 1) * dilation + 1 - sum(pad) for taps, dilation, pad in axes)
+        axes = zip(self._extents, pads, strict=True)
+        return tuple(extent - sum(pad) for extent, pad in axes)
+
+    @property
+    def _extents(self) -> tuple[int, int]:
+        """The height and width of the dilated kernel."""
+        axes = zip(self.kernel_size, self.dilation_rate, strict=True)
+        return tuple((taps - 1) * dilation + 1 for taps, dilation in axes)
