@@ -127,7 +127,7 @@ class _Source:
         prefix = prefix.strip(".")
         self._module = None
         self._name = f"{argument}.{prefix}" if prefix else argument
-        if callable(getattr(value, "state_dict", None)):
+        if callable(getattr(value, "state_dict", None)) and not isinstance(value, type):
             self._module = self._submodule(value, prefix)
             tensors = self._module.state_dict()
         elif isinstance(value, Mapping):

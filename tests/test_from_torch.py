@@ -41,6 +41,13 @@ def module(tensors, **attributes):
     return SimpleNamespace(state_dict=lambda: tensors, **attributes)
 
 
+class ModuleClass:
+    """A class of modules, which is no module."""
+
+    def state_dict(self):
+        raise NotImplementedError
+
+
 def assert_is(convolution, arrays):
     """Whether a layer has the weight, in its own order, and the bias of `arrays`."""
     expected = arrays["weight"].transpose(2, 3, 1, 0)
@@ -289,6 +296,7 @@ def missing(arrays, key):
     [
         ({}, None, {}, r"source must be a module or a state dict .* Received: None"),
         ({}, (KERNEL["weight"],), {}, r"source must be a module or a state dict"),
+        ({}, ModuleClass, {}, r"source must be a module .* Received: <class '\S*ModuleClass'>"),
         ({}, tuple(KERNEL.values()), {"prefix": "conv"}, r"without a prefix, a pair"),
         ({}, KERNEL, {"prefix": 1}, r"prefix must be a string. Received: 1"),
         ({}, {}, {}, r"source must have the key weight or deform_conv.weight .* Received: no keys"),
