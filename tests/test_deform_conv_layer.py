@@ -759,7 +759,16 @@ def test_nothing_comes_of_nothing(shape, padding, strides, dilation, own_offsets
 
 
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
-@pytest.mark.parametrize("padding", ["valid", "same", ((2, 1), (0, 3))], ids=str)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"padding": "valid"},
+        {"padding": "same"},
+        {"padding": ((2, 1), (0, 3))},
+        {"padding": "same", "strides": 2, "dilation_rate": 2},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize(
     "jit_compile",
     [
@@ -769,8 +778,8 @@ def test_nothing_comes_of_nothing(shape, padding, strides, dilation, own_offsets
         ),
     ],
 )
-def test_function_of_unknown_sizes_takes_an_empty_batch(jit_compile, padding, data_format, rng):
-    layer, inputs, output_shape, _ = empty_case((0, 9, 8, 4), data_format, padding=padding)
+def test_function_of_unknown_sizes_takes_an_empty_batch(jit_compile, arguments, data_format, rng):
+    layer, inputs, output_shape, _ = empty_case((0, 9, 8, 4), data_format, **arguments)
     unknown = [None, None, None, 4] if data_format == "channels_last" else [None, 4, None, None]
     function = tf.function(
         lambda images: outputs_and_gradients(layer, images),
