@@ -181,7 +181,12 @@ def library_path() -> str:
       The path of a `libdeform_conv.so`, for programs that load it themselves: `tf.load_library`,
       or `TF_LoadLibrary` in C. It fits one minor version of TensorFlow, and needs
       `libdeform_conv_core.so` in its folder or the one above.
+
+    Raises:
+      RuntimeError: with `DEFORM_CONV_PORTABLE=1`, which loads no library.
     """
+    if PORTABLE:
+        raise RuntimeError("with DEFORM_CONV_PORTABLE=1 this process has loaded no library")
     return str(record.path)
 
 

@@ -147,5 +147,6 @@ def _pad_before(padding, axis, size, kernel, stride, dilation):
         return 0
     if padding != "SAME":
         return padding[axis][0]
-    out = -(-size // stride)
+    # Rounds up by a division of what is not negative: tf2onnx rounds others towards zero.
+    out = (size - 1) // stride + 1
     return tf.maximum((out - 1) * stride + (kernel - 1) * dilation + 1 - size, 0) // 2

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import tensorflow as tf
+import wrapt
 
 from ._arguments import (
     check_filters_order,
@@ -228,3 +229,12 @@ def _deform_conv2d_grad_grad(op, *grad_gradients):
         output_gradients=[grad_gradients[index] for index in wanted],
         unconnected_gradients=tf.UnconnectedGradients.ZERO,
     )
+
+
+# --- ONNX ---
+
+
+@wrapt.when_imported("tf2onnx")
+def _teach_tf2onnx(_):
+    """Gives tf2onnx the op, whoever imports it: Keras does so after it has traced a model."""
+    from . import _onnx_op  # noqa: F401

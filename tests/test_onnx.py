@@ -13,6 +13,7 @@ import tensorflow as tf
 from conftest import PROJECT
 from random_layers import random_layers
 
+import deform_conv
 from deform_conv import deform_conv2d, deformable
 from deform_conv.layers import DeformableConv2D
 
@@ -346,7 +347,7 @@ def test_branch_says_the_shapes_that_tf2onnx_does_not_know(shapes_are_known, fil
     if shapes_are_known:
         assert export(convolve, file, verbose=False) <= 1e-5
     else:
-        with pytest.raises(ValueError, match=r"Received: DeformConv2D; .*tf\.ensure_shape"):
+        with pytest.raises(ValueError, match=r"known number of channels .*tf\.ensure_shape"):
             export(convolve, file)
 
 
@@ -428,7 +429,17 @@ def test_opset_is_one_that_has_deform_conv(opset, file, rng):
         export(random_model(rng), file, opset)
 
 
-@pytest.mark.parametrize("signature", [None, 3, [Spec(None)], [[9, 8, 4]]], ids=str)
+@pytest.mark.parametrize("path", [None, 3, b"model.onnx", "", ".", "none/model.onnx"], ids=str)
+def test_path_is_that_of_a_file(path, rng):
+    with pytest.raises(ValueError, match="path must be that of a file"):
+        export(random_model(rng), path)
+
+
+@pytest.mark.parametrize(
+    "signature",
+    [None, 3, Spec([1]), {"images": Spec([1])}, [Spec(None)], [[9, 8, 4]]],
+    ids=str,
+)
 def test_function_needs_a_signature_of_known_ranks(signature, file):
     with pytest.raises(ValueError, match=r"input_signature must be a list of tf\.TensorSpec of kn"):
         export(lambda images: images, file, input_signature=signature)
@@ -457,6 +468,20 @@ def test_sample_inputs_fit(file, rng):
         export(model, file, sample_inputs=np.ones((1, 9, 9, 4)))
 
 
+def test_sample_inputs_have_the_keys_of_the_signature(file):
+    inputs = {name: keras.Input((4,), name=name) for name in ("a", "b")}
+    model = keras.Model(inputs, keras.layers.Concatenate()([inputs["b"], inputs["a"]]))
+    array = np.ones((1, 4), "float32")
+    assert export(model, file, sample_inputs={"b": array, "a": array}, verbose=False) == 0
+    with pytest.raises(ValueError, match=r"sample_inputs must have the structure .*'b', 'c'"):
+        export(model, file, sample_inputs={"b": array, "c": array})
+
+
+def test_sample_inputs_are_numbers(file, rng):
+    with pytest.raises(ValueError, match=r"sample_inputs must be arrays\. Received: 'image'"):
+        export(random_model(rng), file, sample_inputs=["image"])
+
+
 def test_sample_inputs_are_asked_for_where_random_ones_fail(file):
     signature = [Spec([None, None, None, 4]), Spec([None, None, None, 18])]
 
@@ -478,11 +503,29 @@ def test_export_of_keras_is_right_once_the_module_is_imported(file, rng):
     assert difference(in_onnx_runtime(file, images)[0], expected) <= 1e-5
 
 
-def test_export_of_keras_says_which_opset_it_needs(file, rng, caplog):
+def test_export_of_keras_fails_where_the_opset_has_no_deform_conv(file, rng):
     model = random_model(rng)
     model(np.ones((1, 9, 8, 4), "float32"))
-    model.export(file, format="onnx", verbose=False)
-    assert "DeformConv2D needs opset 19 or newer" in caplog.text
+    with pytest.raises(ValueError, match=r"DeformConv2D needs opset 19 or .*Received: 15"):
+        model.export(file, format="onnx", verbose=False)
+    assert not file.exists()
+
+
+def test_export_of_keras_needs_no_import_of_the_module(tmp_path):
+    program = """
+import sys
+import keras
+from deform_conv.layers import DeformableConv2D
+assert not {"onnx", "tf2onnx"} & set(sys.modules)
+model = keras.Sequential([keras.Input((9, 8, 4)), DeformableConv2D(6, 3)])
+model.compile(), model.predict(keras.ops.ones((1, 9, 8, 4)), verbose=0)
+model.export(sys.argv[1], format="onnx", opset_version=19, verbose=False)
+assert "deform_conv.onnx" not in sys.modules
+"""
+    file = tmp_path / "model.onnx"
+    subprocess.run([sys.executable, "-c", program, file], cwd=PROJECT, check=True)
+    assert "DeformConv" in nodes(file)
+    onnx.checker.check_model(file, full_check=True)
 
 
 @pytest.mark.parametrize(("module", "package"), [("onnx", "tf2onnx"), ("openvino", "openvino")])
@@ -495,6 +538,31 @@ def test_what_is_not_installed_is_named(module, package):
         f"ModuleNotFoundError: deform_conv.{module} needs {package}, which is not installed: "
         f"pip install 'tf-deform-conv[{module}]'"
     )
+
+
+# --- Portable mode ---
+
+
+@pytest.mark.parametrize(("arguments", "shape"), layers_to_compare()[::4])
+def test_portable_mode_has_no_deform_conv_and_the_same_outputs(arguments, shape, file, rng):
+    model = random_model(rng, shape, **arguments)
+    with deform_conv.portable():
+        export(model, file, verbose=False)
+    assert "DeformConv" not in nodes(file)
+    images = rng.standard_normal((3, *shape)).astype("float32")
+    assert difference(in_onnx_runtime(file, images)[0], model(images)) <= 1e-5
+
+
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_height_and_width_may_be_unknown_in_portable_mode_too(padding, file, rng):
+    model = random_model(
+        rng, (None, None, 4), kernel_size=(3, 4), strides=(2, 3), padding=padding, modulated=True
+    )
+    with deform_conv.portable():
+        export(model, file, verbose=False)
+    for size in ((9, 8), (12, 13), (23, 7)):
+        images = rng.standard_normal((2, *size, 4)).astype("float32")
+        assert difference(in_onnx_runtime(file, images)[0], model(images)) <= 1e-5
 
 
 # --- OpenVINO ---

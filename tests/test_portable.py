@@ -548,6 +548,19 @@ assert type(deform_conv.deformable(
     run_in(no_library, program, **PORTABLE)
 
 
+def test_in_portable_mode_there_is_no_path_of_a_library(no_library):
+    program = """
+import deform_conv
+try:
+    deform_conv.library_path()
+except RuntimeError as error:
+    assert "DEFORM_CONV_PORTABLE=1" in str(error), error
+else:
+    raise AssertionError("a path of what is not there")
+"""
+    run_in(no_library, program, **PORTABLE)
+
+
 def test_in_portable_mode_it_describes_and_checks_itself(no_library):
     completed = subprocess.run(
         [sys.executable, "-m", "deform_conv"],
