@@ -561,6 +561,24 @@ else:
     run_in(no_library, program, **PORTABLE)
 
 
+def test_in_portable_mode_a_saved_model_must_be_without_the_op(no_library):
+    model = network()
+    model.export(no_library / "with", verbose=False)
+    with portable():
+        model.export(no_library / "without", verbose=False)
+    program = """
+import deform_conv
+tf.saved_model.load("without")
+try:
+    tf.saved_model.load("with")
+except Exception as error:
+    assert "Op type not registered 'DeformConv2D'" in str(error), error
+else:
+    raise AssertionError("loaded without the op")
+"""
+    run_in(no_library, program, **PORTABLE)
+
+
 def test_in_portable_mode_it_describes_and_checks_itself(no_library):
     completed = subprocess.run(
         [sys.executable, "-m", "deform_conv"],

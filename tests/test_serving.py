@@ -137,6 +137,7 @@ def test_c_program_says_what_is_wrong(served, serve):
         ({"output_name": output_name[:-1] + "9"}, "9: the model has no such tensor"),
         ({"shape": (2, 9, 10, 4)}, "/images: 2160 bytes; expected 2880"),
         ({"shape": (2, 9, 0, 3)}, "0: not a size"),
+        ({"shape": (2, 9, "10x", 3)}, "10x: not a size"),
     ]:
         line = serve(**(arguments | wrong), check=False)
         assert line.startswith("serve: error: ") and message in line, line

@@ -106,8 +106,11 @@ static TF_Tensor* ReadTensor(const char* path, int rank, char* const sizes[]) {
   int64_t bytes = sizeof(float);
   if (rank > kMaxRank) Fail("%d dimensions; %d are the most", rank, kMaxRank);
   for (int i = 0; i < rank; ++i) {
-    shape[i] = strtoll(sizes[i], NULL, 10);
-    if (shape[i] <= 0 || shape[i] > INT64_MAX / bytes) Fail("%s: not a size", sizes[i]);
+    char* end;
+    shape[i] = strtoll(sizes[i], &end, 10);
+    if (*end != '\0' || shape[i] <= 0 || shape[i] > INT64_MAX / bytes) {
+      Fail("%s: not a size", sizes[i]);
+    }
     bytes *= shape[i];
   }
   const int64_t found = Entry(path).st_size;
@@ -136,9 +139,9 @@ int main(int argc, char* argv[]) {
   TF_SessionRun(session, NULL, &input, &images, 1, &output, &result, 1, NULL, 0, NULL, status);
   Check(status, "run");
 
+  WriteFile(argv[6], TF_TensorData(result), TF_TensorByteSize(result));
   for (int i = 0; i < TF_NumDims(result); ++i) printf("%jd ", (intmax_t)TF_Dim(result, i));
   printf("\n");
-  WriteFile(argv[6], TF_TensorData(result), TF_TensorByteSize(result));
 
   TF_DeleteTensor(result);
   TF_DeleteTensor(images);
