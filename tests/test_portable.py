@@ -425,6 +425,8 @@ def test_litert_takes_strides_and_dilation_together(padding, rng):
     ids=["float16 weights", "int8 weights", "int8"],
 )
 def test_litert_computes_with_fewer_bits(settings, tolerance, rng):
+    """In LiteRT's own interpreter: TensorFlow's is off by 0.14 with 8-bit activations."""
+    pytest.importorskip("ai_edge_litert")
     model, images = network(batch_size=1), images_of(rng)
     whole = in_portable_mode(converted)(model)
     optimizations = [tf.lite.Optimize.DEFAULT]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from utils.quiet_tensorflow import keras, tf
 
+import h5py
 import numpy as np
 
 from utils.cli import PROJECT, UserError, reading
@@ -82,10 +83,21 @@ def load_model(name: str, path: Path | None = None, folder: Path = CHECKPOINTS) 
         raise UserError(f"the name of weights must end in .weights.h5; it is {path}")
     model = build_model(name)
     with reading(f"{path} does not hold the weights of {name}"):
+        if name != REGULAR:
+            _check_for_offsets(path)
         model.load_weights(path)
     if bad := not_finite(model.variables):
         raise UserError(f"{path} holds NaN or infinite weights of {name}, in {bad}")
     return model
+
+
+def _check_for_offsets(path: Path) -> None:
+    """Raises if there are none: the deformable layers would load the regular network's weights."""
+    names = []
+    with h5py.File(path) as file:
+        file.visit(names.append)
+    if not any("offset_conv" in name for name in names):
+        raise ValueError("it has no offsets")
 
 
 def not_finite(variables: Iterable[keras.Variable]) -> str | None:
