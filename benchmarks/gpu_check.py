@@ -42,6 +42,18 @@ ANY_CHANNELS = (
     layer(3, 34, 16, 13, 17, groups=2, stride=2, dilation=2),
     layer(2, 24, 24, 9, 9, groups=24, deform_groups=3, masked=True),
     layer(37, 40, 10, 7, 5, groups=5, deform_groups=2, masked=True),
+    # depthwise
+    layer(2, 32, 32, 30, 47, groups=32, masked=True),
+    layer(3, 64, 64, 13, 17, groups=64, deform_groups=4, masked=True),
+    layer(2, 96, 96, 28, 28, groups=96, kernel=(5, 5)),
+    layer(1, 96, 96, 28, 28, groups=96, kernel=(7, 7), dilation=3),
+    layer(2, 30, 30, 13, 17, groups=30, stride=2, masked=True),
+    layer(2, 16, 48, 13, 17, groups=16, masked=True),
+    layer(2, 24, 48, 13, 17, groups=24, deform_groups=3, stride=2, dilation=2),
+    layer(1, 64, 64, 1, 200, groups=64, kernel=(1, 9)),
+    layer(1, 288, 288, 9, 9, groups=288, deform_groups=9),
+    layer(2, 32, 32, 30, 47, groups=32, scale=FAR, masked=True),
+    layer(2, 32, 32, 30, 47, groups=32, holes=True, masked=True),
 )
 # Channels in eights, as the fused kernels want them: whole K blocks and parts of one,
 # output channels of one tile, several, and parts of one; few positions and ragged ones.
@@ -92,6 +104,8 @@ SMALL = (
     # Neither kind of group divides the other.
     layer(2, 192, 192, 13, 17, groups=3, deform_groups=2, masked=True),
     layer(2, 48, 408, 9, 9, groups=3, deform_groups=2),
+    layer(2, 48, 48, 9, 9, groups=48, deform_groups=2, masked=True, holes=True),
+    layer(1, 10, 30, 9, 9, groups=10, stride=2, masked=True, scale=FAR),
 )
 
 

@@ -526,6 +526,61 @@ def test_equals_the_reference_however_the_work_is_divided(configuration, rng):
         assert relative_error(value, expected[key]) <= 1e-12, key
 
 
+# --- Depthwise layers: each convolution group has one input channel ---
+
+DEPTHWISE = [
+    {"channels": 24},
+    {"channels": 24, "deform_groups": 3, "mask": False},
+    # Several outputs a channel; channels that no vector holds.
+    {"channels": 16, "multiplier": 3, "deform_groups": 2},
+    {"channels": 15, "multiplier": 2, "deform_groups": 5},
+    # More channels in a deformable group than a warp has lanes for; many small groups.
+    {"channels": 320},
+    {"channels": 96, "deform_groups": 12},
+    {"channels": 66, "deform_groups": 33},
+    # Samples that leave the region around a patch, or the image.
+    {"channels": 32, "offset_scale": 9.0},
+    {"channels": 32, "kernel": (7, 7), "dilations": (3, 3), "offset_scale": 3.0},
+    {"channels": 16, "kernel": (2, 5), "strides": (2, 3), "padding": "VALID"},
+    {"channels": 16, "kernel": (1, 9), "size": (1, 70)},
+    {"channels": 16, "size": (70, 1), "dilations": (2, 1)},
+    {"channels": 16, "kernel": (23, 23), "batch": 1},
+    {"channels": 16, "padding": ((0, 0), (5, 0), (0, 7), (0, 0))},
+    # No output; no pixels.
+    {"channels": 16, "kernel": (14, 1), "padding": "VALID"},
+    {"channels": 16, "size": (0, 5), "padding": ((0, 0), (2, 2), (1, 1), (0, 0))},
+]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(tf.float64, 1e-12), (tf.float32, 1e-6), (tf.float16, 5e-3), (tf.bfloat16, 2e-2)],
+    ids=lambda value: getattr(value, "name", None),
+)
+@pytest.mark.parametrize("configuration", DEPTHWISE, ids=str)
+def test_depthwise_layer_equals_the_reference(configuration, dtype, tolerance, rng):
+    configuration = {"size": (13, 19), "multiplier": 1} | configuration
+    channels, multiplier = configuration["channels"], configuration.pop("multiplier")
+    case = random_case(rng, groups=channels, out_channels=channels * multiplier, **configuration)
+    case = case.rounded_to(dtype, tf.float32 if dtype != tf.float64 else dtype)
+    expected = run(case.tensors(), case.attributes, function=deform_conv2d_reference)
+    actual = run(case.tensors(dtype, tf.float32 if dtype != tf.float64 else dtype), case.attributes)
+    for key, value in actual.items():
+        assert relative_error(tf.cast(value, tf.float64), expected[key]) <= tolerance, key
+
+
+@pytest.mark.parametrize("wanted", ["input", "filters", "offset", "mask"])
+def test_depthwise_layer_gives_each_gradient_alone(wanted, rng):
+    case = random_case(rng, channels=24, groups=24, out_channels=24, deform_groups=3)
+    tensors = case.tensors(tf.float32)
+    expected = run(case.tensors(), case.attributes, function=deform_conv2d_reference)
+    with tf.GradientTape() as tape:
+        tape.watch(tensors[wanted])
+        output = deform_conv2d(**tensors, **case.attributes)
+    gradient = tape.gradient(output, tensors[wanted], output_gradients=tf.ones_like(output))
+    assert relative_error(gradient, expected[f"grad_{wanted}"]) <= 1e-6
+
+
 def test_strides_dilations_and_padding_take_every_form(rng):
     case = random_case(rng, mask=False)
     arguments = case.tensors()

@@ -59,9 +59,28 @@ def formula(input, filters, offset, mask, grad_output):
     return results
 
 
-def problem(rng, channels=20):
+def depthwise_formula(input, filters, grad_output, **shared):
+    """The same with 3x3 filters of one input channel each, which have an output channel each."""
+    results = [
+        formula(
+            input[..., c : c + 1], filters[..., c : c + 1], grad_output=grad_output[..., c : c + 1],
+            **shared,
+        )
+        for c in range(input.shape[-1])
+    ]  # fmt: skip
+    return {
+        name: sum(each[name] for each in results)
+        if name in ("grad_offset", "grad_mask")
+        else np.concatenate([each[name] for each in results], axis=-1)
+        for name in results[0]
+    }
+
+
+def problem(rng, channels=20, **options):
     """Arrays whose samples lie inside, across the border and outside, and some on whole pixels."""
-    arrays = random_case(rng, batch=1, size=SIZE, channels=channels, out_channels=8).arrays
+    arrays = random_case(
+        rng, batch=1, size=SIZE, channels=channels, out_channels=8, **options
+    ).arrays
     arrays["offset"][:, :, :3] = np.round(arrays["offset"][:, :, :3])
     return arrays | {"grad_output": rng.standard_normal((1, *SIZE, 8))}
 
@@ -76,7 +95,7 @@ def results_of(arrays, dtype=tf.float32, function=deform_conv2d):
     return run(tensors, {}, grad_output, function)
 
 
-def assert_follow_the_formula(actual, arrays, tolerance):
+def assert_follow_the_formula(actual, arrays, tolerance, formula=formula):
     with np.errstate(invalid="ignore"):
         expected = formula(**arrays)
     for name, tensor in actual.items():
@@ -101,6 +120,16 @@ def test_one_bad_number_anywhere(argument, bad, rng):
         arrays = clean | {argument: clean[argument].copy()}
         arrays[argument].flat[index] = bad
         assert_follow_the_formula(results_of(arrays), arrays, 1e-4)
+
+
+@pytest.mark.parametrize("bad", BAD, ids=str)
+@pytest.mark.parametrize("argument", ARGUMENTS)
+def test_one_bad_number_anywhere_in_a_depthwise_layer(argument, bad, rng):
+    clean = problem(rng, channels=8, groups=8)
+    for index in rng.choice(clean[argument].size, 12, replace=False):
+        arrays = clean | {argument: clean[argument].copy()}
+        arrays[argument].flat[index] = bad
+        assert_follow_the_formula(results_of(arrays), arrays, 1e-4, depthwise_formula)
 
 
 def test_bad_masks_at_every_sample(rng):

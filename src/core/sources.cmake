@@ -23,6 +23,8 @@ set(CORE_CPU_ISA_SOURCES
 set(CORE_GPU_SOURCES
   gpu/backward.cc
   gpu/chunk_plan.cc
+  gpu/columns_backward.cc
+  gpu/depthwise.cc
   gpu/forward.cc
   gpu/im2col_gemm.cc
   gpu/implementations.cc
@@ -33,6 +35,8 @@ set(CORE_CUDA_SOURCES
   cuda/errors.cu
   cuda/general/col2im.cu
   cuda/general/col2im_sorted.cu
+  cuda/general/depthwise_backward.cu
+  cuda/general/depthwise_forward.cu
   cuda/general/im2col.cu
   cuda/general/layout.cu
 )

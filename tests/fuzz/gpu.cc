@@ -195,12 +195,13 @@ DeformConvProblem ProblemOf(const Problem& problem, const CallSettings& settings
 // As RoundingOf(), but for what differs on tensor cores.
 Rounding RoundingOnGpu(const Problem& problem, bool allow_tf32) {
   Rounding rounding = RoundingOf(problem);
-  if (problem.type == ElementType::kFloat) {
-    rounding.underflow *= 0x1p23;  // subnormal products may be 0
-    if (allow_tf32) {
-      rounding.product_unit = 0x1p-10;  // 10 bits, the rest cut off
-      rounding.products = 4;
-    }
+  if (problem.type == ElementType::kFloat || problem.type == ElementType::kBFloat16) {
+    // Subnormal products may be 0, and so may subnormal floats that atomics add.
+    rounding.underflow *= 0x1p23;
+  }
+  if (problem.type == ElementType::kFloat && allow_tf32) {
+    rounding.product_unit = 0x1p-10;  // 10 bits, the rest cut off
+    rounding.products = 4;
   }
   // Tensor cores cut sums off where others round.
   if (problem.type != ElementType::kDouble) rounding.sum_unit *= 4;

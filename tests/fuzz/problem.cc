@@ -150,6 +150,11 @@ Sizes DrawAnySizes(Random& random, bool eights) {
   sizes.groups = random.Chance(0.65) ? 1 : random.Pick({2, 2, 2, 3, 3, 4, 5, 8, 16, 33});
   sizes.group_in = DrawChannels(random, eights);
   sizes.group_out = DrawChannels(random, eights);
+  if (!eights && random.Chance(0.15)) {  // a depthwise layer
+    sizes.groups = random.Pick({2, 3, 8, 15, 16, 24, 32, 40, 64, 66, 96});
+    sizes.group_in = 1;
+    sizes.group_out = random.Pick({1, 1, 1, 2, 3});
+  }
   sizes.deform_groups = DrawDivisor(random, sizes.groups * sizes.group_in);
   sizes.padding = random.Pick(
       {Padding::kSame, Padding::kSame, Padding::kValid, Padding::kExplicit, Padding::kExplicit});

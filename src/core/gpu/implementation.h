@@ -13,7 +13,7 @@ namespace deform_conv {
 template <typename Call>
 struct Implementation {
   const char* name;
-  KernelPath path;  // the path that it belongs to
+  KernelPath path;  // the path that it belongs to; kAny where it chooses within itself
 
   // Why it cannot do the call, or an empty string. Asked once for the whole batch; run() may then
   // be called for its parts. Looks only at whether pointers are null and aligned.
@@ -37,7 +37,7 @@ std::string Choose(const List& list, const char* what, const Call& call,
   *chosen = nullptr;
   int lowest = 0;
   for (const auto& each : list) {
-    if (path != KernelPath::kAny && each.path != path) continue;
+    if (path != KernelPath::kAny && each.path != KernelPath::kAny && each.path != path) continue;
     const int cost = each.cost(call);
     if (*chosen != nullptr && lowest <= cost) continue;
     const std::string misfit = each.misfit(call);

@@ -1,9 +1,12 @@
 #include "core/gpu/implementations.h"
 
+#include <cstdint>
 #include <string>
 #include <type_traits>
 
 #include "core/cuda/general/kernels.h"
+#include "core/gpu/columns_backward.h"
+#include "core/gpu/depthwise.h"
 #include "core/gpu/im2col_gemm.h"
 #include "core/return_if_error.h"
 #ifdef DEFORM_CONV_SM90
@@ -117,6 +120,35 @@ std::string RunSorted(const Col2ImCall<T>& call) {
   return others.gradients.any() || others.replace ? RunAtomic<T>(others) : "";
 }
 
+// --- Depthwise layers ---
+
+template <typename Call>
+std::string DepthwiseMisfit(const Call& call) {
+  if (call.params.groups == 1 || call.params.groups != call.params.in_channels) {
+    return "the layer is not depthwise";
+  }
+  if (call.params.out_positions() == 0) return "the output is empty";
+  // An offset's two numbers are loaded at once.
+  if (reinterpret_cast<uintptr_t>(call.tensors.offset) % (2 * sizeof(*call.tensors.offset)) != 0) {
+    return "an offset is not aligned to its size";
+  }
+  return "";
+}
+
+template <typename T>
+std::string DepthwiseForwardMisfit(const ForwardCall<T>& call) {
+  DEFORM_CONV_RETURN_IF_ERROR(DepthwiseMisfit(call));
+  return cuda::DepthwiseForwardMisfit<T>(call.params);
+}
+
+template <typename T>
+std::string DepthwiseBackwardMisfit(const BackwardCall<T>& call) {
+  DEFORM_CONV_RETURN_IF_ERROR(DepthwiseMisfit(call));
+  const bool adds = call.gradients.sampled.input != nullptr || call.gradients.filters != nullptr;
+  if (adds && call.device.deterministic()) return kAddsWithAtomics;
+  return cuda::DepthwiseBackwardMisfit<T>(call.params);
+}
+
 }  // namespace
 
 template <typename T>
@@ -125,7 +157,18 @@ const std::vector<Implementation<ForwardCall<T>>>& ForwardImplementations() {
 #ifdef DEFORM_CONV_SM90
       {"ImplicitGemmSm90", KernelPath::kFused, ImplicitGemmMisfit<T>, Cost<1>, RunImplicitGemm<T>},
 #endif
+      {"Depthwise", KernelPath::kGeneral, DepthwiseForwardMisfit<T>, Cost<0>, ForwardDepthwise<T>},
       {"Im2ColGemm", KernelPath::kGeneral, AlwaysFits, Cost<2>, Im2ColGemm<T>},
+  };
+  return list;
+}
+
+template <typename T>
+const std::vector<Implementation<BackwardCall<T>>>& BackwardImplementations() {
+  static const std::vector<Implementation<BackwardCall<T>>> list = {
+      {"Depthwise", KernelPath::kGeneral, DepthwiseBackwardMisfit<T>, Cost<0>,
+       BackpropDepthwise<T>},
+      {"Columns", KernelPath::kAny, AlwaysFits, Cost<1>, BackpropByColumns<T>},
   };
   return list;
 }
@@ -144,8 +187,9 @@ const std::vector<Col2ImImplementation<T>>& Col2ImImplementations() {
   return list;
 }
 
-#define DEFORM_CONV_INSTANTIATE(T)                                                         \
-  template const std::vector<Implementation<ForwardCall<T>>>& ForwardImplementations<T>(); \
+#define DEFORM_CONV_INSTANTIATE(T)                                                           \
+  template const std::vector<Implementation<ForwardCall<T>>>& ForwardImplementations<T>();   \
+  template const std::vector<Implementation<BackwardCall<T>>>& BackwardImplementations<T>(); \
   template const std::vector<Col2ImImplementation<T>>& Col2ImImplementations<T>();
 DEFORM_CONV_FOR_ELEMENT_TYPES(DEFORM_CONV_INSTANTIATE)
 #undef DEFORM_CONV_INSTANTIATE

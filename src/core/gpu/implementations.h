@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "core/deform_conv2d.h"
 #include "core/gpu/chunk_plan.h"
 #include "core/gpu/device.h"
 #include "core/gpu/implementation.h"
@@ -29,7 +30,22 @@ struct ForwardCall {
 template <typename T>
 const std::vector<Implementation<ForwardCall<T>>>& ForwardImplementations();
 
-// --- Backward: from the columns' gradient to those of input, offset and mask ---
+// --- Backward ---
+
+template <typename T>
+struct BackwardCall {
+  const DeformConvParams& params;
+  const SampledTensors<T, ComputeType<T>>& tensors;
+  const T* filters;
+  const T* grad_output;
+  const DeformConvGradients<T, ComputeType<T>>& gradients;
+  GpuDevice& device;
+};
+
+template <typename T>
+const std::vector<Implementation<BackwardCall<T>>>& BackwardImplementations();
+
+// --- Backward by columns: from the columns' gradient to those of input, offset and mask ---
 
 template <typename T>
 struct Col2ImCall {

@@ -1,5 +1,4 @@
-#include <type_traits>
-
+#include "core/cuda/general/atomic_add.cuh"
 #include "core/cuda/general/kernels.h"
 #include "core/cuda/general/samples.cuh"
 #include "core/cuda/launch.cuh"
@@ -8,27 +7,6 @@
 namespace deform_conv {
 namespace cuda {
 namespace {
-
-// Adds `kSize` neighbouring numbers to memory. The order among threads is not fixed, so sums differ
-// by rounding from run to run.
-template <int kSize, typename Number>
-__device__ __forceinline__ void AtomicAdd(Number* to, const Number (&values)[kSize]) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  constexpr bool kFours = std::is_same_v<Number, float> && kSize % 4 == 0;
-#else
-  constexpr bool kFours = false;
-#endif
-  if constexpr (kFours) {
-#pragma unroll
-    for (int i = 0; i < kSize; i += 4) {
-      atomicAdd(reinterpret_cast<float4*>(to + i),
-                make_float4(values[i], values[i + 1], values[i + 2], values[i + 3]));
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) atomicAdd(to + i, values[i]);
-  }
-}
 
 // Writes a sample's gradients of offset and mask, given the products of the columns' gradient with
 // each corner, summed over channels.

@@ -44,6 +44,30 @@ std::string Col2ImSorted(const DeformConvParams& params,
 // Why the corners of an image cannot be sorted, or an empty string.
 std::string Col2ImSortedMisfit(const DeformConvParams& params);
 
+// The most images that a call of the two functions below may have.
+int64_t DepthwiseImages(const DeformConvParams& params);
+
+// A depthwise layer's output: each convolution group has one input channel, and any number of
+// output channels. No columns, no GEMM.
+template <typename T>
+std::string DepthwiseForward(const DeformConvParams& params,
+                             const SampledTensors<T, ComputeType<T>>& tensors, const T* filters,
+                             T* output, void* stream);
+// Why it cannot, or an empty string.
+template <typename T>
+std::string DepthwiseForwardMisfit(const DeformConvParams& params);
+
+// A depthwise layer's gradients: adds to gradients.input and grad_filters, in an order that is not
+// fixed, and writes those of offset and mask; null where one is not wanted.
+template <typename T>
+std::string DepthwiseBackward(const DeformConvParams& params,
+                              const SampledTensors<T, ComputeType<T>>& tensors, const T* filters,
+                              const T* grad_output,
+                              const SampledGradients<ComputeType<T>>& gradients,
+                              ComputeType<T>* grad_filters, void* stream);
+template <typename T>
+std::string DepthwiseBackwardMisfit(const DeformConvParams& params);
+
 // Converts a tensor in `format` to native form, and back.
 template <typename From, typename To>
 DEFORM_CONV_EXPORT std::string ToNative(DataFormat format, const TensorExtent& extent,

@@ -1,0 +1,116 @@
+#include "core/gpu/depthwise.h"
+
+#include <algorithm>
+#include <type_traits>
+
+#include "core/cuda/general/kernels.h"
+#include "core/integer_math.h"
+#include "core/return_if_error.h"
+
+namespace deform_conv {
+namespace {
+
+// The most that the float copy of the input's gradient takes, unless an image takes more.
+constexpr int64_t kCopyBytes = int64_t{64} << 20;
+
+template <typename Element>
+Element* Advance(Element* tensor, int64_t elements) {
+  return tensor == nullptr ? nullptr : tensor + elements;
+}
+
+// Some images of the batch, for a call of the kernels.
+template <typename T>
+struct SomeImages {
+  DeformConvParams params;
+  SampledTensors<T, ComputeType<T>> tensors;
+  int64_t input, position, offset, mask;  // where the first one begins, in elements
+
+  SomeImages(const DeformConvParams& all, const SampledTensors<T, ComputeType<T>>& all_tensors,
+             int64_t first, int64_t images)
+      : params(all),
+        input(first * all.image_size()),
+        position(first * all.image_positions()),
+        offset(position * all.offset_channels()),
+        mask(position * all.mask_channels()) {
+    params.batch = std::min(images, all.batch - first);
+    tensors = {Advance(all_tensors.input, input), Advance(all_tensors.offset, offset),
+               Advance(all_tensors.mask, mask)};
+  }
+};
+
+}  // namespace
+
+template <typename T>
+std::string ForwardDepthwise(const ForwardCall<T>& call) {
+  const int64_t images = cuda::DepthwiseImages(call.params);
+  for (int64_t first = 0; first < call.params.batch; first += images) {
+    const SomeImages<T> some(call.params, call.tensors, first, images);
+    DEFORM_CONV_RETURN_IF_ERROR(cuda::DepthwiseForward<T>(
+        some.params, some.tensors, call.filters,
+        call.output + some.position * call.params.out_channels, call.device.stream()));
+  }
+  return "";
+}
+
+template <typename T>
+std::string BackpropDepthwise(const BackwardCall<T>& call) {
+  using Sum = ComputeType<T>;
+  constexpr bool kSumsAreCopies = !std::is_same_v<T, Sum>;
+  void* const stream = call.device.stream();
+  const DeformConvParams& params = call.params;
+  const DeformConvGradients<T, Sum>& gradients = call.gradients;
+  const int64_t image_bytes = params.image_size() * sizeof(Sum);
+  int64_t images = std::min(cuda::DepthwiseImages(params), std::max<int64_t>(params.batch, 1));
+  Sum *filters_sum = nullptr, *input_sum = nullptr;
+  if (kSumsAreCopies && gradients.sampled.input != nullptr && image_bytes > 0) {
+    images = std::clamp<int64_t>(kCopyBytes / image_bytes, 1, images);
+    images = CeilDiv(params.batch, CeilDiv(params.batch, images));  // nearly equal parts
+    DEFORM_CONV_RETURN_IF_ERROR(
+        call.device.Allocate(images * image_bytes, reinterpret_cast<void**>(&input_sum)));
+  }
+  const int64_t filters_bytes = params.filters_size() * sizeof(Sum);
+  if (gradients.filters != nullptr) {
+    if constexpr (kSumsAreCopies) {
+      DEFORM_CONV_RETURN_IF_ERROR(
+          call.device.Allocate(filters_bytes, reinterpret_cast<void**>(&filters_sum)));
+    } else {
+      filters_sum = gradients.filters;
+    }
+    DEFORM_CONV_RETURN_IF_ERROR(cuda::Zero(filters_sum, filters_bytes, stream));
+  }
+  for (int64_t first = 0; first < params.batch; first += images) {
+    const SomeImages<T> some(params, call.tensors, first, images);
+    T* const grad_input = Advance(gradients.sampled.input, some.input);
+    if constexpr (!kSumsAreCopies) input_sum = grad_input;
+    const SampledGradients<Sum> sampled = {input_sum,
+                                           Advance(gradients.sampled.offset, some.offset),
+                                           Advance(gradients.sampled.mask, some.mask)};
+    const int64_t input_size = some.params.batch * params.image_size();
+    if (input_sum != nullptr) {
+      DEFORM_CONV_RETURN_IF_ERROR(cuda::Zero(input_sum, input_size * sizeof(Sum), stream));
+    }
+    DEFORM_CONV_RETURN_IF_ERROR(cuda::DepthwiseBackward<T>(
+        some.params, some.tensors, call.filters,
+        call.grad_output + some.position * params.out_channels, sampled, filters_sum, stream));
+    if constexpr (kSumsAreCopies) {
+      if (grad_input == nullptr) continue;
+      DEFORM_CONV_RETURN_IF_ERROR((cuda::FromNative<Sum, T>(DataFormat::kNhwc, {1, input_size, 1},
+                                                            input_sum, grad_input, stream)));
+    }
+  }
+  if constexpr (kSumsAreCopies) {
+    if (filters_sum != nullptr) {
+      return cuda::FromNative<Sum, T>(DataFormat::kNhwc, {1, params.filters_size(), 1}, filters_sum,
+                                      gradients.filters, stream);
+    }
+  }
+  return "";
+}
+
+#define DEFORM_CONV_INSTANTIATE(T)                                 \
+  template std::string ForwardDepthwise<T>(const ForwardCall<T>&); \
+  template std::string BackpropDepthwise<T>(const BackwardCall<T>&);
+DEFORM_CONV_FOR_ELEMENT_TYPES(DEFORM_CONV_INSTANTIATE)
+#undef DEFORM_CONV_INSTANTIATE
+
+}  // namespace deform_conv
