@@ -323,6 +323,31 @@ __device__ __forceinline__ void ScatterFar(const FusedSizes& sizes,
   }
 }
 
+// Adds a sample to `column`.
+template <typename T, int kSize>
+__device__ __forceinline__ void AddColumn(const PatchSample<ComputeType<T>>& sample,
+                                          const Vector<T, kSize> (&corners)[kCorners],
+                                          ComputeType<T> (&column)[kSize]) {
+  ComputeType<T> weights[kCorners];
+  Weights<T, kInPairs<T, kSize>> rounded;
+  BilinearWeights(sample.h_fraction, sample.w_fraction, weights);
+#pragma unroll
+  for (int corner = 0; corner < kCorners; ++corner) rounded.Set(corner, weights[corner]);
+  AddProduct(sample.mask, Interpolate<T, kSize>(rounded, corners), column);
+}
+
+// Adds what a sample and the output's gradient at its position bring to the filters' gradient.
+template <typename T, int kSize, bool kOneOutput>
+__device__ __forceinline__ void AddToFilters(const T* grad, int multiplier,
+                                             const ComputeType<T> (&column)[kSize],
+                                             ComputeType<T> (&sums)[kSize]) {
+  const Vector<T, kSize> values = LoadOutputs<kSize, kOneOutput>(grad, multiplier);
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) {
+    sums[i] += static_cast<ComputeType<T>>(values.elements[i]) * column[i];
+  }
+}
+
 // The products of the columns' gradient with the corners, which are left in shared memory, and the
 // filters' gradient. Adds to the input's what falls outside the region.
 //
@@ -393,23 +418,10 @@ __device__ void MultiplySamples(const FusedSizes& sizes,
         }
       }
       if (want_filters) {
-        if (counts) {
-          Number weights[kCorners];
-          Weights<T, kInPairs<T, kSize>> rounded;
-          BilinearWeights(sample.h_fraction, sample.w_fraction, weights);
-#pragma unroll
-          for (int corner = 0; corner < kCorners; ++corner) rounded.Set(corner, weights[corner]);
-          AddProduct(sample.mask, Interpolate<T, kSize>(rounded, corners), column);
-        }
+        if (counts) AddColumn(sample, corners, column);
         const bool last_of_tap = unit + 1 == last || part + 1 == parts;
         for (int m = 0; m < multiplier; ++m) {
-          if (exists) {
-            const Vector<T, kSize> values = LoadOutputs<kSize, kOneOutput>(grad + m, multiplier);
-#pragma unroll
-            for (int i = 0; i < kSize; ++i) {
-              filter_sums[i] += static_cast<Number>(values.elements[i]) * column[i];
-            }
-          }
+          if (exists) AddToFilters<T, kSize, kOneOutput>(grad + m, multiplier, column, filter_sums);
           // With one output a channel, once for all samples of the tap.
           if (!kOneOutput || last_of_tap) {
             AddRows<kSize, kOneOutput>(plan.lanes_log2, filter_sums, row == 0 && in_group,
