@@ -267,6 +267,7 @@ Ending EndingOf(const Call& call) {
 // Allocations that fail, and threads that cannot be started; then the same call without.
 template <typename T>
 void RunFailures(Random& random) {
+  SharedPool();  // or its threads would count as memory that the first call loses
   Problem drawn = DrawProblem(random, ElementTypeOf<T>::value);
   while (drawn.params.out_positions() * drawn.params.filters_size() > 20000) {
     drawn = DrawProblem(random, ElementTypeOf<T>::value);
