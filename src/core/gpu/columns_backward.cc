@@ -11,15 +11,11 @@
 #include "core/gpu/chunk_plan.h"
 #include "core/gpu/gemm.h"
 #include "core/gpu/implementations.h"
+#include "core/gpu/some_images.h"
 #include "core/return_if_error.h"
 
 namespace deform_conv {
 namespace {
-
-template <typename Element>
-Element* Advance(Element* tensor, int64_t elements) {
-  return tensor == nullptr ? nullptr : tensor + elements;
-}
 
 // One call. Sums of 16-bit gradients are made in a float copy, since sums in 16 bits would depend
 // on how many terms they have.
@@ -34,7 +30,6 @@ class ColumnsBackward {
       : params_(params), filters_(filters), device_(device) {}
 
   std::string Run(const Tensors& tensors, const T* grad_output, const Gradients& gradients) {
-    if (!gradients.sampled.any() && gradients.filters == nullptr) return "";
     if (gradients.sampled.any()) {
       // Misfits look only at whether pointers are null and aligned. A float copy is aligned no less
       // than the gradient.
@@ -103,20 +98,12 @@ class ColumnsBackward {
   std::string BackpropBatch(const Tensors& tensors, const T* grad_output,
                             const Gradients& gradients) {
     for (int64_t image = 0; image < params_.batch; image += plan_.images) {
-      DeformConvParams params = params_;
-      params.batch = std::min(plan_.images, params_.batch - image);
-      const int64_t position = image * params.image_positions();
-      const int64_t input = image * params.image_size();
-      const int64_t offset = position * params.offset_channels();
-      const int64_t mask = position * params.mask_channels();
-      const Tensors some_tensors = {Advance(tensors.input, input), Advance(tensors.offset, offset),
-                                    Advance(tensors.mask, mask)};
+      const SomeImages<T> some(params_, tensors, image, plan_.images);
       Gradients some_gradients = gradients;
-      some_gradients.sampled = {Advance(gradients.sampled.input, input),
-                                Advance(gradients.sampled.offset, offset),
-                                Advance(gradients.sampled.mask, mask)};
-      DEFORM_CONV_RETURN_IF_ERROR(BackpropMicroBatch(
-          params, some_tensors, grad_output + position * params.out_channels, some_gradients));
+      some_gradients.sampled = some.Of(gradients.sampled);
+      DEFORM_CONV_RETURN_IF_ERROR(
+          BackpropMicroBatch(some.params(), some.tensors(),
+                             grad_output + some.position() * params_.out_channels, some_gradients));
     }
     return "";
   }

@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "core/cuda/general/kernels.h"
+#include "core/gpu/some_images.h"
 #include "core/integer_math.h"
 #include "core/return_if_error.h"
 
@@ -13,31 +14,6 @@ namespace {
 // The most that the float copy of the input's gradient takes, unless an image takes more.
 constexpr int64_t kCopyBytes = int64_t{64} << 20;
 
-template <typename Element>
-Element* Advance(Element* tensor, int64_t elements) {
-  return tensor == nullptr ? nullptr : tensor + elements;
-}
-
-// Some images of the batch, for a call of the kernels.
-template <typename T>
-struct SomeImages {
-  DeformConvParams params;
-  SampledTensors<T, ComputeType<T>> tensors;
-  int64_t input, position, offset, mask;  // where the first one begins, in elements
-
-  SomeImages(const DeformConvParams& all, const SampledTensors<T, ComputeType<T>>& all_tensors,
-             int64_t first, int64_t images)
-      : params(all),
-        input(first * all.image_size()),
-        position(first * all.image_positions()),
-        offset(position * all.offset_channels()),
-        mask(position * all.mask_channels()) {
-    params.batch = std::min(images, all.batch - first);
-    tensors = {Advance(all_tensors.input, input), Advance(all_tensors.offset, offset),
-               Advance(all_tensors.mask, mask)};
-  }
-};
-
 }  // namespace
 
 template <typename T>
@@ -46,8 +22,8 @@ std::string ForwardDepthwise(const ForwardCall<T>& call) {
   for (int64_t first = 0; first < call.params.batch; first += images) {
     const SomeImages<T> some(call.params, call.tensors, first, images);
     DEFORM_CONV_RETURN_IF_ERROR(cuda::DepthwiseForward<T>(
-        some.params, some.tensors, call.filters,
-        call.output + some.position * call.params.out_channels, call.device.stream()));
+        some.params(), some.tensors(), call.filters,
+        call.output + some.position() * call.params.out_channels, call.device.stream()));
   }
   return "";
 }
@@ -80,22 +56,20 @@ std::string BackpropDepthwise(const BackwardCall<T>& call) {
   }
   for (int64_t first = 0; first < params.batch; first += images) {
     const SomeImages<T> some(params, call.tensors, first, images);
-    T* const grad_input = Advance(gradients.sampled.input, some.input);
-    if constexpr (!kSumsAreCopies) input_sum = grad_input;
-    const SampledGradients<Sum> sampled = {input_sum,
-                                           Advance(gradients.sampled.offset, some.offset),
-                                           Advance(gradients.sampled.mask, some.mask)};
-    const int64_t input_size = some.params.batch * params.image_size();
+    const SampledGradients<T, Sum> wanted = some.Of(gradients.sampled);
+    if constexpr (!kSumsAreCopies) input_sum = wanted.input;
+    const SampledGradients<Sum> sampled = {input_sum, wanted.offset, wanted.mask};
+    const int64_t input_size = some.params().batch * params.image_size();
     if (input_sum != nullptr) {
       DEFORM_CONV_RETURN_IF_ERROR(cuda::Zero(input_sum, input_size * sizeof(Sum), stream));
     }
     DEFORM_CONV_RETURN_IF_ERROR(cuda::DepthwiseBackward<T>(
-        some.params, some.tensors, call.filters,
-        call.grad_output + some.position * params.out_channels, sampled, filters_sum, stream));
+        some.params(), some.tensors(), call.filters,
+        call.grad_output + some.position() * params.out_channels, sampled, filters_sum, stream));
     if constexpr (kSumsAreCopies) {
-      if (grad_input == nullptr) continue;
+      if (wanted.input == nullptr) continue;
       DEFORM_CONV_RETURN_IF_ERROR((cuda::FromNative<Sum, T>(DataFormat::kNhwc, {1, input_size, 1},
-                                                            input_sum, grad_input, stream)));
+                                                            input_sum, wanted.input, stream)));
     }
   }
   if constexpr (kSumsAreCopies) {

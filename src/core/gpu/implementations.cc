@@ -1,6 +1,5 @@
 #include "core/gpu/implementations.h"
 
-#include <cstdint>
 #include <string>
 #include <type_traits>
 
@@ -128,10 +127,6 @@ std::string DepthwiseMisfit(const Call& call) {
     return "the layer is not depthwise";
   }
   if (call.params.out_positions() == 0) return "the output is empty";
-  // An offset's two numbers are loaded at once.
-  if (reinterpret_cast<uintptr_t>(call.tensors.offset) % (2 * sizeof(*call.tensors.offset)) != 0) {
-    return "an offset is not aligned to its size";
-  }
   return "";
 }
 

@@ -28,7 +28,6 @@ __device__ __forceinline__ ImageSample<OffsetT, int32_t> LocateTap(const FusedSi
                                                                    const Position& position,
                                                                    int g_tap, int64_t index) {
   const Tap tap = Tap::Of(sizes, g_tap);
-  const Vector<OffsetT, 2> moved = Load<OffsetT, 2>(offset + 2 * index);
   return LocateSample<OffsetT, int32_t>(position.y * sizes.stride_h + tap.h_base,
                                         position.x * sizes.stride_w + tap.w_base, offset[2 * index],
                                         offset[2 * index + 1], sizes.in_h, sizes.in_w);
