@@ -69,18 +69,17 @@ class OffsetConvolution(ExtendedConv2D):
                     f"inputs must have {name} of at least {extent - stride} for the dilated "
                     f"kernel's {extent}{padded}. Received: {size}"
                 )
-        dynamic = tf.shape(inputs)
-        sizes = [dynamic[axis] if size is None else size for axis, size in enumerate(static)]
-        axes = list(zip(sizes, extents, strides, strict=True))
+        given = sizes(inputs)[:3]
+        axes = list(zip(given, extents, strides, strict=True))
         lacks = [_lack(*axis) for axis in axes]
         extended = _pad(inputs, [*([0, lack] for lack in lacks), [0, 0]])
         # Known sizes as LiteRT's converter knows them too, unlike those of set_shape.
-        extended_sizes = [size + lack for size, lack in zip(sizes, lacks, strict=True)]
+        extended_sizes = [size + lack for size, lack in zip(given, lacks, strict=True)]
         extended = tf.reshape(extended, [*extended_sizes, inputs.shape[3]])
         outputs = self._convolve(extended, kernel)
         out_sizes = [
             (size - span) // stride + 1
-            for size, span, stride in zip(sizes, spans, strides, strict=True)
+            for size, span, stride in zip(given, spans, strides, strict=True)
         ]
         outputs = tf.slice(outputs, [0, 0, 0, 0], [*out_sizes, -1])
         known = [size if isinstance(size, int) else None for size in out_sizes]

@@ -550,16 +550,21 @@ assert type(deform_conv.deformable(
     run_in(no_library, program, **PORTABLE)
 
 
-def test_in_portable_mode_there_is_no_path_of_a_library(no_library):
-    program = """
+def refused(statement, error, text):
+    """The source of a program that ends well only if the statement raises the error."""
+    return f"""
 import deform_conv
 try:
-    deform_conv.library_path()
-except RuntimeError as error:
-    assert "DEFORM_CONV_PORTABLE=1" in str(error), error
+    {statement}
+except {error} as error:
+    assert {text!r} in str(error), error
 else:
-    raise AssertionError("a path of what is not there")
+    raise AssertionError("nothing was raised")
 """
+
+
+def test_in_portable_mode_there_is_no_path_of_a_library(no_library):
+    program = refused("deform_conv.library_path()", "RuntimeError", "DEFORM_CONV_PORTABLE=1")
     run_in(no_library, program, **PORTABLE)
 
 
@@ -568,16 +573,9 @@ def test_in_portable_mode_a_saved_model_must_be_without_the_op(no_library):
     model.export(no_library / "with", verbose=False)
     with portable():
         model.export(no_library / "without", verbose=False)
-    program = """
-import deform_conv
-tf.saved_model.load("without")
-try:
-    tf.saved_model.load("with")
-except Exception as error:
-    assert "Op type not registered 'DeformConv2D'" in str(error), error
-else:
-    raise AssertionError("loaded without the op")
-"""
+    run_in(no_library, "import deform_conv\ntf.saved_model.load('without')", **PORTABLE)
+    load = "tf.saved_model.load('with')"
+    program = refused(load, "Exception", "Op type not registered 'DeformConv2D'")
     run_in(no_library, program, **PORTABLE)
 
 
