@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "core/cuda/fused/limits.h"
 #include "core/cuda/general/kernels.h"
 #include "core/gpu/some_images.h"
 #include "core/integer_math.h"
@@ -18,14 +19,12 @@ constexpr int64_t kCopyBytes = int64_t{64} << 20;
 
 template <typename T>
 std::string ForwardDepthwise(const ForwardCall<T>& call) {
-  const int64_t images = cuda::DepthwiseImages(call.params);
-  for (int64_t first = 0; first < call.params.batch; first += images) {
-    const SomeImages<T> some(call.params, call.tensors, first, images);
-    DEFORM_CONV_RETURN_IF_ERROR(cuda::DepthwiseForward<T>(
-        some.params(), some.tensors(), call.filters,
-        call.output + some.position() * call.params.out_channels, call.device.stream()));
-  }
-  return "";
+  return ForParts<T>(
+      call.params, call.tensors, cuda::FusedImages(call.params), [&](const SomeImages<T>& some) {
+        return cuda::DepthwiseForward<T>(some.params(), some.tensors(), call.filters,
+                                         call.output + some.position() * call.params.out_channels,
+                                         call.device.stream());
+      });
 }
 
 template <typename T>
@@ -36,7 +35,7 @@ std::string BackpropDepthwise(const BackwardCall<T>& call) {
   const DeformConvParams& params = call.params;
   const DeformConvGradients<T, Sum>& gradients = call.gradients;
   const int64_t image_bytes = params.image_size() * sizeof(Sum);
-  int64_t images = std::min(cuda::DepthwiseImages(params), std::max<int64_t>(params.batch, 1));
+  int64_t images = std::min(cuda::FusedImages(params), std::max<int64_t>(params.batch, 1));
   Sum *filters_sum = nullptr, *input_sum = nullptr;
   if (kSumsAreCopies && gradients.sampled.input != nullptr && image_bytes > 0) {
     images = std::clamp<int64_t>(kCopyBytes / image_bytes, 1, images);

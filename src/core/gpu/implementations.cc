@@ -1,12 +1,16 @@
 #include "core/gpu/implementations.h"
 
+#include <algorithm>
+#include <cstdint>
 #include <string>
 #include <type_traits>
 
+#include "core/cuda/fused/limits.h"
 #include "core/cuda/general/kernels.h"
 #include "core/gpu/columns_backward.h"
 #include "core/gpu/depthwise.h"
 #include "core/gpu/im2col_gemm.h"
+#include "core/gpu/some_images.h"
 #include "core/return_if_error.h"
 #ifdef DEFORM_CONV_SM90
 #include "core/cuda/sm90/kernels.h"
@@ -41,11 +45,19 @@ std::string PrecisionMisfit(const GpuDevice& device) {
   return "";
 }
 
+// The images that a fused kernel works on at a time: the first of them. The others fit no less.
+template <template <typename> class Call, typename T>
+SomeImages<T> FirstFusedImages(const Call<T>& call) {
+  return {call.params, call.tensors, 0, cuda::FusedImages(call.params)};
+}
+
 template <typename T>
 std::string ImplicitGemmMisfit(const ForwardCall<T>& call) {
   DEFORM_CONV_RETURN_IF_ERROR(PrecisionMisfit<T>(call.device));
   if constexpr (!std::is_same_v<T, double>) {
-    return cuda::ImplicitGemmSm90Misfit<T>(call.params, call.tensors, call.filters, call.output);
+    const SomeImages<T> some = FirstFusedImages(call);
+    return cuda::ImplicitGemmSm90Misfit<T>(some.params(), some.tensors(), call.filters,
+                                           call.output);
   }
   return "";
 }
@@ -53,8 +65,12 @@ std::string ImplicitGemmMisfit(const ForwardCall<T>& call) {
 template <typename T>
 std::string RunImplicitGemm(const ForwardCall<T>& call) {
   if constexpr (!std::is_same_v<T, double>) {
-    return cuda::ImplicitGemmSm90<T>(call.params, call.tensors, call.filters, call.device,
-                                     call.output);
+    return ForParts<T>(call.params, call.tensors, cuda::FusedImages(call.params),
+                       [&](const SomeImages<T>& some) {
+                         return cuda::ImplicitGemmSm90<T>(
+                             some.params(), some.tensors(), call.filters, call.device,
+                             call.output + some.position() * call.params.out_channels);
+                       });
   }
   return kNoDouble;
 }
@@ -64,7 +80,8 @@ std::string RegionScatterMisfit(const Col2ImCall<T>& call) {
   DEFORM_CONV_RETURN_IF_ERROR(PrecisionMisfit<T>(call.device));
   if (call.device.deterministic()) return kAddsWithAtomics;
   if constexpr (!std::is_same_v<T, double>) {
-    return cuda::RegionScatterSm90Misfit<T>(call.params, call.tensors, call.gradients);
+    const SomeImages<T> some = FirstFusedImages(call);
+    return cuda::RegionScatterSm90Misfit<T>(some.params(), some.tensors(), call.gradients);
   }
   return "";
 }
@@ -72,8 +89,20 @@ std::string RegionScatterMisfit(const Col2ImCall<T>& call) {
 template <typename T>
 std::string RunRegionScatter(const Col2ImCall<T>& call) {
   if constexpr (!std::is_same_v<T, double>) {
-    return cuda::RegionScatterSm90<T>(call.params, call.tensors, call.begin, call.end, call.replace,
-                                      call.columns, call.gradients, call.device.stream());
+    const DeformConvParams& params = call.params;
+    return ForParts<T>(
+        params, call.tensors, cuda::FusedImages(params),
+        [&](const SomeImages<T>& some) -> std::string {
+          const int64_t first = some.position();
+          const int64_t begin = std::max(call.begin, first);
+          const int64_t end = std::min(call.end, first + some.params().out_positions());
+          if (begin >= end) return "";
+          T* const columns =
+              call.columns + (begin - call.begin) * params.taps() * params.in_channels;
+          return cuda::RegionScatterSm90<T>(some.params(), some.tensors(), begin - first,
+                                            end - first, call.replace, columns,
+                                            some.Of(call.gradients), call.device.stream());
+        });
   }
   return kNoDouble;
 }

@@ -44,11 +44,8 @@ std::string Col2ImSorted(const DeformConvParams& params,
 // Why the corners of an image cannot be sorted, or an empty string.
 std::string Col2ImSortedMisfit(const DeformConvParams& params);
 
-// The most images that a call of the two functions below may have.
-int64_t DepthwiseImages(const DeformConvParams& params);
-
 // A depthwise layer's output: each convolution group has one input channel, and any number of
-// output channels. No columns, no GEMM.
+// output channels. No columns, no GEMM. At most FusedImages() images.
 template <typename T>
 std::string DepthwiseForward(const DeformConvParams& params,
                              const SampledTensors<T, ComputeType<T>>& tensors, const T* filters,
@@ -58,7 +55,8 @@ template <typename T>
 std::string DepthwiseForwardMisfit(const DeformConvParams& params);
 
 // A depthwise layer's gradients: adds to gradients.input and grad_filters, in an order that is not
-// fixed, and writes those of offset and mask; null where one is not wanted.
+// fixed, and writes those of offset and mask; null where one is not wanted. At most FusedImages()
+// images.
 template <typename T>
 std::string DepthwiseBackward(const DeformConvParams& params,
                               const SampledTensors<T, ComputeType<T>>& tensors, const T* filters,
