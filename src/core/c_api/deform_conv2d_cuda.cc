@@ -44,6 +44,7 @@ class ToolkitDevice : public GpuDevice {
     KeepFreedMemory();
     const cudaError_t error = cudaMallocAsync(memory, bytes, stream_);
     if (error != cudaSuccess) {
+      cudaGetLastError();  // forgets it: whoever asks next would take it for its own
       return "cannot allocate " + std::to_string(bytes) + " bytes: " + cudaGetErrorString(error);
     }
     allocated_.push_back(*memory);
