@@ -36,9 +36,10 @@ class ColumnsBackward {
       const SampledGradients<ComputeType<T>> sampled = {
           reinterpret_cast<ComputeType<T>*>(gradients.sampled.input), gradients.sampled.offset,
           gradients.sampled.mask};
-      const Col2ImCall<T> call = {
-          params_, tensors, 0, params_.out_positions(), nullptr, gradients.filters != nullptr,
-          sampled, device_};
+      const bool replace = gradients.filters != nullptr;
+      const Col2ImCall<T> call = {params_,   tensors, 0,       params_.out_positions(),
+                                  nullptr,   replace, sampled, device_,
+                                  workspace_};
       DEFORM_CONV_RETURN_IF_ERROR(Choose(Col2ImImplementations<T>(),
                                          "gradients of input, offset and mask", call, &col2im_));
     }
@@ -123,8 +124,8 @@ class ColumnsBackward {
       const bool want_filters = gradients.filters != nullptr;
       if (sampled.any()) {
         DEFORM_CONV_RETURN_IF_ERROR(BackpropColumns(params, grad_output, begin, end));
-        DEFORM_CONV_RETURN_IF_ERROR(
-            col2im_->run({params, tensors, begin, end, columns_, want_filters, sampled, device_}));
+        DEFORM_CONV_RETURN_IF_ERROR(col2im_->run(
+            {params, tensors, begin, end, columns_, want_filters, sampled, device_, workspace_}));
       } else if (want_filters) {
         DEFORM_CONV_RETURN_IF_ERROR(
             cuda::Im2Col<T>(params, tensors, begin, end, columns_, device_.stream()));
@@ -169,6 +170,7 @@ class ColumnsBackward {
   const DeformConvParams& params_;  // of the whole batch
   const T* const filters_;
   GpuDevice& device_;
+  Workspace workspace_{device_};  // of col2im
   const Col2ImImplementation<T>* col2im_ = nullptr;
   ChunkPlan plan_ = {};
   T* columns_ = nullptr;                  // of a chunk

@@ -142,7 +142,7 @@ template <typename T>
 std::string RunSorted(const Col2ImCall<T>& call) {
   DEFORM_CONV_RETURN_IF_ERROR(cuda::Col2ImSorted<T>(call.params, call.tensors, call.begin, call.end,
                                                     call.columns, call.gradients.input,
-                                                    call.device));
+                                                    call.workspace, call.device.stream()));
   Col2ImCall<T> others = call;
   others.gradients.input = nullptr;
   return others.gradients.any() || others.replace ? RunAtomic<T>(others) : "";

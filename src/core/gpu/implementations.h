@@ -10,6 +10,7 @@
 #include "core/gpu/chunk_plan.h"
 #include "core/gpu/device.h"
 #include "core/gpu/implementation.h"
+#include "core/gpu/workspace.h"
 #include "core/params.h"
 #include "core/sampling.h"
 #include "core/types.h"
@@ -58,6 +59,7 @@ struct Col2ImCall {
   // The input's gradient is added to. Those of offset and mask are written, at these positions.
   SampledGradients<ComputeType<T>> gradients;
   GpuDevice& device;
+  Workspace& workspace;
 };
 
 template <typename T>

@@ -11,7 +11,7 @@
 #include <string>
 
 #include "core/export.h"
-#include "core/gpu/device.h"
+#include "core/gpu/workspace.h"
 #include "core/params.h"
 #include "core/sampling.h"
 #include "core/types.h"
@@ -40,7 +40,7 @@ template <typename T>
 std::string Col2ImSorted(const DeformConvParams& params,
                          const SampledTensors<T, ComputeType<T>>& tensors, int64_t begin,
                          int64_t end, const T* columns, ComputeType<T>* grad_input,
-                         GpuDevice& device);
+                         Workspace& workspace, void* stream);
 // Why the corners of an image cannot be sorted, or an empty string.
 std::string Col2ImSortedMisfit(const DeformConvParams& params);
 
