@@ -13,6 +13,7 @@ import pytest
 from conftest import PROJECT
 
 BUILD = PROJECT / "build"
+CORE = PROJECT / "src" / "core"
 CPUINFO = Path("/proc/cpuinfo")
 PROCESSOR = CPUINFO.read_text() if CPUINFO.exists() else ""
 
@@ -213,9 +214,24 @@ def test_older_driver_is_named_with_what_to_do(tmp_path):
     )
 
 
-# --- The sources ---
+# --- Parts of a batch ---
 
-CORE = PROJECT / "src" / "core"
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs GNU's linker")
+def test_fused_kernels_get_batches_of_too_many_pixels_in_parts(tmp_path):
+    """On no GPU. The program has those kernels itself; all others stay undefined. It also tests the
+    workspace that the parts share."""
+    program = tmp_path / "gpu_parts"
+    compiler = [os.environ.get("CXX", "g++"), "-std=c++17", "-no-pie"]
+    options = [f"-I{PROJECT / 'src'}", "-DDEFORM_CONV_SM90", "-Wl,--unresolved-symbols=ignore-all"]
+    sources = [PROJECT / "tests" / "gpu_parts.cc", CORE / "gpu" / "implementations.cc"]
+    sources.append(CORE / "params.cc")
+    subprocess.run([*compiler, *options, *sources, "-o", program], check=True)
+    completed = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert completed.returncode == 0, completed.stdout
+
+
+# --- The sources ---
 
 
 def test_every_source_of_the_core_is_in_one_list():

@@ -21,7 +21,9 @@ class Workspace {
   // them. Allocates only if no step before needed as many.
   std::string Reserve(int64_t bytes, void** memory) {
     if (bytes > bytes_) {
-      DEFORM_CONV_RETURN_IF_ERROR(device_.Allocate(bytes, &memory_));
+      void* more;
+      DEFORM_CONV_RETURN_IF_ERROR(device_.Allocate(bytes, &more));
+      memory_ = more;
       bytes_ = bytes;
     }
     *memory = memory_;
