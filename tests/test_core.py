@@ -1,5 +1,6 @@
 """What must hold of the compiled library: instruction sets, threads, symbols, the loader."""
 
+import itertools
 import json
 import os
 import re
@@ -238,6 +239,15 @@ def test_every_source_of_the_core_is_in_one_list():
     listed = re.findall(r"^  (\S+)$", (CORE / "sources.cmake").read_text(), re.M)
     sources = [file for file in CORE.rglob("*") if file.suffix in (".cc", ".cu")]
     assert sorted(listed) == sorted(str(file.relative_to(CORE)) for file in sources)
+
+
+def test_files_that_may_spill_registers_exist_and_are_named_with_a_reason():
+    text = (PROJECT / "CMakeLists.txt").read_text()
+    named = re.search(r"set\(spilling\n(.*?)\)\n", text, re.S)[1].rstrip(")").splitlines()
+    for before, line in itertools.pairwise([None, *map(str.strip, named)]):
+        if not line.startswith("#"):
+            assert (PROJECT / line).exists(), line
+            assert before is not None and before.startswith("#"), line
 
 
 def test_core_includes_nothing_of_tensorflow_and_cudas_headers_only_for_nvcc():
