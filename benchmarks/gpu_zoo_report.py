@@ -18,6 +18,9 @@ GOALS = {
     "tf32": {"forward": (2.2, 3), "forward+backward": (2.6, 6)},
 }
 
+# Of bfloat16's times divided by float16's.
+BFLOAT16_GOAL = 1.05
+
 # --- The rules for each layer ---
 
 # The most that cuDNN's time may be multiplied by, and the same for depthwise layers.
@@ -82,6 +85,7 @@ def as_markdown(results: dict) -> str:
         of_type = [row for row in rows if row["type"] == type_name]
         sections += [f"## {type_name}\n", table_of(of_type)]
     sections += ["## Means\n", gpu_report.MEANS, gpu_report.means(rows, PAIRS, GOALS)]
+    sections += bfloat16_text(rows)
     sections += ["## Rules that are broken\n", rules_text()]
     sections.append("\n".join(f"- {text}" for text in violations(rows)) or "None.")
     sections += ["", "## Sizes\n", sizes_of({row["layer"] for row in rows})]
@@ -115,6 +119,21 @@ def ratio_text(times: dict, numerator: str, denominator: str) -> str:
 def memory_text(extra_bytes: dict) -> str:
     names = [name for name in ("deform_conv2d", "torchvision") if name in extra_bytes]
     return " / ".join(f"{extra_bytes[name] / 2**20:.0f}" for name in names)
+
+
+def bfloat16_text(rows: list[dict]) -> Iterator[str]:
+    for measurement in MEASUREMENTS:
+        ours = {
+            (row["type"], row["layer"]): row["ms"][measurement]["deform_conv2d"] for row in rows
+        }
+        ratios = [
+            ours["bfloat16", layer] / ms
+            for (type_name, layer), ms in ours.items()
+            if type_name == "float16" and ("bfloat16", layer) in ours
+        ]
+        if ratios:
+            mean = f"{report.geometric_mean(ratios):.2f} (goal: at most {BFLOAT16_GOAL:g})"
+            yield f"{measurement}, bfloat16 / float16: {mean}.\n"
 
 
 def rules_text() -> str:

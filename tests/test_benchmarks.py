@@ -124,6 +124,7 @@ def test_report_has_each_layer_and_the_means():
     # The geometric means of 2 and 8, 5 and 5, 2 and 1.
     means = r"\| float16, forward \| 4\.00 \(at most 2\) \| 5\.00 \(at least 4\.5\) \| 1\.41 \|"
     assert re.search(means, text)
+    assert "forward+backward, bfloat16 / float16: 1.00 (goal: at most 1.05)." in text
     assert "- float16, forward, wide 1024: 8.00× cuDNN's time (at most 4)" in text
     assert "| wide 1024 | 2, 1024→1024, 25×38 |" in text
 
