@@ -71,8 +71,8 @@ __device__ __forceinline__ void AddTo(Number* to, const Number (&numbers)[kSize]
   }
 }
 
-// Adds to each bin what its entries bring, in their order. Four blocks of a multiprocessor: for
-// more, the compiler would rather spill registers.
+// Adds to each bin what its entries bring, in their order. Four thread blocks of a multiprocessor:
+// for more, the compiler would rather spill registers.
 template <typename T, int kSize>
 __global__ void __launch_bounds__(kThreadsPerBlock, 4)
     GatherKernel(DeformConvParams params, uint32_t bins, Lanes lanes,
@@ -85,24 +85,25 @@ __global__ void __launch_bounds__(kThreadsPerBlock, 4)
   const uint32_t begin = begins[bin], end = begins[bin + 1];
   if (begin == end) return;
   const uint32_t deform_groups = static_cast<uint32_t>(params.deform_groups);
-  const uint32_t taps = static_cast<uint32_t>(params.taps());
+  const uint32_t taps = static_cast<uint32_t>(params.taps()), all_taps = deform_groups * taps;
   const uint32_t pixel = bin / deform_groups, g = bin - pixel * deform_groups;
+  const int64_t row_size = taps * params.in_channels;
+  const uint32_t tap_size = static_cast<uint32_t>(params.group_in_channels());
   const int channels = static_cast<int>(params.deform_group_channels());
   const int first_channel = static_cast<int>(g) * channels;
   ComputeType<T>* pixel_sums = grad_input + int64_t{pixel} * params.in_channels + first_channel;
   for (int c = lanes.lane() * kSize; c < channels; c += lanes.count() * kSize) {
     ComputeType<T> sums[kSize] = {};
+    // Of the channel, less what g_tap counts too much: the taps of the deformable groups before.
+    const int64_t column = ColumnOf(params, 0, first_channel + c) - int64_t{g} * taps * tap_size;
 #pragma unroll 4
     for (uint32_t i = begin; i < end; ++i) {
       const uint32_t entry = entries[i];
       const ComputeType<T> weight = weights[entry];
       const uint32_t sample = entry / kCorners;
-      const uint32_t row = sample / (deform_groups * taps);
-      const uint32_t tap = sample - (row * deform_groups + g) * taps;
-      const int64_t tap_column =
-          int64_t{row} * taps * params.in_channels + tap * params.group_in_channels();
+      const uint32_t row = sample / all_taps, g_tap = sample - row * all_taps;
       const Vector<T, kSize> grads =
-          Load<T, kSize>(columns + ColumnOf(params, tap_column, first_channel + c));
+          Load<T, kSize>(columns + (column + row * row_size + int64_t{g_tap} * tap_size));
 #pragma unroll
       for (int k = 0; k < kSize; ++k) {
         sums[k] += weight * static_cast<ComputeType<T>>(grads.elements[k]);
