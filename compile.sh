@@ -11,7 +11,7 @@
 # later GPUs can run.
 #
 # The environment is $PYTHON, or else .venv where there is one, or else python3.
-# CXX chooses the compiler; WERROR=1 makes warnings errors, its own and nvcc's, and kernels that spill
+# CXX chooses the compiler; WERROR=1 makes its warnings errors, and nvcc's, also of kernels that spill
 # registers. A second call only builds what has changed.
 set -euo pipefail
 
