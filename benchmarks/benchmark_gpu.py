@@ -71,8 +71,8 @@ def describe_machine() -> dict:
 
 
 def measure_zoo(library, arguments) -> dict:
-    rows = gpu_time.time_zoo(library, arguments.layers, arguments.types)
-    return describe_machine() | {"zoo": rows}
+    results = describe_machine()
+    return results | {"zoo": gpu_time.time_zoo(library, arguments.layers, arguments.types)}
 
 
 def measure(library, arguments) -> dict:
