@@ -140,25 +140,19 @@ class ColumnsBackward {
   // Writes the columns' gradient of positions [begin, end).
   std::string BackpropColumns(const DeformConvParams& params, const T* grad_output, int64_t begin,
                               int64_t end) {
-    for (int64_t group = 0; group < params.groups; ++group) {
-      DEFORM_CONV_RETURN_IF_ERROR(Gemm(
-          device_, GemmForm::kTransposeB, GroupOutput(params, group, grad_output, begin, end),
-          GroupFilters(params, group, filters_), GroupColumns(params, group, columns_, end - begin),
-          /*accumulate=*/false));
-    }
-    return "";
+    return GemmOfGroups(
+        params, device_, GemmForm::kTransposeB, OutputOfGroups(params, grad_output, begin, end),
+        FiltersOfGroups(params, filters_), ColumnsOfGroups(params, columns_, end - begin),
+        /*accumulate=*/false);
   }
 
   // Writes, or adds, what the columns of positions [begin, end) bring to the filters' gradient.
   std::string BackpropFilters(const DeformConvParams& params, const T* grad_output, int64_t begin,
                               int64_t end, T* grad_filters) {
-    for (int64_t group = 0; group < params.groups; ++group) {
-      DEFORM_CONV_RETURN_IF_ERROR(Gemm(device_, GemmForm::kTransposeA,
-                                       GroupColumns(params, group, columns_, end - begin),
-                                       GroupOutput(params, group, grad_output, begin, end),
-                                       GroupFilters(params, group, grad_filters),
-                                       /*accumulate=*/sum_chunks_ && !kSumsAreCopies));
-    }
+    DEFORM_CONV_RETURN_IF_ERROR(GemmOfGroups(
+        params, device_, GemmForm::kTransposeA, ColumnsOfGroups(params, columns_, end - begin),
+        OutputOfGroups(params, grad_output, begin, end), FiltersOfGroups(params, grad_filters),
+        /*accumulate=*/sum_chunks_ && !kSumsAreCopies));
     if constexpr (kSumsAreCopies) {
       if (!sum_chunks_) return "";
       return cuda::Add(params_.filters_size(), grad_filters, filters_sum_, device_.stream());

@@ -1,4 +1,4 @@
-// GEMMs of a convolution group's matrices on a GPU.
+// The GEMMs of all convolution groups on a GPU.
 
 #ifndef DEFORM_CONV_CORE_GPU_GEMM_H_
 #define DEFORM_CONV_CORE_GPU_GEMM_H_
@@ -13,20 +13,37 @@
 
 namespace deform_conv {
 
-// The group's columns [positions, taps * group_in_channels], within the columns of all groups.
+// Each group's columns [positions, taps * group_in_channels].
 template <typename T>
-Matrix<T> GroupColumns(const DeformConvParams& params, int64_t group, T* columns,
-                       int64_t positions) {
+MatrixBatch<T> ColumnsOfGroups(const DeformConvParams& params, T* columns, int64_t positions) {
   const int64_t size = params.taps() * params.group_in_channels();
-  return {columns + group * size, positions, size, params.groups * size};
+  return {{columns, positions, size, params.groups * size}, size};
 }
 
-// device.Gemm() for matrices whose elements are T.
+// Each group's filters, as GroupFilters().
+template <typename T>
+MatrixBatch<T> FiltersOfGroups(const DeformConvParams& params, T* filters) {
+  return {GroupFilters(params, 0, filters), params.group_out_channels()};
+}
+
+// Each group's output at positions [begin, end), as GroupOutput().
+template <typename T>
+MatrixBatch<T> OutputOfGroups(const DeformConvParams& params, T* output, int64_t begin,
+                              int64_t end) {
+  return {GroupOutput(params, 0, output, begin, end), params.group_out_channels()};
+}
+
+// device.Gemm() for the matrices of all groups, whose elements are T.
 template <typename T, typename Left, typename Right>
-std::string Gemm(GpuDevice& device, GemmForm form, const Matrix<Left>& a, const Matrix<Right>& b,
-                 const Matrix<T>& c, bool accumulate) {
-  return device.Gemm(ElementTypeOf<T>::value, form, {a.data, a.rows, a.cols, a.stride},
-                     {b.data, b.rows, b.cols, b.stride}, {c.data, c.rows, c.cols, c.stride},
+std::string GemmOfGroups(const DeformConvParams& params, GpuDevice& device, GemmForm form,
+                         const MatrixBatch<Left>& a, const MatrixBatch<Right>& b,
+                         const MatrixBatch<T>& c, bool accumulate) {
+  const auto untyped = [](const auto& batch) {
+    const auto& [data, rows, cols, stride] = batch.first;
+    return MatrixBatch<const void>{{data, rows, cols, stride}, batch.distance};
+  };
+  return device.Gemm(ElementTypeOf<T>::value, form, params.groups, untyped(a), untyped(b),
+                     {{c.first.data, c.first.rows, c.first.cols, c.first.stride}, c.distance},
                      accumulate);
 }
 
