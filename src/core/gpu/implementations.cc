@@ -83,6 +83,12 @@ std::string RunRegionScatter(const Col2ImCall<T>& call) {
 // --- Every GPU ---
 
 template <typename T>
+std::string RunIm2Col(const Im2ColCall<T>& call) {
+  return cuda::Im2Col<T>(call.params, call.tensors, call.begin, call.end, call.columns,
+                         call.device.stream());
+}
+
+template <typename T>
 std::string AtomicMisfit(const Col2ImCall<T>& call) {
   const bool adds = call.gradients.input != nullptr;
   return adds && call.device.deterministic() ? kAddsWithAtomics : "";
@@ -169,6 +175,14 @@ const std::vector<Implementation<BackwardCall<T>>>& BackwardImplementations() {
 }
 
 template <typename T>
+const std::vector<Implementation<Im2ColCall<T>>>& Im2ColImplementations() {
+  static const std::vector<Implementation<Im2ColCall<T>>> list = {
+      {"Im2Col", KernelPath::kGeneral, AlwaysFits, Cost<0>, RunIm2Col<T>},
+  };
+  return list;
+}
+
+template <typename T>
 const std::vector<Col2ImImplementation<T>>& Col2ImImplementations() {
   static const std::vector<Col2ImImplementation<T>> list = {
 #ifdef DEFORM_CONV_SM90
@@ -185,6 +199,7 @@ const std::vector<Col2ImImplementation<T>>& Col2ImImplementations() {
 #define DEFORM_CONV_INSTANTIATE(T)                                                           \
   template const std::vector<Implementation<ForwardCall<T>>>& ForwardImplementations<T>();   \
   template const std::vector<Implementation<BackwardCall<T>>>& BackwardImplementations<T>(); \
+  template const std::vector<Implementation<Im2ColCall<T>>>& Im2ColImplementations<T>();     \
   template const std::vector<Col2ImImplementation<T>>& Col2ImImplementations<T>();
 DEFORM_CONV_FOR_ELEMENT_TYPES(DEFORM_CONV_INSTANTIATE)
 #undef DEFORM_CONV_INSTANTIATE
