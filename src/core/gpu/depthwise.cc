@@ -3,9 +3,9 @@
 #include <algorithm>
 
 #include "core/cuda/general/kernels.h"
+#include "core/gpu/chunk_plan.h"
 #include "core/gpu/gradient_sum.h"
 #include "core/gpu/some_images.h"
-#include "core/integer_math.h"
 #include "core/return_if_error.h"
 
 namespace deform_conv {
@@ -36,8 +36,7 @@ std::string BackpropDepthwise(const BackwardCall<T>& call) {
   int64_t images = std::min(cuda::DepthwiseImages(params), std::max<int64_t>(params.batch, 1));
   const int64_t image_bytes = params.image_size() * GradientSum<T>::kElementBytes;
   if (gradients.sampled.input != nullptr && image_bytes > 0) {
-    images = std::clamp<int64_t>(kCopyBytes / image_bytes, 1, images);
-    images = CeilDiv(params.batch, CeilDiv(params.batch, images));  // nearly equal parts
+    images = PartOf(params.batch, std::clamp<int64_t>(kCopyBytes / image_bytes, 1, images));
     DEFORM_CONV_RETURN_IF_ERROR(input_sum.Allocate(images * params.image_size()));
   }
   if (gradients.filters != nullptr) {

@@ -6,6 +6,7 @@
 #include "core/cuda/general/kernels.h"
 #include "core/gpu/columns_backward.h"
 #include "core/gpu/depthwise.h"
+#include "core/gpu/embedded.h"
 #include "core/gpu/im2col_gemm.h"
 #include "core/return_if_error.h"
 #ifdef DEFORM_CONV_SM90
@@ -156,10 +157,11 @@ template <typename T>
 const std::vector<Implementation<ForwardCall<T>>>& ForwardImplementations() {
   static const std::vector<Implementation<ForwardCall<T>>> list = {
 #ifdef DEFORM_CONV_SM90
-      {"ImplicitGemmSm90", KernelPath::kFused, ImplicitGemmMisfit<T>, Cost<1>, RunImplicitGemm<T>},
+      {"ImplicitGemmSm90", KernelPath::kFused, ImplicitGemmMisfit<T>, Cost<2>, RunImplicitGemm<T>},
 #endif
       {"Depthwise", KernelPath::kGeneral, DepthwiseForwardMisfit<T>, Cost<0>, ForwardDepthwise<T>},
-      {"Im2ColGemm", KernelPath::kGeneral, AlwaysFits, Cost<2>, Im2ColGemm<T>},
+      {"Embedded", KernelPath::kAny, EmbeddedForwardMisfit<T>, Cost<1>, ForwardEmbedded<T>},
+      {"Im2ColGemm", KernelPath::kGeneral, AlwaysFits, Cost<3>, Im2ColGemm<T>},
   };
   return list;
 }
@@ -169,7 +171,8 @@ const std::vector<Implementation<BackwardCall<T>>>& BackwardImplementations() {
   static const std::vector<Implementation<BackwardCall<T>>> list = {
       {"Depthwise", KernelPath::kGeneral, DepthwiseBackwardMisfit<T>, Cost<0>,
        BackpropDepthwise<T>},
-      {"Columns", KernelPath::kAny, AlwaysFits, Cost<1>, BackpropByColumns<T>},
+      {"Embedded", KernelPath::kAny, EmbeddedBackwardMisfit<T>, Cost<1>, BackpropEmbedded<T>},
+      {"Columns", KernelPath::kAny, AlwaysFits, Cost<2>, BackpropByColumns<T>},
   };
   return list;
 }
