@@ -121,7 +121,7 @@ EMBEDDED = (
     layer(1, 90, 15, 30, 47, deform_groups=3),
     layer(2, 30, 30, 13, 17, holes=True, stride=2, masked=True),
     layer(37, 6, 10, 7, 5, groups=2),
-    layer(34, 30, 30, 128, 128, masked=True),
+    layer(8, 250, 250, 96, 96, kernel=(1, 1), masked=True),
 )
 SMALL = (
     *ANY_CHANNELS[4:8:3],

@@ -249,7 +249,7 @@ bool IsRight(const DeformConvParams& layer, const ChannelAims& aims) {
   // So no embedding is embedded again, and again.
   if (!EmbeddingOf(larger, aims).changes_nothing()) return false;
   if (embedding.changes_nothing()) return true;
-  const auto taken = [&](int64_t channels) { return channels % aims.vector == 0; };
+  const auto taken = [&](int64_t channels) { return channels % aims.in_vector == 0; };
   const int64_t merged = layer.groups / larger.groups;
   const int64_t run = layer.in_channels / embedding.in_runs;
   const bool whole = layer.groups % larger.groups == 0 &&
@@ -259,14 +259,16 @@ bool IsRight(const DeformConvParams& layer, const ChannelAims& aims) {
                      larger.out_channels % larger.groups == 0 &&
                      merged * layer.group_in_channels() % run == 0 &&
                      layer.deform_group_channels() % run == 0;
-  return whole && taken(larger.group_in_channels()) && taken(larger.group_out_channels()) &&
-         taken(larger.deform_group_channels()) && larger.in_channels >= layer.in_channels &&
-         larger.in_channels <= 4 * layer.in_channels && larger.out_channels >= layer.out_channels;
+  return whole && taken(larger.group_in_channels()) && taken(larger.deform_group_channels()) &&
+         larger.group_out_channels() % aims.out_vector == 0 &&
+         larger.in_channels >= layer.in_channels && larger.in_channels <= 4 * layer.in_channels &&
+         larger.out_channels >= layer.out_channels;
 }
 
 int main() {
   int tried = 0;
-  const ChannelAims all_aims[] = {{8, 64, 8}, {8, 64, 32}, {4, 32, 4}, {4, 32, 32}};
+  const ChannelAims all_aims[] = {{8, 8, 64, 8, 1},     {8, 8, 64, 32, 1.6}, {4, 4, 32, 4, 1},
+                                  {4, 4, 32, 32, 1.25}, {8, 8, 1, 8, 1},     {4, 1, 1, 4, 1}};
   for (const ChannelAims& aims : all_aims) {
     for (int64_t groups = 1; groups <= 32; ++groups) {
       for (int64_t in = 1; in <= 70; ++in) {

@@ -16,21 +16,38 @@
 namespace deform_conv {
 namespace {
 
-constexpr char kNoDouble[] = "tensor cores are used in 16 bits or TF32, not in float64";
-constexpr char kChangesNothing[] = "its channels are best as they are";
-constexpr char kEmpty[] = "the output is empty";
-constexpr char kNotFused[] = "no fused kernel takes it with other channels either";
-
 // The most that padded tensors take, unless those of an image take more.
 constexpr int64_t kPaddedBytes = int64_t{64} << 20;
 
 // --- The larger layer ---
 
+template <typename T>
+constexpr int64_t kVector = 16 / sizeof(T);
+
 // A K block of the tensor cores has 128 bytes of channels.
 template <typename T>
-constexpr ChannelAims kForwardAims = {16 / sizeof(T), 128 / sizeof(T), 16 / sizeof(T)};
+constexpr int64_t kGroup = 128 / sizeof(T);
+
 template <typename T>
-constexpr ChannelAims kBackwardAims = {16 / sizeof(T), 128 / sizeof(T), 32};
+ChannelAims FusedAims(const ForwardCall<T>&) {
+  return {kVector<T>, kVector<T>, kGroup<T>, kVector<T>, 1};
+}
+template <typename T>
+ChannelAims FusedAims(const BackwardCall<T>&) {
+  constexpr int64_t kSlice = 32;  // of RegionScatterSm90
+  return {kVector<T>, kVector<T>, kGroup<T>, kSlice, sizeof(T) == 2 ? 1.6 : 1.25};
+}
+
+template <typename T>
+bool MultipliesOnTensorCores(const GpuDevice& device) {
+  return !std::is_same_v<T, float> || device.allow_tf32();
+}
+
+// For the general implementations: vectors are read faster, and GEMMs on tensor cores want them.
+template <typename T>
+ChannelAims GeneralAims(const GpuDevice& device) {
+  return {kVector<T>, MultipliesOnTensorCores<T>(device) ? kVector<T> : 1, 1, kVector<T>, 1};
+}
 
 // Stands for workspace where it only counts that it is aligned.
 template <typename T>
@@ -39,18 +56,60 @@ T* AlignedWorkspace() {
   return reinterpret_cast<T*>(memory);
 }
 
-// Why `larger` cannot be computed by a fused kernel, or an empty string.
+// Whether a fused kernel computes the larger layer.
 template <typename T>
-std::string FusedMisfit(const ForwardCall<T>& larger) {
+bool IsFused(const ForwardCall<T>& call, const Embedding& embedding) {
+  SampledTensors<T, ComputeType<T>> tensors = call.tensors;
+  if (embedding.pads_input()) tensors.input = AlignedWorkspace<T>();
+  T* const output = embedding.pads_output() ? AlignedWorkspace<T>() : call.output;
+  const ForwardCall<T> larger = {embedding.larger, tensors, AlignedWorkspace<T>(), output,
+                                 call.device};
   const Implementation<ForwardCall<T>>* chosen;
   const std::string misfit = Choose(ForwardImplementations<T>(), "output", larger, &chosen);
-  return misfit.empty() && chosen->path == KernelPath::kFused ? "" : kNotFused;
+  return misfit.empty() && chosen->path == KernelPath::kFused;
 }
 template <typename T>
-std::string FusedMisfit(const BackwardCall<T>& larger) {
+bool IsFused(const BackwardCall<T>& call, const Embedding& embedding) {
+  if (!call.gradients.sampled.any()) return false;
+  SampledTensors<T, ComputeType<T>> tensors = call.tensors;
+  DeformConvGradients<T, ComputeType<T>> gradients = call.gradients;
+  if (embedding.pads_input()) {
+    tensors.input = AlignedWorkspace<T>();
+    if (gradients.sampled.input != nullptr) gradients.sampled.input = AlignedWorkspace<T>();
+  }
+  const BackwardCall<T> larger = {embedding.larger,      tensors,   AlignedWorkspace<T>(),
+                                  AlignedWorkspace<T>(), gradients, call.device};
   const Col2ImImplementation<T>* chosen;
   const std::string misfit = ChooseCol2Im(larger, &chosen);
-  return misfit.empty() && chosen->path == KernelPath::kFused ? "" : kNotFused;
+  return misfit.empty() && chosen->path == KernelPath::kFused;
+}
+
+// Whether there is so little to do that launching the kernels that copy would cost more than is
+// won.
+inline bool IsSmall(const DeformConvParams& params) {
+  constexpr int64_t kFewColumns = int64_t{1} << 21;  // elements
+  return ColumnsBytes(params, params.out_positions(), 1) < kFewColumns;
+}
+
+// Finds the larger layer that is worth its copies. Returns why there is none, or an empty string.
+template <typename T, template <typename> class Call>
+std::string FindEmbedding(const Call<T>& call, Embedding* embedding) {
+  constexpr int64_t kMostChannels = int64_t{1} << 24;  // so that larger ones fit into 32 bits
+  if (call.params.out_positions() == 0) return "the output is empty";
+  if (std::max(call.params.in_channels, call.params.out_channels) > kMostChannels) {
+    return "it has too many channels";
+  }
+  if (call.device.path() == KernelPath::kAny && IsSmall(call.params)) return "it is small";
+  if (MultipliesOnTensorCores<T>(call.device)) {
+    *embedding = EmbeddingOf(call.params, FusedAims(call));
+    if (!embedding->changes_nothing() && IsFused(call, *embedding)) return "";
+  }
+  if (call.device.path() == KernelPath::kFused) {
+    return "no fused kernel takes it with other channels either";
+  }
+  *embedding = EmbeddingOf(call.params, GeneralAims<T>(call.device));
+  if (embedding->changes_nothing()) return "its channels are best as they are";
+  return embedding->pads_little() ? "" : "its channels would grow by more than half";
 }
 
 // The filters of the larger layer.
@@ -136,19 +195,9 @@ DeformConvParams PartOfLarger(const Embedding& embedding, int64_t images) {
 // --- Forward ---
 
 template <typename T>
-std::string ForwardMisfit(const ForwardCall<T>& call) {
-  const Embedding embedding = EmbeddingOf(call.params, kForwardAims<T>);
-  if (embedding.changes_nothing()) return kChangesNothing;
-  if (call.params.out_positions() == 0) return kEmpty;
-  SampledTensors<T, ComputeType<T>> tensors = call.tensors;
-  if (embedding.pads_input()) tensors.input = AlignedWorkspace<T>();
-  T* const output = embedding.pads_output() ? AlignedWorkspace<T>() : call.output;
-  return FusedMisfit<T>({embedding.larger, tensors, AlignedWorkspace<T>(), output, call.device});
-}
-
-template <typename T>
 std::string Forward(const ForwardCall<T>& call) {
-  const Embedding embedding = EmbeddingOf(call.params, kForwardAims<T>);
+  Embedding embedding;
+  DEFORM_CONV_RETURN_IF_ERROR(FindEmbedding(call, &embedding));
   auto input = PaddedTensor<T>::Input(embedding, call.device);
   auto output = PaddedTensor<T>::Output(embedding, call.device);
   const int64_t images = ImagesAtATime(call.params.batch, input.ImageBytes() + output.ImageBytes());
@@ -173,22 +222,6 @@ std::string Forward(const ForwardCall<T>& call) {
 }
 
 // --- Backward ---
-
-template <typename T>
-std::string BackwardMisfit(const BackwardCall<T>& call) {
-  const Embedding embedding = EmbeddingOf(call.params, kBackwardAims<T>);
-  if (embedding.changes_nothing()) return kChangesNothing;
-  if (call.params.out_positions() == 0) return kEmpty;
-  if (!call.gradients.sampled.any()) return "the filters' gradient alone has no fused kernel";
-  SampledTensors<T, ComputeType<T>> tensors = call.tensors;
-  DeformConvGradients<T, ComputeType<T>> gradients = call.gradients;
-  if (embedding.pads_input()) {
-    tensors.input = AlignedWorkspace<T>();
-    if (gradients.sampled.input != nullptr) gradients.sampled.input = AlignedWorkspace<T>();
-  }
-  return FusedMisfit<T>({embedding.larger, tensors, AlignedWorkspace<T>(), AlignedWorkspace<T>(),
-                         gradients, call.device});
-}
 
 // The gradient of the filters, of parts of a batch that come one after the other.
 template <typename T>
@@ -232,7 +265,8 @@ class FiltersGradient {
 
 template <typename T>
 std::string Backward(const BackwardCall<T>& call) {
-  const Embedding embedding = EmbeddingOf(call.params, kBackwardAims<T>);
+  Embedding embedding;
+  DEFORM_CONV_RETURN_IF_ERROR(FindEmbedding(call, &embedding));
   const bool want_input = call.gradients.sampled.input != nullptr;
   auto input = PaddedTensor<T>::Input(embedding, call.device);
   auto grad_input = PaddedTensor<T>::Input(embedding, call.device);
@@ -268,12 +302,21 @@ std::string Backward(const BackwardCall<T>& call) {
   return grad_filters.End();
 }
 
+constexpr char kNoDouble[] = "float64 is computed as it is";
+
+// Why a call cannot be embedded, or is better not embedded; or an empty string.
+template <typename T, template <typename> class Call>
+std::string Misfit(const Call<T>& call) {
+  Embedding embedding;
+  if constexpr (!std::is_same_v<T, double>) return FindEmbedding(call, &embedding);
+  return kNoDouble;
+}
+
 }  // namespace
 
 template <typename T>
 std::string EmbeddedForwardMisfit(const ForwardCall<T>& call) {
-  if constexpr (!std::is_same_v<T, double>) return ForwardMisfit(call);
-  return kNoDouble;
+  return Misfit(call);
 }
 
 template <typename T>
@@ -284,8 +327,7 @@ std::string ForwardEmbedded(const ForwardCall<T>& call) {
 
 template <typename T>
 std::string EmbeddedBackwardMisfit(const BackwardCall<T>& call) {
-  if constexpr (!std::is_same_v<T, double>) return BackwardMisfit(call);
-  return kNoDouble;
+  return Misfit(call);
 }
 
 template <typename T>

@@ -22,25 +22,26 @@ int64_t MergedGroups(const DeformConvParams& layer, const ChannelAims& aims) {
   return best;
 }
 
-// The slices that suit a kernel best are worth at most half as many channels again.
 int64_t PaddedRun(int64_t channels, const ChannelAims& aims) {
-  const int64_t vectors = RoundUp(channels, aims.vector), slices = RoundUp(vectors, aims.slice);
-  return 2 * slices <= 3 * vectors ? slices : vectors;
+  const int64_t vectors = RoundUp(channels, aims.in_vector);
+  const int64_t slices = RoundUp(vectors, aims.slice);
+  return slices <= aims.most_growth * vectors ? slices : vectors;
 }
 
 }  // namespace
 
 Embedding EmbeddingOf(const DeformConvParams& layer, const ChannelAims& aims) {
-  constexpr int64_t kMostTimes = 4;  // as many input channels
+  constexpr int64_t kFewest = 3;  // fewer are read as fast one by one
   const int64_t merged = MergedGroups(layer, aims);
   const int64_t run = std::gcd(merged * layer.group_in_channels(), layer.deform_group_channels());
   const int64_t padded_run = PaddedRun(run, aims);
   Embedding embedding = {layer, layer, layer.in_channels / run};
-  if (padded_run > kMostTimes * run) return embedding;
+  if (run < kFewest) return embedding;
   DeformConvParams& larger = embedding.larger;
   larger.groups /= merged;
   larger.in_channels = embedding.in_runs * padded_run;
-  larger.out_channels = larger.groups * RoundUp(merged * layer.group_out_channels(), aims.vector);
+  larger.out_channels =
+      larger.groups * RoundUp(merged * layer.group_out_channels(), aims.out_vector);
   return embedding;
 }
 

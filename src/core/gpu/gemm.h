@@ -9,6 +9,7 @@
 #include "core/gpu/device.h"
 #include "core/matrix.h"
 #include "core/params.h"
+#include "core/return_if_error.h"
 #include "core/types.h"
 
 namespace deform_conv {
@@ -33,18 +34,35 @@ MatrixBatch<T> OutputOfGroups(const DeformConvParams& params, T* output, int64_t
   return {GroupOutput(params, 0, output, begin, end), params.group_out_channels()};
 }
 
+// Whether cuBLAS is faster with one GEMM for each group, in turn. It cuts a long sum into parts for
+// all multiprocessors in a GEMM, but not in a batch of them, where sums are then less exact too.
+inline bool BestInTurn(ElementType type, GemmForm form, int64_t groups, int64_t terms) {
+  const bool is_16_bit = type == ElementType::kHalf || type == ElementType::kBFloat16;
+  const int64_t long_sum = is_16_bit ? 8192 : 1024;
+  return form == GemmForm::kTransposeA && terms > long_sum * groups;
+}
+
 // device.Gemm() for the matrices of all groups, whose elements are T.
 template <typename T, typename Left, typename Right>
 std::string GemmOfGroups(const DeformConvParams& params, GpuDevice& device, GemmForm form,
                          const MatrixBatch<Left>& a, const MatrixBatch<Right>& b,
                          const MatrixBatch<T>& c, bool accumulate) {
-  const auto untyped = [](const auto& batch) {
-    const auto& [data, rows, cols, stride] = batch.first;
-    return MatrixBatch<const void>{{data, rows, cols, stride}, batch.distance};
-  };
-  return device.Gemm(ElementTypeOf<T>::value, form, params.groups, untyped(a), untyped(b),
-                     {{c.first.data, c.first.rows, c.first.cols, c.first.stride}, c.distance},
-                     accumulate);
+  constexpr ElementType kType = ElementTypeOf<T>::value;
+  const bool in_turn = BestInTurn(kType, form, params.groups, a.first.rows);
+  const int64_t count = in_turn ? 1 : params.groups;
+  for (int64_t group = 0; group < params.groups; group += count) {
+    const auto from_group = [group](const auto& batch, auto* untyped) {
+      const auto& [data, rows, cols, stride] = batch.first;
+      *untyped = {{data + group * batch.distance, rows, cols, stride}, batch.distance};
+    };
+    MatrixBatch<const void> left, right;
+    MatrixBatch<void> result;
+    from_group(a, &left);
+    from_group(b, &right);
+    from_group(c, &result);
+    DEFORM_CONV_RETURN_IF_ERROR(device.Gemm(kType, form, count, left, right, result, accumulate));
+  }
+  return "";
 }
 
 }  // namespace deform_conv

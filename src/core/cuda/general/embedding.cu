@@ -104,7 +104,7 @@ class FiltersMap {
   }
 
  private:
-  // The fused kernels, which compute the larger layer, have channels in 32 bits.
+  // Channels are within 32 bits.
   static int Narrow(int64_t channels) { return static_cast<int>(channels); }
 
   int group_in_, group_out_, out_channels_;
