@@ -267,7 +267,7 @@ bool IsRight(const DeformConvParams& layer, const ChannelAims& aims) {
 
 int main() {
   int tried = 0;
-  const ChannelAims all_aims[] = {{8, 8, 64, 8, 1},     {8, 8, 64, 32, 1.6}, {4, 4, 32, 4, 1},
+  const ChannelAims all_aims[] = {{8, 8, 64, 8, 1},     {8, 8, 64, 32, 2.0}, {4, 4, 32, 4, 1},
                                   {4, 4, 32, 32, 1.25}, {8, 8, 1, 8, 1},     {4, 1, 1, 4, 1}};
   for (const ChannelAims& aims : all_aims) {
     for (int64_t groups = 1; groups <= 32; ++groups) {

@@ -35,7 +35,7 @@ ChannelAims FusedAims(const ForwardCall<T>&) {
 template <typename T>
 ChannelAims FusedAims(const BackwardCall<T>&) {
   constexpr int64_t kSlice = 32;  // of RegionScatterSm90
-  return {kVector<T>, kVector<T>, kGroup<T>, kSlice, sizeof(T) == 2 ? 1.6 : 1.25};
+  return {kVector<T>, kVector<T>, kGroup<T>, kSlice, sizeof(T) == 2 ? 2.0 : 1.25};
 }
 
 template <typename T>
@@ -84,32 +84,47 @@ bool IsFused(const BackwardCall<T>& call, const Embedding& embedding) {
   return misfit.empty() && chosen->path == KernelPath::kFused;
 }
 
-// Whether there is so little to do that launching the kernels that copy would cost more than is
-// won.
-inline bool IsSmall(const DeformConvParams& params) {
-  constexpr int64_t kFewColumns = int64_t{1} << 21;  // elements
-  return ColumnsBytes(params, params.out_positions(), 1) < kFewColumns;
+// Calls with fewer elements of columns than these are faster as they are: each copy is a launch.
+constexpr int64_t kFewestToPad = int64_t{1} << 22, kFewestToMerge = int64_t{1} << 19;
+
+template <typename T>
+int64_t FewestToFuse(const ForwardCall<T>&, const Embedding& embedding) {
+  const bool pads = embedding.pads_input() || embedding.pads_output();
+  return pads ? kFewestToPad : kFewestToMerge;
+}
+// Backward, a fused kernel always makes up for the copies.
+template <typename T>
+int64_t FewestToFuse(const BackwardCall<T>&, const Embedding&) {
+  return 0;
 }
 
 // Finds the larger layer that is worth its copies. Returns why there is none, or an empty string.
 template <typename T, template <typename> class Call>
 std::string FindEmbedding(const Call<T>& call, Embedding* embedding) {
   constexpr int64_t kMostChannels = int64_t{1} << 24;  // so that larger ones fit into 32 bits
-  if (call.params.out_positions() == 0) return "the output is empty";
+  if (call.params.out_positions() == 0 || call.params.image_size() == 0) {
+    return "the input or the output is empty";
+  }
   if (std::max(call.params.in_channels, call.params.out_channels) > kMostChannels) {
     return "it has too many channels";
   }
-  if (call.device.path() == KernelPath::kAny && IsSmall(call.params)) return "it is small";
+  // A forced path is taken whatever it costs.
+  const KernelPath path = call.device.path();
+  const int64_t columns = path == KernelPath::kAny
+                              ? ColumnsBytes(call.params, call.params.out_positions(), 1)
+                              : INT64_MAX;
   if (MultipliesOnTensorCores<T>(call.device)) {
     *embedding = EmbeddingOf(call.params, FusedAims(call));
-    if (!embedding->changes_nothing() && IsFused(call, *embedding)) return "";
+    if (!embedding->changes_nothing() && columns >= FewestToFuse(call, *embedding) &&
+        IsFused(call, *embedding)) {
+      return "";
+    }
   }
-  if (call.device.path() == KernelPath::kFused) {
-    return "no fused kernel takes it with other channels either";
-  }
+  if (path == KernelPath::kFused) return "no fused kernel takes it with other channels either";
   *embedding = EmbeddingOf(call.params, GeneralAims<T>(call.device));
   if (embedding->changes_nothing()) return "its channels are best as they are";
-  return embedding->pads_little() ? "" : "its channels would grow by more than half";
+  if (!embedding->pads_little()) return "its channels would grow by more than half";
+  return columns >= kFewestToPad ? "" : "it is small";
 }
 
 // The filters of the larger layer.
