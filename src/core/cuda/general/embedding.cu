@@ -115,7 +115,7 @@ class FiltersMap {
 
 template <typename T>
 __global__ void __launch_bounds__(kThreadsPerBlock)
-    EmbedFiltersKernel(const __grid_constant__ FiltersMap map, int64_t larger_size,
+    EmbedFiltersKernel(FiltersMap map, int64_t larger_size,
                        const T* __restrict__ from, T* __restrict__ to) {
   const int64_t step = int64_t{gridDim.x} * kThreadsPerBlock;
   for (int64_t i = int64_t{blockIdx.x} * kThreadsPerBlock + threadIdx.x; i < larger_size;
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
 
 template <typename From, typename To>
 __global__ void __launch_bounds__(kThreadsPerBlock)
-    ExtractFiltersKernel(const __grid_constant__ FiltersMap map, int64_t size, bool add,
+    ExtractFiltersKernel(FiltersMap map, int64_t size, bool add,
                          const From* __restrict__ from, To* __restrict__ to) {
   const int64_t step = int64_t{gridDim.x} * kThreadsPerBlock;
   for (int64_t i = int64_t{blockIdx.x} * kThreadsPerBlock + threadIdx.x; i < size; i += step) {
