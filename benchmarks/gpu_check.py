@@ -96,6 +96,33 @@ EIGHTS = (
     layer(37, 32, 24, 7, 5),
     layer(37, 64, 64, 9, 9, masked=True),
 )
+# What tensor cores take with other channels: narrow convolution groups, which are merged, and
+# channels of any number, which are padded; both; in one part and in several.
+EMBEDDED = (
+    layer(2, 16, 16, 13, 17, groups=8, masked=True),
+    layer(2, 18, 24, 13, 17, groups=6),
+    layer(1, 64, 64, 30, 47, groups=16, masked=True),
+    layer(2, 36, 30, 13, 17, groups=6, deform_groups=2, masked=True),
+    layer(2, 128, 128, 30, 47, groups=8, masked=True),
+    layer(1, 60, 60, 13, 17, groups=3, stride=2),
+    layer(2, 96, 96, 9, 9, groups=4, deform_groups=2, masked=True),
+    layer(1, 512, 512, 25, 38, groups=32, masked=True),
+    layer(1, 128, 64, 13, 17, groups=4, deform_groups=2),
+    layer(2, 45, 18, 9, 9, groups=9, deform_groups=5, masked=True),
+    layer(2, 64, 64, 13, 17, groups=16, holes=True, masked=True),
+    layer(1, 64, 64, 30, 47, groups=8, scale=FAR, dilation=2),
+    layer(2, 3, 64, 30, 47, kernel=(7, 7), stride=2),
+    layer(2, 5, 7, 13, 17, masked=True),
+    layer(1, 17, 33, 30, 47),
+    layer(2, 30, 30, 30, 47, masked=True),
+    layer(2, 33, 1, 13, 17, dilation=2),
+    layer(2, 64, 33, 13, 17, masked=True),
+    layer(2, 21, 21, 13, 17, deform_groups=3, masked=True),
+    layer(1, 90, 15, 30, 47, deform_groups=3),
+    layer(2, 30, 30, 13, 17, holes=True, stride=2, masked=True),
+    layer(37, 6, 10, 7, 5, groups=2),
+    layer(8, 250, 250, 96, 96, kernel=(1, 1), masked=True),
+)
 SMALL = (
     *ANY_CHANNELS[4:8:3],
     layer(1, 24, 24, 7, 5, masked=True, holes=True),
@@ -106,6 +133,8 @@ SMALL = (
     layer(2, 48, 408, 9, 9, groups=3, deform_groups=2),
     layer(2, 48, 48, 9, 9, groups=48, deform_groups=2, masked=True, holes=True),
     layer(1, 10, 30, 9, 9, groups=10, stride=2, masked=True, scale=FAR),
+    layer(2, 36, 30, 9, 9, groups=6, deform_groups=2, masked=True, holes=True),
+    layer(1, 30, 33, 9, 9, masked=True),
 )
 
 
@@ -285,7 +314,7 @@ def as_text(errors: dict[str, float]) -> str:
 def check_layers(library, small: bool) -> bool:
     generator = torch.Generator("cuda").manual_seed(1)
     summary = Summary()
-    for layer in SMALL if small else ANY_CHANNELS + EIGHTS:
+    for layer in SMALL if small else ANY_CHANNELS + EIGHTS + EMBEDDED:
         summary.layers += 1
         for type_name in TYPES:
             check_layer(library, type_name, layer, small, generator, summary)

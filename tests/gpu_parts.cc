@@ -78,8 +78,8 @@ class NoDevice : public GpuDevice {
     *memory = &allocated;
     return bytes < 1000 ? "" : "no memory";
   }
-  std::string Gemm(ElementType, GemmForm, const Matrix<const void>&, const Matrix<const void>&,
-                   const Matrix<void>&, bool) override {
+  std::string Gemm(ElementType, GemmForm, int64_t, const MatrixBatch<const void>&,
+                   const MatrixBatch<const void>&, const MatrixBatch<void>&, bool) override {
     return "no GEMM";
   }
 

@@ -225,8 +225,8 @@ def test_fused_kernels_get_batches_of_too_many_pixels_in_parts(tmp_path):
     program = tmp_path / "gpu_parts"
     compiler = [os.environ.get("CXX", "g++"), "-std=c++17", "-no-pie"]
     options = [f"-I{PROJECT / 'src'}", "-DDEFORM_CONV_SM90", "-Wl,--unresolved-symbols=ignore-all"]
-    sources = [PROJECT / "tests" / "gpu_parts.cc", CORE / "gpu" / "implementations.cc"]
-    sources.append(CORE / "params.cc")
+    sources = [PROJECT / "tests" / "gpu_parts.cc", CORE / "params.cc"]
+    sources += [CORE / "gpu" / f"{name}.cc" for name in ("implementations", "embedded", "embedding")]
     subprocess.run([*compiler, *options, *sources, "-o", program], check=True)
     completed = subprocess.run([program], capture_output=True, text=True, check=False)
     assert completed.returncode == 0, completed.stdout
@@ -259,6 +259,77 @@ def test_core_includes_nothing_of_tensorflow_and_cudas_headers_only_for_nvcc():
         )
         if file.suffix not in (".cu", ".cuh") and file.parent.name != "c_api":
             assert not [name for name in included if re.match("cuda|cublas|cub/", name)], file
+
+
+# Prints layers whose embedding breaks a rule, and how many were tried.
+EMBED_LAYERS = r"""
+#include <cstdio>
+#include "core/gpu/embedding.h"
+using deform_conv::ChannelAims;
+using deform_conv::DeformConvParams;
+using deform_conv::Embedding;
+
+bool IsRight(const DeformConvParams& layer, const ChannelAims& aims) {
+  const Embedding embedding = EmbeddingOf(layer, aims);
+  const DeformConvParams& larger = embedding.larger;
+  // So no embedding is embedded again, and again.
+  if (!EmbeddingOf(larger, aims).changes_nothing()) return false;
+  if (embedding.changes_nothing()) return true;
+  const auto taken = [&](int64_t channels) { return channels % aims.in_vector == 0; };
+  const int64_t merged = layer.groups / larger.groups;
+  const int64_t run = layer.in_channels / embedding.in_runs;
+  const bool whole = layer.groups % larger.groups == 0 &&
+                     layer.in_channels % embedding.in_runs == 0 &&
+                     larger.in_channels % larger.groups == 0 &&
+                     larger.in_channels % larger.deform_groups == 0 &&
+                     larger.out_channels % larger.groups == 0 &&
+                     merged * layer.group_in_channels() % run == 0 &&
+                     layer.deform_group_channels() % run == 0;
+  return whole && taken(larger.group_in_channels()) && taken(larger.deform_group_channels()) &&
+         larger.group_out_channels() % aims.out_vector == 0 &&
+         larger.in_channels >= layer.in_channels && larger.in_channels <= 4 * layer.in_channels &&
+         larger.out_channels >= layer.out_channels;
+}
+
+int main() {
+  int tried = 0;
+  const ChannelAims all_aims[] = {{8, 8, 64, 8, 1},     {8, 8, 64, 32, 2.0}, {4, 4, 32, 4, 1},
+                                  {4, 4, 32, 32, 1.25}, {8, 8, 1, 8, 1},     {4, 1, 1, 4, 1}};
+  for (const ChannelAims& aims : all_aims) {
+    for (int64_t groups = 1; groups <= 32; ++groups) {
+      for (int64_t in = 1; in <= 70; ++in) {
+        for (int64_t deform_groups = 1; deform_groups <= 16; ++deform_groups) {
+          if (groups * in % deform_groups != 0) continue;
+          for (const int64_t out : {1, 2, 3, 5, 8, 16, 33, 64, 100}) {
+            DeformConvParams layer = {};
+            layer.kernel_h = layer.kernel_w = 3;
+            layer.groups = groups;
+            layer.deform_groups = deform_groups;
+            layer.in_channels = groups * in;
+            layer.out_channels = groups * out;
+            ++tried;
+            if (IsRight(layer, aims)) continue;
+            std::printf("%d groups of %d to %d channels, %d deformable groups\n", int(groups),
+                        int(in), int(out), int(deform_groups));
+          }
+        }
+      }
+    }
+  }
+  std::printf("%d layers\n", tried);
+}
+"""
+
+
+def test_embedded_layers_are_whole_groups_of_larger_ones(tmp_path):
+    source, program = tmp_path / "embed_layers.cc", tmp_path / "embed_layers"
+    source.write_text(EMBED_LAYERS)
+    command = [os.environ.get("CXX", "g++"), "-std=c++17", "-O1", f"-I{PROJECT / 'src'}"]
+    command += [source, CORE / "gpu" / "embedding.cc", "-o", program]
+    subprocess.run(command, check=True)
+    printed = subprocess.run([program], capture_output=True, text=True, check=True).stdout
+    (counted,) = printed.splitlines()
+    assert int(counted.removesuffix(" layers")) > 100_000
 
 
 # --- The loader ---

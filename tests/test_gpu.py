@@ -35,6 +35,8 @@ def run_on(device, case, dtype, **options):
         {"size": (13, 17), "channels": 3, "deform_groups": 3, "dilations": (1, 2)},
         {"size": (13, 17), "channels": 17},
         {"size": (9, 9), "channels": 24, "out_channels": 24, "groups": 24},
+        {"size": (50, 76), "channels": 64, "out_channels": 64, "groups": 16},
+        {"size": (100, 152), "channels": 30, "out_channels": 33},
     ],
     ids=str,
 )

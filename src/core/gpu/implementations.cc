@@ -9,6 +9,7 @@
 #include "core/cuda/general/kernels.h"
 #include "core/gpu/columns_backward.h"
 #include "core/gpu/depthwise.h"
+#include "core/gpu/embedded.h"
 #include "core/gpu/im2col_gemm.h"
 #include "core/gpu/some_images.h"
 #include "core/return_if_error.h"
@@ -112,6 +113,12 @@ std::string RunRegionScatter(const Col2ImCall<T>& call) {
 // --- Every GPU ---
 
 template <typename T>
+std::string RunIm2Col(const Im2ColCall<T>& call) {
+  return cuda::Im2Col<T>(call.params, call.tensors, call.begin, call.end, call.columns,
+                         call.device.stream());
+}
+
+template <typename T>
 std::string AtomicMisfit(const Col2ImCall<T>& call) {
   const bool adds = call.gradients.input != nullptr;
   return adds && call.device.deterministic() ? kAddsWithAtomics : "";
@@ -179,10 +186,11 @@ template <typename T>
 const std::vector<Implementation<ForwardCall<T>>>& ForwardImplementations() {
   static const std::vector<Implementation<ForwardCall<T>>> list = {
 #ifdef DEFORM_CONV_SM90
-      {"ImplicitGemmSm90", KernelPath::kFused, ImplicitGemmMisfit<T>, Cost<1>, RunImplicitGemm<T>},
+      {"ImplicitGemmSm90", KernelPath::kFused, ImplicitGemmMisfit<T>, Cost<2>, RunImplicitGemm<T>},
 #endif
       {"Depthwise", KernelPath::kGeneral, DepthwiseForwardMisfit<T>, Cost<0>, ForwardDepthwise<T>},
-      {"Im2ColGemm", KernelPath::kGeneral, AlwaysFits, Cost<2>, Im2ColGemm<T>},
+      {"Embedded", KernelPath::kAny, EmbeddedForwardMisfit<T>, Cost<1>, ForwardEmbedded<T>},
+      {"Im2ColGemm", KernelPath::kGeneral, AlwaysFits, Cost<3>, Im2ColGemm<T>},
   };
   return list;
 }
@@ -192,7 +200,16 @@ const std::vector<Implementation<BackwardCall<T>>>& BackwardImplementations() {
   static const std::vector<Implementation<BackwardCall<T>>> list = {
       {"Depthwise", KernelPath::kGeneral, DepthwiseBackwardMisfit<T>, Cost<0>,
        BackpropDepthwise<T>},
-      {"Columns", KernelPath::kAny, AlwaysFits, Cost<1>, BackpropByColumns<T>},
+      {"Embedded", KernelPath::kAny, EmbeddedBackwardMisfit<T>, Cost<1>, BackpropEmbedded<T>},
+      {"Columns", KernelPath::kAny, AlwaysFits, Cost<2>, BackpropByColumns<T>},
+  };
+  return list;
+}
+
+template <typename T>
+const std::vector<Implementation<Im2ColCall<T>>>& Im2ColImplementations() {
+  static const std::vector<Implementation<Im2ColCall<T>>> list = {
+      {"Im2Col", KernelPath::kGeneral, AlwaysFits, Cost<0>, RunIm2Col<T>},
   };
   return list;
 }
@@ -214,6 +231,7 @@ const std::vector<Col2ImImplementation<T>>& Col2ImImplementations() {
 #define DEFORM_CONV_INSTANTIATE(T)                                                           \
   template const std::vector<Implementation<ForwardCall<T>>>& ForwardImplementations<T>();   \
   template const std::vector<Implementation<BackwardCall<T>>>& BackwardImplementations<T>(); \
+  template const std::vector<Implementation<Im2ColCall<T>>>& Im2ColImplementations<T>();     \
   template const std::vector<Col2ImImplementation<T>>& Col2ImImplementations<T>();
 DEFORM_CONV_FOR_ELEMENT_TYPES(DEFORM_CONV_INSTANTIATE)
 #undef DEFORM_CONV_INSTANTIATE

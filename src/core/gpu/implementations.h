@@ -46,6 +46,20 @@ struct BackwardCall {
 template <typename T>
 const std::vector<Implementation<BackwardCall<T>>>& BackwardImplementations();
 
+// --- Backward by columns: the columns alone, where only the filters' gradient is wanted ---
+
+template <typename T>
+struct Im2ColCall {
+  const DeformConvParams& params;
+  const SampledTensors<T, ComputeType<T>>& tensors;
+  int64_t begin, end;  // positions
+  T* columns;          // of these positions
+  GpuDevice& device;
+};
+
+template <typename T>
+const std::vector<Implementation<Im2ColCall<T>>>& Im2ColImplementations();
+
 // --- Backward by columns: from the columns' gradient to those of input, offset and mask ---
 
 template <typename T>

@@ -1,5 +1,5 @@
-// im2col, col2im and layout conversion on every GPU: their launchers. For C++ without CUDA's
-// headers; `stream` is a cudaStream_t.
+// im2col, col2im, layout conversion and the like on every GPU: their launchers. For C++ without
+// CUDA's headers; `stream` is a cudaStream_t.
 //
 // Each returns an empty string, or which kernel could not be launched and why. T is float, double,
 // Half or BFloat16. Work on nothing launches nothing.
@@ -11,6 +11,7 @@
 #include <string>
 
 #include "core/export.h"
+#include "core/gpu/embedding.h"
 #include "core/gpu/workspace.h"
 #include "core/params.h"
 #include "core/sampling.h"
@@ -77,6 +78,24 @@ DEFORM_CONV_EXPORT std::string FromNative(DataFormat format, const TensorExtent&
 // to[i] += from[i]
 template <typename From, typename To>
 std::string Add(int64_t count, const From* from, To* to, void* stream);
+
+// to [rows, padded_channels] = from [rows, channels], with zeros after them; and back. Padded
+// channels are whole vec16s, and begin at a multiple of 16 bytes. T has tensor cores.
+template <typename T>
+std::string PadChannels(int64_t rows, int64_t channels, const T* from, int64_t padded_channels,
+                        T* to, void* stream);
+template <typename T>
+std::string UnpadChannels(int64_t rows, int64_t padded_channels, const T* from, int64_t channels,
+                          T* to, void* stream);
+
+// Writes the filters of the larger layer, zeros too. Sizes of channels are within 32 bits.
+template <typename T>
+std::string EmbedFilters(const Embedding& embedding, const T* filters, T* larger, void* stream);
+// Writes those of the layer, or adds to them, from those of the larger one: what EmbedFilters()
+// filled with zeros is left out. From has tensor cores, and To is From or float.
+template <typename From, typename To>
+std::string ExtractFilters(const Embedding& embedding, const From* larger, bool add, To* filters,
+                           void* stream);
 
 // Sets memory to zero bytes.
 std::string Zero(void* memory, int64_t bytes, void* stream);
