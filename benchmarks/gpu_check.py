@@ -74,6 +74,11 @@ EIGHTS = (
     layer(2, 40, 24, 13, 17, kernel=(2, 2)),
     layer(2, 64, 72, 30, 47, kernel=(5, 3), masked=True),
     layer(1, 24, 136, 9, 9, kernel=(5, 3)),
+    layer(1, 64, 64, 30, 47, kernel=(7, 7), masked=True),
+    # one row, one column, one pixel
+    layer(2, 64, 64, 1, 300, kernel=(1, 9)),
+    layer(2, 40, 72, 70, 1, masked=True),
+    layer(3, 64, 64, 1, 1, masked=True),
     # strides and dilations
     layer(2, 64, 64, 30, 47, stride=2, masked=True),
     layer(1, 40, 72, 13, 17, stride=2),
@@ -86,12 +91,19 @@ EIGHTS = (
     layer(1, 96, 136, 30, 47, deform_groups=4),
     layer(2, 128, 144, 9, 9, groups=2, deform_groups=4, masked=True),
     layer(1, 192, 72, 13, 17, deform_groups=2),
+    layer(2, 64, 64, 30, 47, deform_groups=8, masked=True),
+    layer(1, 128, 136, 30, 47, deform_groups=16, masked=True),
+    layer(1, 96, 64, 13, 17, deform_groups=12),
+    # K in parts
+    layer(1, 512, 512, 13, 17, masked=True),
     # offsets
     layer(1, 64, 64, 30, 47, scale=FAR),
     layer(2, 40, 24, 13, 17, scale=FAR, masked=True),
     layer(1, 128, 136, 30, 47, scale=FAR, deform_groups=2),
     layer(2, 64, 64, 13, 17, holes=True),
     layer(2, 64, 72, 30, 47, holes=True, deform_groups=4, stride=2, masked=True),
+    layer(2, 64, 64, 30, 47, holes=True, deform_groups=8, masked=True),
+    layer(2, 64, 64, 30, 47, scale=FAR, deform_groups=8, masked=True),
     # batches
     layer(37, 32, 24, 7, 5),
     layer(37, 64, 64, 9, 9, masked=True),

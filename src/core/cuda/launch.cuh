@@ -61,6 +61,34 @@ std::string LaunchKernel(const char* name, void (*kernel)(Parameters...), dim3 b
                  kCudaKernel, name);
 }
 
+// As LaunchKernel(), but the kernel may begin before the one before it on the stream has ended,
+// once all thread blocks of that have called LetNextKernelBegin(). What depends on that one comes
+// after WaitForKernelBefore(). For compute capability 9.0 and up.
+template <typename... Parameters>
+std::string LaunchEarly(const char* name, void (*kernel)(Parameters...), dim3 blocks, dim3 threads,
+                        int64_t shared_bytes, void* stream,
+                        typename NotDeduced<Parameters>::type... arguments) {
+  void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
+  cudaLaunchAttribute early = {};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = blocks;
+  config.blockDim = threads;
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = StreamOf(stream);
+  config.attrs = &early;
+  config.numAttrs = 1;
+  return ErrorOf(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), pointers),
+                 kCudaKernel, name);
+}
+__device__ __forceinline__ void LetNextKernelBegin() {
+  asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
+}
+__device__ __forceinline__ void WaitForKernelBefore() {
+  asm volatile("griddepcontrol.wait;\n" ::: "memory");
+}
+
 // Lets blocks of `kernel` have so much dynamic shared memory. Sets the most that the GPU has,
 // whatever is asked for: threads of the host that need different sizes would undo each other's.
 template <typename Kernel>

@@ -63,6 +63,14 @@ std::string ImplicitGemmMisfit(const ForwardCall<T>& call) {
   return "";
 }
 
+// Where several deformable groups share 64 bytes of channels, each thread locates its own samples.
+// That is too slow beside the accumulators of more than 64 output channels.
+template <typename T>
+int ImplicitGemmCost(const ForwardCall<T>& call) {
+  const bool narrow = call.params.deform_group_channels() * int64_t{sizeof(T)} < 64;
+  return narrow && call.params.group_out_channels() > 64 ? 4 : 2;
+}
+
 template <typename T>
 std::string RunImplicitGemm(const ForwardCall<T>& call) {
   if constexpr (!std::is_same_v<T, double>) {
@@ -186,7 +194,8 @@ template <typename T>
 const std::vector<Implementation<ForwardCall<T>>>& ForwardImplementations() {
   static const std::vector<Implementation<ForwardCall<T>>> list = {
 #ifdef DEFORM_CONV_SM90
-      {"ImplicitGemmSm90", KernelPath::kFused, ImplicitGemmMisfit<T>, Cost<2>, RunImplicitGemm<T>},
+      {"ImplicitGemmSm90", KernelPath::kFused, ImplicitGemmMisfit<T>, ImplicitGemmCost<T>,
+       RunImplicitGemm<T>},
 #endif
       {"Depthwise", KernelPath::kGeneral, DepthwiseForwardMisfit<T>, Cost<0>, ForwardDepthwise<T>},
       {"Embedded", KernelPath::kAny, EmbeddedForwardMisfit<T>, Cost<1>, ForwardEmbedded<T>},
