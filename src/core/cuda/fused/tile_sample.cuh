@@ -7,7 +7,7 @@
 
 #include "core/bilinear.h"
 #include "core/cuda/fused/corners.cuh"
-#include "core/cuda/fused/input_patch.cuh"
+#include "core/cuda/fused/input_region.cuh"
 #include "core/cuda/fused/sizes.cuh"
 
 namespace deform_conv {
@@ -22,24 +22,24 @@ namespace cuda {
 template <typename T>
 struct TileSample {
   CornerWeights<T> weights;
-  // Four corner bits and, if the patch holds the corners, the first one's place in it in bytes;
+  // Four corner bits and, if the region holds the corners, the first one's place in it in bytes;
   // otherwise kOutside and the pixel, shifted left by four.
   uint32_t packed_place;
 
   static constexpr uint32_t kOutside = 0x80000000u;
 
-  __device__ __forceinline__ static TileSample Zero(const InputPatch& patch) {
+  __device__ __forceinline__ static TileSample Zero(const InputRegion& region) {
     TileSample sample = {};
-    sample.packed_place = NowhereIn(patch);
+    sample.packed_place = NowhereIn(region);
     return sample;
   }
 
-  // As Locate(), in fewer instructions, if all corners count and the patch holds them; false
+  // As Locate(), in fewer instructions, if all corners count and the region holds them; false
   // otherwise.
   __device__ __forceinline__ static bool LocateWithin(const FusedSizes& sizes,
-                                                      const InputPatch& patch, int32_t pixel_bytes,
-                                                      const Position& position, const Tap& tap,
-                                                      Offset offset, float mask,
+                                                      const InputRegion& region,
+                                                      int32_t pixel_bytes, const Position& position,
+                                                      const Tap& tap, Offset offset, float mask,
                                                       TileSample* sample) {
     const float whole_h = floorf(offset.dy), whole_w = floorf(offset.dx);
     const float h = offset.dy - whole_h, w = offset.dx - whole_w;
@@ -50,25 +50,25 @@ struct TileSample {
     };
     const uint32_t row = pixel_of(position.y * sizes.stride_h + tap.h_base, offset.dy);
     const uint32_t col = pixel_of(position.x * sizes.stride_w + tap.w_base, offset.dx);
-    const uint32_t patch_row = row + (position.n * sizes.in_h - patch.first_row);
-    const uint32_t patch_col = col - patch.first_col;
+    const uint32_t region_row = row + (position.n * sizes.in_h - region.first_row);
+    const uint32_t region_col = col - region.first_col;
     const auto below = [](uint32_t number, int32_t end) {
       return number < static_cast<uint32_t>(max(end, 0));
     };
     sample->weights = {static_cast<T>(mask * ((1 - h) * (1 - w))),
                        static_cast<T>(mask * ((1 - h) * w)), static_cast<T>(mask * (h * (1 - w))),
                        static_cast<T>(mask * (h * w))};
-    sample->packed_place = (patch_row * patch.cols + patch_col) * pixel_bytes | kAllCorners;
+    sample->packed_place = (region_row * region.cols + region_col) * pixel_bytes | kAllCorners;
     const bool number = h + w >= 0;  // not NaN
     return number && below(row, sizes.in_h - 1) && below(col, sizes.in_w - 1) &&
-           below(patch_row, patch.rows - 1) && below(patch_col, patch.cols - 1);
+           below(region_row, region.rows - 1) && below(region_col, region.cols - 1);
   }
 
   // The sample that a tap takes at `position`.
   __device__ __forceinline__ static TileSample Locate(const FusedSizes& sizes,
-                                                      const InputPatch& patch, int32_t pixel_bytes,
-                                                      const Position& position, const Tap& tap,
-                                                      Offset offset, float mask) {
+                                                      const InputRegion& region,
+                                                      int32_t pixel_bytes, const Position& position,
+                                                      const Tap& tap, Offset offset, float mask) {
     const auto h = LocateOnAxis<float, int32_t>(position.y * sizes.stride_h + tap.h_base, offset.dy,
                                                 sizes.in_h);
     const auto w = LocateOnAxis<float, int32_t>(position.x * sizes.stride_w + tap.w_base, offset.dx,
@@ -89,17 +89,17 @@ struct TileSample {
     const int32_t row = position.n * sizes.in_h + vertical.low, col = horizontal.low;
     const uint32_t pixel = row * sizes.in_w + col;
     const uint32_t place =
-        ((row - patch.first_row) * patch.cols + col - patch.first_col) * pixel_bytes;
+        ((row - region.first_row) * region.cols + col - region.first_col) * pixel_bytes;
     sample.packed_place =
-        (patch.HoldsCorners(sizes, row, col) ? place : kOutside | pixel << kCornerBits) | bits;
-    if (!inside) sample.packed_place = NowhereIn(patch);
+        (region.HoldsCorners(sizes, row, col) ? place : kOutside | pixel << kCornerBits) | bits;
+    if (!inside) sample.packed_place = NowhereIn(region);
     return sample;
   }
 
  private:
   // No corner counts, but what is read in their place must exist.
-  __device__ __forceinline__ static uint32_t NowhereIn(const InputPatch& patch) {
-    return patch.rows > 0 ? 0 : kOutside;
+  __device__ __forceinline__ static uint32_t NowhereIn(const InputRegion& region) {
+    return region.rows > 0 ? 0 : kOutside;
   }
 
   // The two pixels of one axis that a sample lies between, moved by one where either is outside.

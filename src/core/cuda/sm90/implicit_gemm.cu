@@ -7,7 +7,7 @@
 
 #include <algorithm>
 
-#include "core/cuda/fused/input_patch.cuh"
+#include "core/cuda/fused/input_region.cuh"
 #include "core/cuda/fused/sizes.cuh"
 #include "core/cuda/fused/strip_walk.cuh"
 #include "core/cuda/launch.cuh"
@@ -31,7 +31,7 @@ namespace cuda {
 namespace {
 
 // Writes the output or, where K is in parts, the sums of each part.
-template <typename T, typename Shape, Locating kLocating, bool kPatches>
+template <typename T, typename Shape, Locating kLocating, bool kRegions>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     ImplicitGemmKernel(const __grid_constant__ FusedSizes sizes,
                        const __grid_constant__ TilePlan<T> plan, SampledTensors<T, float> tensors,
@@ -46,22 +46,22 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       InitializeBarrier(shared.Of(shared.full, i), 1);
       InitializeBarrier(shared.Of(shared.empty, i), Shape::kConsumers * kWarps);
     }
-    for (int i = 0; i < kPatchBuffers; ++i) {
-      InitializeBarrier(shared.Of(shared.patch_full, i), kPatchWarps);
-      InitializeBarrier(shared.Of(shared.patch_empty, i), Shape::kConsumers * kWarps);
+    for (int i = 0; i < kRegionBuffers; ++i) {
+      InitializeBarrier(shared.Of(shared.region_full, i), kRegionWarps);
+      InitializeBarrier(shared.Of(shared.region_empty, i), Shape::kConsumers * kWarps);
     }
   }
   __syncthreads();
   if (WarpgroupIndex() < Shape::kConsumers) {
-    RaiseRegisters<Shape::template kConsumerRegisters<kPatches>>();
-    ConsumeFilters<T, Shape, kLocating, kPatches>(sizes, plan, tensors, shared, memory, output,
+    RaiseRegisters<Shape::template kConsumerRegisters<kRegions>>();
+    ConsumeFilters<T, Shape, kLocating, kRegions>(sizes, plan, tensors, shared, memory, output,
                                                   partial_sums);
   } else {
-    LowerRegisters<Shape::template kProducerRegisters<kPatches>>();
+    LowerRegisters<Shape::template kProducerRegisters<kRegions>>();
     if (threadIdx.x % kWarpgroup < kWarp) {
       if (threadIdx.x % kWarp == 0) ProduceFilters<T, Shape>(sizes, plan, filters, shared);
-    } else if (kPatches) {
-      ProducePatches<T, Shape>(sizes, plan, tensors.input, shared);
+    } else if (kRegions) {
+      ProduceRegions<T, Shape>(sizes, plan, tensors.input, shared);
     }
   }
 }
@@ -167,19 +167,19 @@ std::string SumParts(int64_t vectors, int splits, const float* partial_sums, T* 
 
 // Calls run() with the plan's kernel.
 template <typename T, typename Shape, Locating kLocating, typename Run>
-std::string WithPatches(bool has_patches, const Run& run) {
-  return has_patches ? run(ImplicitGemmKernel<T, Shape, kLocating, true>)
+std::string WithRegions(bool has_regions, const Run& run) {
+  return has_regions ? run(ImplicitGemmKernel<T, Shape, kLocating, true>)
                      : run(ImplicitGemmKernel<T, Shape, kLocating, false>);
 }
 template <typename T, typename Shape, typename Run>
 std::string WithKernel(const LaunchPlan<T>& plan, const Run& run) {
   switch (plan.locating) {
     case Locating::kWhole:
-      return WithPatches<T, Shape, Locating::kWhole>(plan.has_patches, run);
+      return WithRegions<T, Shape, Locating::kWhole>(plan.has_regions, run);
     case Locating::kParts:
-      return WithPatches<T, Shape, Locating::kParts>(plan.has_patches, run);
+      return WithRegions<T, Shape, Locating::kParts>(plan.has_regions, run);
     default:
-      return WithPatches<T, Shape, Locating::kDirect>(plan.has_patches, run);
+      return WithRegions<T, Shape, Locating::kDirect>(plan.has_regions, run);
   }
 }
 

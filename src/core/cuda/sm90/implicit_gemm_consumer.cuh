@@ -7,7 +7,7 @@
 #include <cstdint>
 
 #include "core/cuda/fused/corners.cuh"
-#include "core/cuda/fused/input_patch.cuh"
+#include "core/cuda/fused/input_region.cuh"
 #include "core/cuda/fused/shared_vec16.cuh"
 #include "core/cuda/fused/sizes.cuh"
 #include "core/cuda/fused/tile_sample.cuh"
@@ -36,24 +36,24 @@ struct CornerSteps {
   }
 };
 
-// The slice's channels of the input and, if the tile has one, of its patch.
+// The slice's channels of the input and, if the tile has one, of its region.
 struct SliceOfInput {
   const uint8_t* input;  // of the first pixel
-  const uint8_t* patch;
+  const uint8_t* region;
   int32_t pixel_bytes;  // of the input
-  CornerSteps of_input, of_patch;
+  CornerSteps of_input, of_region;
 };
 
-// The corners of a sample from the patch.
-__device__ __forceinline__ void LoadFromPatch(const SliceOfInput& slice, uint32_t patch,
-                                              uint32_t packed_place, uint32_t channel_bytes,
-                                              uint4 (&corners)[kCorners]) {
-  const uint32_t top = patch + (packed_place & ~uint32_t{kAllCorners}) + channel_bytes;
-  const uint32_t bottom = top + static_cast<uint32_t>(slice.of_patch.below);
+// The corners of a sample from the region.
+__device__ __forceinline__ void LoadFromRegion(const SliceOfInput& slice, uint32_t region,
+                                               uint32_t packed_place, uint32_t channel_bytes,
+                                               uint4 (&corners)[kCorners]) {
+  const uint32_t top = region + (packed_place & ~uint32_t{kAllCorners}) + channel_bytes;
+  const uint32_t bottom = top + static_cast<uint32_t>(slice.of_region.below);
   corners[kTopLeft] = LoadVec16(top);
-  corners[kTopRight] = LoadVec16(top + slice.of_patch.right);
+  corners[kTopRight] = LoadVec16(top + slice.of_region.right);
   corners[kBottomLeft] = LoadVec16(bottom);
-  corners[kBottomRight] = LoadVec16(bottom + slice.of_patch.right);
+  corners[kBottomRight] = LoadVec16(bottom + slice.of_region.right);
 }
 
 // The corners of a sample from memory.
@@ -68,7 +68,7 @@ __device__ __forceinline__ void LoadFromMemory(const SliceOfInput& slice, uint32
   corners[kBottomRight] = __ldg(reinterpret_cast<const uint4*>(bottom + slice.of_input.right));
 }
 
-// The corners of a sample from the patch or from memory.
+// The corners of a sample from the region or from memory.
 template <typename T>
 __device__ __forceinline__ void LoadFromAnywhere(const SliceOfInput& slice, uint32_t packed_place,
                                                  uint32_t channel_bytes,
@@ -76,10 +76,10 @@ __device__ __forceinline__ void LoadFromAnywhere(const SliceOfInput& slice, uint
   const bool outside = packed_place & TileSample<T>::kOutside;
   const int64_t pixel = packed_place >> kCornerBits & (kMostPackedPixels - 1);
   const uint8_t* top = outside ? slice.input + pixel * slice.pixel_bytes
-                               : slice.patch + (packed_place & ~uint32_t{kAllCorners});
+                               : slice.region + (packed_place & ~uint32_t{kAllCorners});
   top += channel_bytes;
-  const int32_t right = outside ? slice.of_input.right : slice.of_patch.right;
-  const uint8_t* bottom = top + (outside ? slice.of_input.below : slice.of_patch.below);
+  const int32_t right = outside ? slice.of_input.right : slice.of_region.right;
+  const uint8_t* bottom = top + (outside ? slice.of_input.below : slice.of_region.below);
   corners[kTopLeft] = *reinterpret_cast<const uint4*>(top);
   corners[kTopRight] = *reinterpret_cast<const uint4*>(top + right);
   corners[kBottomLeft] = *reinterpret_cast<const uint4*>(bottom);
@@ -109,11 +109,11 @@ __device__ __forceinline__ void InterpolateBlock(
   }
 }
 
-// Samples a K block: from the patch at `patch`, unless a sample of the warp is outside of it; or,
-// without patches, from memory. From memory, more is loaded at a time, if registers allow it.
-template <typename T, bool kPatches, bool kFewInFlight>
+// Samples a K block: from the region at `region`, unless a sample of the warp is outside of it; or,
+// without regions, from memory. From memory, more is loaded at a time, if registers allow it.
+template <typename T, bool kRegions, bool kFewInFlight>
 __device__ __forceinline__ void SampleBlock(
-    const SliceOfInput& slice, uint32_t patch,
+    const SliceOfInput& slice, uint32_t region,
     const TileSample<T> (&samples)[kVec16sOfThread][kRowsOfThread],
     const uint32_t (&channel_bytes)[kVec16sOfThread],
     uint4 (&sampled)[kVec16sOfThread][kRowsOfThread]) {
@@ -126,9 +126,9 @@ __device__ __forceinline__ void SampleBlock(
       all &= samples[v][r].packed_place;
     }
   }
-  // Most warps have no sample at the border, and none outside of the patch.
+  // Most warps have no sample at the border, and none outside of the region.
   const bool all_count = __all_sync(0xffffffffu, (all & kAllCorners) == kAllCorners);
-  if constexpr (!kPatches) {
+  if constexpr (!kRegions) {
     InterpolateBlock<kFewInFlight ? 1 : 3>(
         samples, channel_bytes, all_count,
         [&](uint32_t packed_place, uint32_t bytes, uint4(&corners)[kCorners]) {
@@ -139,7 +139,7 @@ __device__ __forceinline__ void SampleBlock(
     InterpolateBlock<2>(
         samples, channel_bytes, all_count,
         [&](uint32_t packed_place, uint32_t bytes, uint4(&corners)[kCorners]) {
-          LoadFromPatch(slice, patch, packed_place, bytes, corners);
+          LoadFromRegion(slice, region, packed_place, bytes, corners);
         },
         sampled);
   } else {
@@ -178,7 +178,7 @@ __device__ __forceinline__ void MultiplyBlock(
 }
 
 // A consumer's work.
-template <typename T, typename Shape, Locating kLocating, bool kPatches>
+template <typename T, typename Shape, Locating kLocating, bool kRegions>
 __device__ __forceinline__ void ConsumeFilters(const FusedSizes& sizes, const TilePlan<T>& plan,
                                                const SampledTensors<T, float>& tensors,
                                                const SharedMemory<Shape, T>& shared,
@@ -188,14 +188,14 @@ __device__ __forceinline__ void ConsumeFilters(const FusedSizes& sizes, const Ti
   TileScheduler<T, Shape> scheduler(plan);
   WorkTile tile;
   PipelineState<Shape::kStages> state;
-  PipelineState<kPatchBuffers> patch_state;
+  PipelineState<kRegionBuffers> region_state;
   while (scheduler.Next(sizes, plan, &tile)) {
-    const InputPatch patch = kPatches ? tile.PatchOf(sizes, plan) : InputPatch{0, 0, 0, 0};
-    TileSamples<T, Shape, kLocating> tile_samples(sizes, plan, tensors, tile, patch, shared);
+    const InputRegion region = kRegions ? tile.RegionOf(sizes, plan) : InputRegion{0, 0, 0, 0};
+    TileSamples<T, Shape, kLocating> tile_samples(sizes, plan, tensors, tile, region, shared);
     SliceOfInput of_input;
     of_input.pixel_bytes = sizes.in_channels * static_cast<int32_t>(sizeof(T));
     of_input.of_input = CornerSteps::Of(sizes, of_input.pixel_bytes, sizes.in_w);
-    of_input.of_patch = CornerSteps::Of(sizes, plan.patch.pixel_bytes, patch.cols);
+    of_input.of_region = CornerSteps::Of(sizes, plan.region.pixel_bytes, region.cols);
     float accumulators[Shape::kWgmmas][Shape::kWgmmaN / 2] = {};
     uint32_t before = 0;  // the barrier of the stage whose product goes on
     int k_block = tile.k_begin;
@@ -204,10 +204,10 @@ __device__ __forceinline__ void ConsumeFilters(const FusedSizes& sizes, const Ti
       tile_samples.BeginSlice(slice, k_block - first);
       of_input.input =
           reinterpret_cast<const uint8_t*>(tensors.input + tile_samples.FirstChannel());
-      const uint32_t patch_at = shared.patches + patch_state.stage * plan.patch_bytes;
-      of_input.patch = memory + (patch_at - shared.stages);
-      if (kPatches) {
-        WaitAtBarrier(shared.Of(shared.patch_full, patch_state.stage), patch_state.parity);
+      const uint32_t region_at = shared.regions + region_state.stage * plan.region_bytes;
+      of_input.region = memory + (region_at - shared.stages);
+      if (kRegions) {
+        WaitAtBarrier(shared.Of(shared.region_full, region_state.stage), region_state.parity);
       }
       for (; k_block < end; ++k_block) {
         TileSample<T> samples[kVec16sOfThread][kRowsOfThread];
@@ -215,7 +215,7 @@ __device__ __forceinline__ void ConsumeFilters(const FusedSizes& sizes, const Ti
         tile_samples.Take(k_block - first, k_block + 1 < end ? k_block + 1 - first : -1, samples,
                           channel_bytes);
         uint4 sampled[kVec16sOfThread][kRowsOfThread];
-        SampleBlock<T, kPatches, kLocating == Locating::kDirect>(of_input, patch_at, samples,
+        SampleBlock<T, kRegions, kLocating == Locating::kDirect>(of_input, region_at, samples,
                                                                  channel_bytes, sampled);
         // Operand A's registers are free again.
         WarpgroupWait<0>();
@@ -240,9 +240,9 @@ __device__ __forceinline__ void ConsumeFilters(const FusedSizes& sizes, const Ti
         before = shared.Of(shared.empty, state.stage);
         state.Advance();
       }
-      if (kPatches) {
-        ArriveAsWarp(shared.Of(shared.patch_empty, patch_state.stage));
-        patch_state.Advance();
+      if (kRegions) {
+        ArriveAsWarp(shared.Of(shared.region_empty, region_state.stage));
+        region_state.Advance();
       }
     }
     WarpgroupWait<0>();

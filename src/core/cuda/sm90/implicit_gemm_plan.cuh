@@ -1,4 +1,4 @@
-// What the host decides for the implicit GEMM kernel: the walk, patches and tables, and in how many
+// What the host decides for the implicit GEMM kernel: the walk, regions and tables, and in how many
 // parts K is summed up. For .cu files only.
 
 #ifndef DEFORM_CONV_CORE_CUDA_SM90_IMPLICIT_GEMM_PLAN_CUH_
@@ -22,7 +22,7 @@ template <typename T>
 struct LaunchPlan {
   TilePlan<T> tiles;
   Locating locating;
-  bool has_patches;
+  bool has_regions;
   unsigned blocks;
   int64_t shared_bytes;
 };
@@ -37,8 +37,8 @@ inline int64_t MostTiles(const DeformConvParams& params) {
          CeilDiv<int64_t>(params.group_out_channels(), 64);
 }
 
-// How far patches of so many pixels reach beyond what tiles sample, where strips are so wide and
-// tiles have so many units; less than 0 where even a patch without a margin is larger.
+// How far regions of so many pixels reach beyond what tiles sample, where strips are so wide and
+// tiles have so many units; less than 0 where even a region without a margin is larger.
 struct Margin {
   int h = -1, w = -1;
   int least() const { return std::min(h, w); }
@@ -71,7 +71,7 @@ struct Margin {
   }
 };
 
-// The strips' width whose patches reach furthest. Of those that reach as far, the widest: fewer
+// The strips' width whose regions reach furthest. Of those that reach as far, the widest: fewer
 // units are longer than their strip.
 inline int64_t ChooseWidth(const DeformConvParams& params, int64_t units, int64_t pixels) {
   int64_t best = std::min<int64_t>(params.out_w, kUnit);
@@ -146,25 +146,25 @@ LaunchPlan<T> PlanImplicitGemm(const DeformConvParams& params, int64_t multiproc
   const int64_t room = kMostSharedBytes - Memory::kOtherBytes;
   const int64_t pixel_bytes = slice * sizeof(T);
 
-  int64_t width = std::min<int64_t>(params.out_w, kUnit), patch_bytes = 0, samples = 0;
+  int64_t width = std::min<int64_t>(params.out_w, kUnit), region_bytes = 0, samples = 0;
   Margin margin;
-  const auto try_patches = [&](int64_t with_samples) {
+  const auto try_regions = [&](int64_t with_samples) {
     const int64_t most =
-        (room - with_samples * Memory::kTableBytes) / kPatchBuffers / kVec16Bytes * kVec16Bytes;
+        (room - with_samples * Memory::kTableBytes) / kRegionBuffers / kVec16Bytes * kVec16Bytes;
     if (most < 4 * pixel_bytes) return false;
     const int64_t with_width = ChooseWidth(params, Shape::kUnits, most / pixel_bytes);
     margin = Margin::Of(params, with_width, Shape::kUnits, most / pixel_bytes);
     if (margin.least() < 1) return false;
     width = with_width;
-    patch_bytes = most;
+    region_bytes = most;
     samples = with_samples;
     return true;
   };
   // Fewer taps read no pixel often enough. A table is for samples that several threads need.
   const bool table_fits = table_samples * Memory::kTableBytes <= room;
-  const bool has_patches = taps > 2 && ((groups_of_slice <= 2 && try_patches(table_samples)) ||
-                                        (!(whole && table_fits) && try_patches(0)));
-  if (!has_patches && table_fits) samples = table_samples;
+  const bool has_regions = taps > 2 && ((groups_of_slice <= 2 && try_regions(table_samples)) ||
+                                        (!(whole && table_fits) && try_regions(0)));
+  if (!has_regions && table_fits) samples = table_samples;
 
   const int64_t n_tiles = params.groups * CeilDiv<int64_t>(params.group_out_channels(), Shape::kN);
   const Parts parts =
@@ -172,16 +172,16 @@ LaunchPlan<T> PlanImplicitGemm(const DeformConvParams& params, int64_t multiproc
   const StripWalk walk(params, width, parts.units);
   return {{order, walk, static_cast<int32_t>(n_tiles), parts.splits,
            Divisor(static_cast<uint32_t>(of_deform)), whole, static_cast<int32_t>(samples),
-           PatchLimits{margin.h, margin.w, static_cast<int32_t>(patch_bytes / pixel_bytes),
-                       static_cast<int32_t>(pixel_bytes)},
-           static_cast<int32_t>(patch_bytes)},
+           RegionLimits{margin.h, margin.w, static_cast<int32_t>(region_bytes / pixel_bytes),
+                        static_cast<int32_t>(pixel_bytes)},
+           static_cast<int32_t>(region_bytes)},
           samples == 0 ? Locating::kDirect
           : whole      ? Locating::kWhole
                        : Locating::kParts,
-          has_patches,
+          has_regions,
           static_cast<unsigned>(
               std::min<int64_t>(walk.tiles() * n_tiles * parts.splits, multiprocessors)),
-          Memory::kOtherBytes + kPatchBuffers * patch_bytes + samples * Memory::kTableBytes};
+          Memory::kOtherBytes + kRegionBuffers * region_bytes + samples * Memory::kTableBytes};
 }
 
 }  // namespace cuda

@@ -1,4 +1,4 @@
-// The producer warpgroup of the implicit GEMM kernel: filters into stages, and patches of the
+// The producer warpgroup of the implicit GEMM kernel: filters into stages, and regions of the
 // input. For .cu files only.
 
 #ifndef DEFORM_CONV_CORE_CUDA_SM90_IMPLICIT_GEMM_PRODUCER_CUH_
@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "core/cuda/fused/input_patch.cuh"
+#include "core/cuda/fused/input_region.cuh"
 #include "core/cuda/fused/sizes.cuh"
 #include "core/cuda/launch.cuh"
 #include "core/cuda/sm80/copy_async.cuh"
@@ -20,8 +20,8 @@
 namespace deform_conv {
 namespace cuda {
 
-// One warp of the producer copies filters, the others patches.
-constexpr int kPatchWarps = kWarpgroup / kWarp - 1;
+// One warp of the producer copies filters, the others regions.
+constexpr int kRegionWarps = kWarpgroup / kWarp - 1;
 
 // Keeps as many stages full as there are. By one thread. `filters` is as PackFiltersKernel writes
 // it: [n_tiles, k_blocks] stages.
@@ -47,29 +47,29 @@ __device__ __forceinline__ void ProduceFilters(const FusedSizes& sizes, const Ti
   }
 }
 
-// Copies the patch of each slice that a tile reads. By the other warps of the producer.
+// Copies the region of each slice that a tile reads. By the other warps of the producer.
 template <typename T, typename Shape>
-__device__ __forceinline__ void ProducePatches(const FusedSizes& sizes, const TilePlan<T>& plan,
+__device__ __forceinline__ void ProduceRegions(const FusedSizes& sizes, const TilePlan<T>& plan,
                                                const T* __restrict__ input,
                                                const SharedMemory<Shape, T>& shared) {
   const int warp = threadIdx.x % kWarpgroup / kWarp - 1;
   const KOrder<T>& order = plan.order;
   TileScheduler<T, Shape> scheduler(plan);
   WorkTile tile;
-  PipelineState<kPatchBuffers> state;
+  PipelineState<kRegionBuffers> state;
   while (scheduler.Next(sizes, plan, &tile)) {
-    const InputPatch patch = tile.PatchOf(sizes, plan);
+    const InputRegion region = tile.RegionOf(sizes, plan);
     const int last_slice = order.SliceOf(tile.k_end - 1);
     for (int slice = order.SliceOf(tile.k_begin); slice <= last_slice; ++slice) {
       const T* from = input + tile.group * sizes.group_in_channels + slice * kK<T>;
-      WaitAtBarrier(shared.Of(shared.patch_empty, state.stage), state.parity ^ 1);
-      CopyPatch(sizes, patch, reinterpret_cast<const uint8_t*>(from),
-                sizes.in_channels * int64_t{sizeof(T)}, order.Vec16sOf(slice),
-                plan.patch.pixel_bytes, shared.patches + state.stage * plan.patch_bytes, warp,
-                kPatchWarps);
+      WaitAtBarrier(shared.Of(shared.region_empty, state.stage), state.parity ^ 1);
+      CopyRegion(sizes, region, reinterpret_cast<const uint8_t*>(from),
+                 sizes.in_channels * int64_t{sizeof(T)}, order.Vec16sOf(slice),
+                 plan.region.pixel_bytes, shared.regions + state.stage * plan.region_bytes, warp,
+                 kRegionWarps);
       CommitCopies();
       WaitForCopies<0>();
-      ArriveAsWarp(shared.Of(shared.patch_full, state.stage));
+      ArriveAsWarp(shared.Of(shared.region_full, state.stage));
       state.Advance();
     }
   }

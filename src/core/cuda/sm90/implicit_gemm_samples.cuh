@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "core/cuda/fused/corners.cuh"
-#include "core/cuda/fused/input_patch.cuh"
+#include "core/cuda/fused/input_region.cuh"
 #include "core/cuda/fused/sizes.cuh"
 #include "core/cuda/fused/tile_sample.cuh"
 #include "core/cuda/launch.cuh"
@@ -66,8 +66,13 @@ class TileSamples {
  public:
   __device__ TileSamples(const FusedSizes& sizes, const TilePlan<T>& plan,
                          const SampledTensors<T, float>& tensors, const WorkTile& tile,
-                         const InputPatch& patch, const SharedMemory<Shape, T>& shared)
-      : sizes_(sizes), plan_(plan), tensors_(tensors), tile_(tile), patch_(patch), shared_(shared) {
+                         const InputRegion& region, const SharedMemory<Shape, T>& shared)
+      : sizes_(sizes),
+        plan_(plan),
+        tensors_(tensors),
+        tile_(tile),
+        region_(region),
+        shared_(shared) {
     if constexpr (kLocating == Locating::kDirect) {
 #pragma unroll
       for (int r = 0; r < kRowsOfThread; ++r) {
@@ -119,14 +124,14 @@ class TileSamples {
 #pragma unroll
         for (int r = 0; r < kRowsOfThread; ++r) {
           const bool counts = !places_[v].past_last && rows_[r].index != kNoPosition;
-          const bool within = TileSample<T>::LocateWithin(sizes_, patch_, plan_.patch.pixel_bytes,
+          const bool within = TileSample<T>::LocateWithin(sizes_, region_, plan_.region.pixel_bytes,
                                                           rows_[r].position, tap, offsets_[v][r],
                                                           masks_[v][r], &samples[v][r]);
           if (__all_sync(0xffffffffu, within && counts)) continue;
           samples[v][r] =
-              counts ? TileSample<T>::Locate(sizes_, patch_, plan_.patch.pixel_bytes,
+              counts ? TileSample<T>::Locate(sizes_, region_, plan_.region.pixel_bytes,
                                              rows_[r].position, tap, offsets_[v][r], masks_[v][r])
-                     : TileSample<T>::Zero(patch_);
+                     : TileSample<T>::Zero(region_);
         }
       }
       if (next_block >= 0) Prefetch(next_block);
@@ -221,14 +226,14 @@ class TileSamples {
         const int i = begin + k * kLanesOfRow;
         if (i >= count) continue;
         Store(i * Shape::kM + row,
-              counts ? TileSample<T>::Locate(sizes_, patch_, plan_.patch.pixel_bytes, at.position,
+              counts ? TileSample<T>::Locate(sizes_, region_, plan_.region.pixel_bytes, at.position,
                                              Tap::Of(sizes_, first_g_tap + i), offsets[k], masks[k])
-                     : TileSample<T>::Zero(patch_));
+                     : TileSample<T>::Zero(region_));
       }
     }
     // What lies past the last tap.
     if (kLocating == Locating::kParts && lane < kUnit) {
-      Store((plan_.table_samples - 1) * Shape::kM + row, TileSample<T>::Zero(patch_));
+      Store((plan_.table_samples - 1) * Shape::kM + row, TileSample<T>::Zero(region_));
     }
     __syncwarp();
   }
@@ -242,7 +247,7 @@ class TileSamples {
   const TilePlan<T>& plan_;
   const SampledTensors<T, float>& tensors_;
   const WorkTile& tile_;
-  const InputPatch& patch_;
+  const InputRegion& region_;
   const SharedMemory<Shape, T>& shared_;
   int slice_ = 0;
   // Tables: the deformable groups that are in it.

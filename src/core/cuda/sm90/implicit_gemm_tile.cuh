@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "core/cuda/fused/input_patch.cuh"
+#include "core/cuda/fused/input_region.cuh"
 #include "core/cuda/fused/sizes.cuh"
 #include "core/cuda/fused/strip_walk.cuh"
 #include "core/cuda/fused/tile_sample.cuh"
@@ -30,7 +30,7 @@ constexpr int kK = kSlabRowSize<T>;
 // Each of its warpgroups but the last, the consumers, has 64 of the positions: its threads sample
 // into registers, which are operand A of the product that the warpgroup then adds to its
 // accumulators. The last one, the producer, copies operand B, filters, into stages in shared
-// memory, and patches of the input.
+// memory, and regions of the input.
 template <typename T, int kTileN>
 struct TileShape {
   static constexpr int kN = kTileN;
@@ -41,20 +41,20 @@ struct TileShape {
   static constexpr int kUnits = kM / kUnit;
   // Wgmmas side by side that make up kN.
   static constexpr int kWgmmas = kWide ? 2 : 1, kWgmmaN = kN / kWgmmas;
-  // Registers of a thread after setmaxnreg. Copying patches takes more.
-  template <bool kPatches>
-  static constexpr int kProducerRegisters = kWide || kPatches ? 56 : 32;
-  template <bool kPatches>
+  // Registers of a thread after setmaxnreg. Copying regions takes more.
+  template <bool kRegions>
+  static constexpr int kProducerRegisters = kWide || kRegions ? 56 : 32;
+  template <bool kRegions>
   static constexpr int kConsumerRegisters = kWide      ? 224
-                                            : kPatches ? 152
+                                            : kRegions ? 152
                                                        : 160;
 
   static constexpr int kStages = kWide ? 3 : 4;
   static constexpr int kStageBytes = kN * kSlabRowBytes;
 };
 
-// Two patches: one is read, one is on its way.
-constexpr int kPatchBuffers = 2;
+// Two regions: one is read, one is on its way.
+constexpr int kRegionBuffers = 2;
 
 // --- The order of K ---
 
@@ -65,7 +65,7 @@ struct TapChannel {
 
 // The order in which K blocks are gone through. K is (tap, channel of the convolution group). The
 // channels are cut into slices of a K block's size, the last of which may be narrower. All taps of
-// a slice come before the next slice: they read the same patch. Of a whole slice, a K block is a
+// a slice come before the next slice: they read the same region. Of a whole slice, a K block is a
 // tap. Of a narrower one, the taps' channels lie one behind the other, and the last block ends in
 // zeros.
 template <typename T>
@@ -124,38 +124,38 @@ struct TilePlan {
   bool slice_is_within;  // whether every slice is within one deformable group, and all are whole
   // The samples that the table has room for at each position; 0 where there is no table.
   int32_t table_samples;
-  PatchLimits patch;
-  int32_t patch_bytes;  // of each
+  RegionLimits region;
+  int32_t region_bytes;  // of each
 };
 
-// A thread block's shared memory: the stages; the patches; the sample table, sample by sample;
-// barriers. `full` signals that a stage or patch can be read, `empty` that it can be written.
+// A thread block's shared memory: the stages; the regions; the sample table, sample by sample;
+// barriers. `full` signals that a stage or region can be read, `empty` that it can be written.
 template <typename Shape, typename T>
 struct SharedMemory {
-  uint32_t stages, patches, full, empty, patch_full, patch_empty;
+  uint32_t stages, regions, full, empty, region_full, region_empty;
   CornerWeights<T>* weights;  // [table samples, kM]
   uint32_t* packed_places;    // [table samples, kM]
 
   __device__ SharedMemory(uint8_t* memory, const TilePlan<T>& plan)
       : stages(SharedAddress(memory)),
-        patches(stages + Shape::kStages * Shape::kStageBytes),
+        regions(stages + Shape::kStages * Shape::kStageBytes),
         weights(reinterpret_cast<CornerWeights<T>*>(memory + Shape::kStages * Shape::kStageBytes +
-                                                    kPatchBuffers * plan.patch_bytes)),
+                                                    kRegionBuffers * plan.region_bytes)),
         packed_places(reinterpret_cast<uint32_t*>(weights + plan.table_samples * Shape::kM)) {
     full = SharedAddress(packed_places + plan.table_samples * Shape::kM);
     empty = full + Shape::kStages * kBarrierBytes;
-    patch_full = empty + Shape::kStages * kBarrierBytes;
-    patch_empty = patch_full + kPatchBuffers * kBarrierBytes;
+    region_full = empty + Shape::kStages * kBarrierBytes;
+    region_empty = region_full + kRegionBuffers * kBarrierBytes;
   }
 
   static constexpr int64_t kTableBytes = Shape::kM * (sizeof(CornerWeights<T>) + sizeof(uint32_t));
   static constexpr int64_t kOtherBytes = Shape::kStages * int64_t{Shape::kStageBytes} +
-                                         2 * (Shape::kStages + kPatchBuffers) * kBarrierBytes;
+                                         2 * (Shape::kStages + kRegionBuffers) * kBarrierBytes;
 
   __device__ __forceinline__ uint32_t Stage(int stage) const {
     return stages + stage * Shape::kStageBytes;
   }
-  // Barrier `stage` of `full` or `empty`, or of those of patches.
+  // Barrier `stage` of `full` or `empty`, or of those of regions.
   static __device__ __forceinline__ uint32_t Of(uint32_t barriers, int stage) {
     return barriers + stage * kBarrierBytes;
   }
@@ -180,13 +180,13 @@ struct WorkTile {
   int first_channel, channels;  // of the output: the first, and the group's from there on
   int split, k_begin, k_end;    // K blocks
 
-  // The patch of the input around the tile's samples.
+  // The region of the input around the tile's samples.
   template <typename T>
-  __device__ __forceinline__ InputPatch PatchOf(const FusedSizes& sizes,
-                                                const TilePlan<T>& plan) const {
+  __device__ __forceinline__ InputRegion RegionOf(const FusedSizes& sizes,
+                                                  const TilePlan<T>& plan) const {
     const int last = min(walk_index + units * kUnit, plan.walk.rows() * strip.width) - 1;
-    return InputPatch::Of(
-        sizes, plan.patch, plan.walk.PositionAt(strip.by_width.Divide(walk_index), strip.x),
+    return InputRegion::Of(
+        sizes, plan.region, plan.walk.PositionAt(strip.by_width.Divide(walk_index), strip.x),
         plan.walk.PositionAt(strip.by_width.Divide(last), strip.x), strip.x, strip.width);
   }
 };
