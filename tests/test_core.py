@@ -226,7 +226,8 @@ def test_fused_kernels_get_batches_of_too_many_pixels_in_parts(tmp_path):
     compiler = [os.environ.get("CXX", "g++"), "-std=c++17", "-no-pie"]
     options = [f"-I{PROJECT / 'src'}", "-DDEFORM_CONV_SM90", "-Wl,--unresolved-symbols=ignore-all"]
     sources = [PROJECT / "tests" / "gpu_parts.cc", CORE / "params.cc"]
-    sources += [CORE / "gpu" / f"{name}.cc" for name in ("implementations", "embedded", "embedding")]
+    names = ("implementations", "embedded", "embedding")
+    sources += [CORE / "gpu" / f"{name}.cc" for name in names]
     subprocess.run([*compiler, *options, *sources, "-o", program], check=True)
     completed = subprocess.run([program], capture_output=True, text=True, check=False)
     assert completed.returncode == 0, completed.stdout

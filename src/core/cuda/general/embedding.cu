@@ -115,8 +115,8 @@ class FiltersMap {
 
 template <typename T>
 __global__ void __launch_bounds__(kThreadsPerBlock)
-    EmbedFiltersKernel(FiltersMap map, int64_t larger_size,
-                       const T* __restrict__ from, T* __restrict__ to) {
+    EmbedFiltersKernel(FiltersMap map, int64_t larger_size, const T* __restrict__ from,
+                       T* __restrict__ to) {
   const int64_t step = int64_t{gridDim.x} * kThreadsPerBlock;
   for (int64_t i = int64_t{blockIdx.x} * kThreadsPerBlock + threadIdx.x; i < larger_size;
        i += step) {
@@ -127,8 +127,8 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
 
 template <typename From, typename To>
 __global__ void __launch_bounds__(kThreadsPerBlock)
-    ExtractFiltersKernel(FiltersMap map, int64_t size, bool add,
-                         const From* __restrict__ from, To* __restrict__ to) {
+    ExtractFiltersKernel(FiltersMap map, int64_t size, bool add, const From* __restrict__ from,
+                         To* __restrict__ to) {
   const int64_t step = int64_t{gridDim.x} * kThreadsPerBlock;
   for (int64_t i = int64_t{blockIdx.x} * kThreadsPerBlock + threadIdx.x; i < size; i += step) {
     const float number = static_cast<float>(from[map.LargerIndex(i)]);
