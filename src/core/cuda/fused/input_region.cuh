@@ -74,8 +74,7 @@ struct InputRegion {
   }
 
   // Where the pixel is, in bytes.
-  __device__ __forceinline__ uint32_t PlaceOf(int32_t row, int32_t col,
-                                              int32_t pixel_bytes) const {
+  __device__ __forceinline__ uint32_t PlaceOf(int32_t row, int32_t col, int32_t pixel_bytes) const {
     return ((row - first_row) * cols + col - first_col) * pixel_bytes;
   }
 };
@@ -91,8 +90,8 @@ __device__ __forceinline__ void CopyRegion(const FusedSizes& sizes, const Region
     const int32_t batch_row = region.first_row + row;
     const int32_t n = limits.by_rows_of_image.Divide(batch_row);
     const int32_t y = batch_row - n * (sizes.in_h + 1) - 1;
-    const uint8_t* from = first_pixel + (int64_t{n} * sizes.in_h + y) * sizes.in_w *
-                                            input_pixel_bytes;
+    const uint8_t* from =
+        first_pixel + (int64_t{n} * sizes.in_h + y) * sizes.in_w * input_pixel_bytes;
     const uint32_t to_row = to + row * region.cols * limits.pixel_bytes;
     for (int i = lane; i < region.cols * static_cast<int>(vec16s.value()); i += kWarp) {
       const int col = vec16s.Divide(i), vec16 = i - col * vec16s.value();

@@ -33,12 +33,9 @@ struct TileSample {
   }
 
   // As Locate(), in fewer instructions, if the region holds all corners; false otherwise.
-  __device__ __forceinline__ static bool LocateWithin(const FusedSizes& sizes,
-                                                      const RegionLimits& limits,
-                                                      const InputRegion& region,
-                                                      const Position& position, const Tap& tap,
-                                                      Offset offset, float mask,
-                                                      TileSample* sample) {
+  __device__ __forceinline__ static bool LocateWithin(
+      const FusedSizes& sizes, const RegionLimits& limits, const InputRegion& region,
+      const Position& position, const Tap& tap, Offset offset, float mask, TileSample* sample) {
     const float h = offset.dy - floorf(offset.dy), w = offset.dx - floorf(offset.dx);
     // Conversion of what is too large gives the largest number, or the least. With a base added,
     // which may wrap around, neither is a pixel.
@@ -76,8 +73,8 @@ struct TileSample {
     const int32_t row = InputRegion::RowOf(sizes, position.n, h.low);
     const bool within = region.HoldsCorners(row, w.low);
     const MovedInside vertical(h, sizes.in_h, within), horizontal(w, sizes.in_w, within);
-    const uint32_t bits = (vertical.bits & 1 ? horizontal.bits : 0) |
-                          (vertical.bits & 2 ? horizontal.bits << 2 : 0);
+    const uint32_t bits =
+        (vertical.bits & 1 ? horizontal.bits : 0) | (vertical.bits & 2 ? horizontal.bits << 2 : 0);
     // Not the product of a mask that may be infinite with 0.
     const auto weight_of = [&](int corner) {
       const float weight = vertical.weights[corner / 2] * horizontal.weights[corner % 2];
@@ -86,8 +83,7 @@ struct TileSample {
     TileSample sample;
     sample.weights = {weight_of(kTopLeft), weight_of(kTopRight), weight_of(kBottomLeft),
                       weight_of(kBottomRight)};
-    const uint32_t pixel =
-        (position.n * sizes.in_h + vertical.low) * sizes.in_w + horizontal.low;
+    const uint32_t pixel = (position.n * sizes.in_h + vertical.low) * sizes.in_w + horizontal.low;
     sample.packed_place = within ? region.PlaceOf(row, w.low, limits.pixel_bytes)
                                  : kOutside | pixel << kCornerBits | bits;
     return sample;

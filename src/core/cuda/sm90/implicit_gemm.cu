@@ -44,9 +44,9 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   if (kRegions && threadIdx.x < kRegionBuffers * kZeroPixels * kSlabRowVec16s) {
     const int vec16 = threadIdx.x / kRegionBuffers, buffer = threadIdx.x % kRegionBuffers;
     if (vec16 * kVec16Bytes < kZeroPixels * plan.region.pixel_bytes) {
-      StoreVec16(shared.regions + buffer * plan.region_bytes + plan.region.zeros() +
-                     vec16 * kVec16Bytes,
-                 make_uint4(0, 0, 0, 0));
+      StoreVec16(
+          shared.regions + buffer * plan.region_bytes + plan.region.zeros() + vec16 * kVec16Bytes,
+          make_uint4(0, 0, 0, 0));
     }
   }
   if (threadIdx.x == 0) {

@@ -32,11 +32,11 @@ struct CornerSteps {
 
 // The slice's channels of the input and, if the tile has one, of its region.
 struct SliceOfInput {
-  const uint8_t* input;   // of the first pixel
+  const uint8_t* input;  // of the first pixel
   const uint8_t* region;
-  int32_t pixel_bytes;    // of the input
+  int32_t pixel_bytes;  // of the input
   CornerSteps of_input, of_region;
-  uint32_t zeros;         // of RegionLimits
+  uint32_t zeros;  // of RegionLimits
 };
 
 // The corners of a sample from the region.
@@ -73,7 +73,7 @@ __device__ __forceinline__ void LoadFromAnywhere(const SliceOfInput& slice, uint
   const uint8_t* top = channel_bytes + (outside ? slice.input + pixel * slice.pixel_bytes
                                                 : slice.region + packed_place);
   const int32_t right = outside ? slice.of_input.right : slice.of_region.right;
-  const int64_t below = outside                        ? slice.of_input.below
+  const int64_t below = outside                       ? slice.of_input.below
                         : packed_place == slice.zeros ? 0
                                                       : slice.of_region.below;
   const uint8_t* bottom = top + below;
@@ -134,7 +134,7 @@ __device__ __forceinline__ void SampleBlock(
         },
         sampled);
   } else if (!__any_sync(0xffffffffu, any & TileSample<T>::kOutside)) {
-    InterpolateBlock<2>(
+    InterpolateBlock<kFewInFlight ? 2 : 3>(
         samples, channel_bytes,
         [&](uint32_t place, uint32_t bytes, uint4(&corners)[kCorners]) {
           LoadFromRegion(slice, region, place, bytes, corners);
@@ -195,8 +195,7 @@ __device__ __forceinline__ void ConsumeFilters(const FusedSizes& sizes, const Ti
     // In an image of one row or column, two corners are the same pixel.
     of_input.of_input = {sizes.in_w > 1 ? of_input.pixel_bytes : 0,
                          sizes.in_h > 1 ? int64_t{sizes.in_w} * of_input.pixel_bytes : 0};
-    of_input.of_region = {plan.region.pixel_bytes,
-                          int64_t{region.cols} * plan.region.pixel_bytes};
+    of_input.of_region = {plan.region.pixel_bytes, int64_t{region.cols} * plan.region.pixel_bytes};
     of_input.zeros = plan.region.zeros();
     float accumulators[Shape::kWgmmas][Shape::kWgmmaN / 2] = {};
     uint32_t before = 0;  // the barrier of the stage whose product goes on

@@ -177,7 +177,7 @@ LaunchPlan<T> PlanImplicitGemm(const DeformConvParams& params, int64_t multiproc
            Divisor(static_cast<uint32_t>(of_deform)), whole, static_cast<int32_t>(samples),
            RegionLimits{margin.h, margin.w, static_cast<int32_t>(region_pixels),
                         static_cast<int32_t>(pixel_bytes),
-                       Divisor(static_cast<uint32_t>(params.in_h + 1))},
+                        Divisor(static_cast<uint32_t>(params.in_h + 1))},
            static_cast<int32_t>(region_bytes)},
           samples == 0 ? Locating::kDirect
           : whole      ? Locating::kWhole

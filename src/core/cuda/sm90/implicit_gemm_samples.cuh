@@ -124,13 +124,13 @@ class TileSamples {
 #pragma unroll
         for (int r = 0; r < kRowsOfThread; ++r) {
           const bool counts = !places_[v].past_last && rows_[r].index != kNoPosition;
-          const bool within = TileSample<T>::LocateWithin(sizes_, plan_.region, region_,
-                                                          rows_[r].position, tap, offsets_[v][r],
-                                                          masks_[v][r], &samples[v][r]);
+          const bool within =
+              TileSample<T>::LocateWithin(sizes_, plan_.region, region_, rows_[r].position, tap,
+                                          offsets_[v][r], masks_[v][r], &samples[v][r]);
           if (__all_sync(0xffffffffu, within && counts)) continue;
           samples[v][r] =
-              counts ? TileSample<T>::Locate(sizes_, plan_.region, region_,
-                                             rows_[r].position, tap, offsets_[v][r], masks_[v][r])
+              counts ? TileSample<T>::Locate(sizes_, plan_.region, region_, rows_[r].position, tap,
+                                             offsets_[v][r], masks_[v][r])
                      : TileSample<T>::Zero(plan_.region);
         }
       }
