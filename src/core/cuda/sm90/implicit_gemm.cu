@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "core/cuda/fused/input_region.cuh"
+#include "core/cuda/fused/shared_vec16.cuh"
 #include "core/cuda/fused/sizes.cuh"
 #include "core/cuda/fused/strip_walk.cuh"
 #include "core/cuda/launch.cuh"
@@ -40,6 +41,14 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
                        float* __restrict__ partial_sums) {   // [splits, positions, out_channels]
   extern __shared__ __align__(kSlabAlignment) uint8_t memory[];
   const SharedMemory<Shape, T> shared(memory, plan);
+  if (kRegions && threadIdx.x < kRegionBuffers * kZeroPixels * kSlabRowVec16s) {
+    const int vec16 = threadIdx.x / kRegionBuffers, buffer = threadIdx.x % kRegionBuffers;
+    if (vec16 * kVec16Bytes < kZeroPixels * plan.region.pixel_bytes) {
+      StoreVec16(
+          shared.regions + buffer * plan.region_bytes + plan.region.zeros() + vec16 * kVec16Bytes,
+          make_uint4(0, 0, 0, 0));
+    }
+  }
   if (threadIdx.x == 0) {
     constexpr int kWarps = kWarpgroup / kWarp;
     for (int i = 0; i < Shape::kStages; ++i) {

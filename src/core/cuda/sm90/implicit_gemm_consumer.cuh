@@ -28,12 +28,6 @@ namespace cuda {
 struct CornerSteps {
   int32_t right;
   int64_t below;
-
-  // In an image of one row or column, two corners are the same pixel.
-  __device__ __forceinline__ static CornerSteps Of(const FusedSizes& sizes, int32_t pixel_bytes,
-                                                   int32_t cols) {
-    return {sizes.in_w > 1 ? pixel_bytes : 0, sizes.in_h > 1 ? int64_t{cols} * pixel_bytes : 0};
-  }
 };
 
 // The slice's channels of the input and, if the tile has one, of its region.
@@ -42,14 +36,15 @@ struct SliceOfInput {
   const uint8_t* region;
   int32_t pixel_bytes;  // of the input
   CornerSteps of_input, of_region;
+  uint32_t zeros;  // of RegionLimits
 };
 
 // The corners of a sample from the region.
 __device__ __forceinline__ void LoadFromRegion(const SliceOfInput& slice, uint32_t region,
-                                               uint32_t packed_place, uint32_t channel_bytes,
+                                               uint32_t place, uint32_t channel_bytes,
                                                uint4 (&corners)[kCorners]) {
-  const uint32_t top = region + (packed_place & ~uint32_t{kAllCorners}) + channel_bytes;
-  const uint32_t bottom = top + static_cast<uint32_t>(slice.of_region.below);
+  const uint32_t below = place == slice.zeros ? 0 : static_cast<uint32_t>(slice.of_region.below);
+  const uint32_t top = region + place + channel_bytes, bottom = top + below;
   corners[kTopLeft] = LoadVec16(top);
   corners[kTopRight] = LoadVec16(top + slice.of_region.right);
   corners[kBottomLeft] = LoadVec16(bottom);
@@ -75,22 +70,25 @@ __device__ __forceinline__ void LoadFromAnywhere(const SliceOfInput& slice, uint
                                                  uint4 (&corners)[kCorners]) {
   const bool outside = packed_place & TileSample<T>::kOutside;
   const int64_t pixel = packed_place >> kCornerBits & (kMostPackedPixels - 1);
-  const uint8_t* top = outside ? slice.input + pixel * slice.pixel_bytes
-                               : slice.region + (packed_place & ~uint32_t{kAllCorners});
-  top += channel_bytes;
+  const uint8_t* top = channel_bytes + (outside ? slice.input + pixel * slice.pixel_bytes
+                                                : slice.region + packed_place);
   const int32_t right = outside ? slice.of_input.right : slice.of_region.right;
-  const uint8_t* bottom = top + (outside ? slice.of_input.below : slice.of_region.below);
+  const int64_t below = outside                       ? slice.of_input.below
+                        : packed_place == slice.zeros ? 0
+                                                      : slice.of_region.below;
+  const uint8_t* bottom = top + below;
   corners[kTopLeft] = *reinterpret_cast<const uint4*>(top);
   corners[kTopRight] = *reinterpret_cast<const uint4*>(top + right);
   corners[kBottomLeft] = *reinterpret_cast<const uint4*>(bottom);
   corners[kBottomRight] = *reinterpret_cast<const uint4*>(bottom + right);
+  DropUncounted(outside ? packed_place : kAllCorners, corners);
 }
 
 // Interpolates the thread's vec16s of a K block, of which kInFlight are loaded at a time.
 template <int kInFlight, typename T, typename LoadCornersOf>
 __device__ __forceinline__ void InterpolateBlock(
     const TileSample<T> (&samples)[kVec16sOfThread][kRowsOfThread],
-    const uint32_t (&channel_bytes)[kVec16sOfThread], bool all_count, const LoadCornersOf& load,
+    const uint32_t (&channel_bytes)[kVec16sOfThread], const LoadCornersOf& load,
     uint4 (&sampled)[kVec16sOfThread][kRowsOfThread]) {
   constexpr int kCount = kVec16sOfThread * kRowsOfThread;
   uint4 corners[kInFlight][kCorners];
@@ -103,7 +101,6 @@ __device__ __forceinline__ void InterpolateBlock(
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     const int v = i % kVec16sOfThread, r = i / kVec16sOfThread;
-    if (!all_count) DropUncounted(samples[v][r].packed_place, corners[i % kInFlight]);
     sampled[v][r] = Interpolate<T>(corners[i % kInFlight], samples[v][r].weights);
     if (i + kInFlight < kCount) load_one(i + kInFlight);
   }
@@ -126,25 +123,26 @@ __device__ __forceinline__ void SampleBlock(
       all &= samples[v][r].packed_place;
     }
   }
-  // Most warps have no sample at the border, and none outside of the region.
-  const bool all_count = __all_sync(0xffffffffu, (all & kAllCorners) == kAllCorners);
   if constexpr (!kRegions) {
+    // Most warps have no sample at the border.
+    const bool all_count = __all_sync(0xffffffffu, (all & kAllCorners) == kAllCorners);
     InterpolateBlock<kFewInFlight ? 1 : 3>(
-        samples, channel_bytes, all_count,
+        samples, channel_bytes,
         [&](uint32_t packed_place, uint32_t bytes, uint4(&corners)[kCorners]) {
           LoadFromMemory(slice, packed_place, bytes, corners);
+          if (!all_count) DropUncounted(packed_place, corners);
         },
         sampled);
   } else if (!__any_sync(0xffffffffu, any & TileSample<T>::kOutside)) {
-    InterpolateBlock<2>(
-        samples, channel_bytes, all_count,
-        [&](uint32_t packed_place, uint32_t bytes, uint4(&corners)[kCorners]) {
-          LoadFromRegion(slice, region, packed_place, bytes, corners);
+    InterpolateBlock<kFewInFlight ? 2 : 3>(
+        samples, channel_bytes,
+        [&](uint32_t place, uint32_t bytes, uint4(&corners)[kCorners]) {
+          LoadFromRegion(slice, region, place, bytes, corners);
         },
         sampled);
   } else {
-    InterpolateBlock<kFewInFlight ? 1 : 2>(
-        samples, channel_bytes, all_count,
+    InterpolateBlock<1>(
+        samples, channel_bytes,
         [&](uint32_t packed_place, uint32_t bytes, uint4(&corners)[kCorners]) {
           LoadFromAnywhere<T>(slice, packed_place, bytes, corners);
         },
@@ -194,8 +192,11 @@ __device__ __forceinline__ void ConsumeFilters(const FusedSizes& sizes, const Ti
     TileSamples<T, Shape, kLocating> tile_samples(sizes, plan, tensors, tile, region, shared);
     SliceOfInput of_input;
     of_input.pixel_bytes = sizes.in_channels * static_cast<int32_t>(sizeof(T));
-    of_input.of_input = CornerSteps::Of(sizes, of_input.pixel_bytes, sizes.in_w);
-    of_input.of_region = CornerSteps::Of(sizes, plan.region.pixel_bytes, region.cols);
+    // In an image of one row or column, two corners are the same pixel.
+    of_input.of_input = {sizes.in_w > 1 ? of_input.pixel_bytes : 0,
+                         sizes.in_h > 1 ? int64_t{sizes.in_w} * of_input.pixel_bytes : 0};
+    of_input.of_region = {plan.region.pixel_bytes, int64_t{region.cols} * plan.region.pixel_bytes};
+    of_input.zeros = plan.region.zeros();
     float accumulators[Shape::kWgmmas][Shape::kWgmmaN / 2] = {};
     uint32_t before = 0;  // the barrier of the stage whose product goes on
     int k_block = tile.k_begin;

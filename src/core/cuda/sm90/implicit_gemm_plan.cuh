@@ -55,9 +55,9 @@ struct Margin {
       const int64_t reach_w = (params.kernel_w - 1) * params.dilation_w;
       const int64_t in_rows = (rows - 1) * params.stride_h + reach_h + 2 + 2 * margin_h;
       const int64_t in_cols = (of_strip - 1) * params.stride_w + reach_w + 2 + 2 * margin_w;
-      return std::min(in_rows, std::min(images, params.batch) * params.in_h) *
-                 std::min(in_cols, params.in_w) <=
-             pixels;
+      // Images have a row of zeros between them, and are within zeros.
+      const int64_t most_rows = std::min(images, params.batch) * (params.in_h + 1) + 1;
+      return std::min(in_rows, most_rows) * std::min(in_cols, params.in_w + 2) <= pixels;
     };
     const int64_t last = params.out_w % width;
     for (int most = kMost; most >= 0; --most) {
@@ -146,17 +146,20 @@ LaunchPlan<T> PlanImplicitGemm(const DeformConvParams& params, int64_t multiproc
   const int64_t room = kMostSharedBytes - Memory::kOtherBytes;
   const int64_t pixel_bytes = slice * sizeof(T);
 
-  int64_t width = std::min<int64_t>(params.out_w, kUnit), region_bytes = 0, samples = 0;
+  int64_t width = std::min<int64_t>(params.out_w, kUnit), region_bytes = 0, region_pixels = 0,
+          samples = 0;
   Margin margin;
   const auto try_regions = [&](int64_t with_samples) {
     const int64_t most =
         (room - with_samples * Memory::kTableBytes) / kRegionBuffers / kVec16Bytes * kVec16Bytes;
-    if (most < 4 * pixel_bytes) return false;
-    const int64_t with_width = ChooseWidth(params, Shape::kUnits, most / pixel_bytes);
-    margin = Margin::Of(params, with_width, Shape::kUnits, most / pixel_bytes);
+    const int64_t pixels = most / pixel_bytes - kZeroPixels;
+    if (pixels < 4) return false;
+    const int64_t with_width = ChooseWidth(params, Shape::kUnits, pixels);
+    margin = Margin::Of(params, with_width, Shape::kUnits, pixels);
     if (margin.least() < 1) return false;
     width = with_width;
     region_bytes = most;
+    region_pixels = pixels;
     samples = with_samples;
     return true;
   };
@@ -172,8 +175,9 @@ LaunchPlan<T> PlanImplicitGemm(const DeformConvParams& params, int64_t multiproc
   const StripWalk walk(params, width, parts.units);
   return {{order, walk, static_cast<int32_t>(n_tiles), parts.splits,
            Divisor(static_cast<uint32_t>(of_deform)), whole, static_cast<int32_t>(samples),
-           RegionLimits{margin.h, margin.w, static_cast<int32_t>(region_bytes / pixel_bytes),
-                        static_cast<int32_t>(pixel_bytes)},
+           RegionLimits{margin.h, margin.w, static_cast<int32_t>(region_pixels),
+                        static_cast<int32_t>(pixel_bytes),
+                        Divisor(static_cast<uint32_t>(params.in_h + 1))},
            static_cast<int32_t>(region_bytes)},
           samples == 0 ? Locating::kDirect
           : whole      ? Locating::kWhole

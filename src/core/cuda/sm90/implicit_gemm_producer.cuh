@@ -63,10 +63,9 @@ __device__ __forceinline__ void ProduceRegions(const FusedSizes& sizes, const Ti
     for (int slice = order.SliceOf(tile.k_begin); slice <= last_slice; ++slice) {
       const T* from = input + tile.group * sizes.group_in_channels + slice * kK<T>;
       WaitAtBarrier(shared.Of(shared.region_empty, state.stage), state.parity ^ 1);
-      CopyRegion(sizes, region, reinterpret_cast<const uint8_t*>(from),
+      CopyRegion(sizes, plan.region, region, reinterpret_cast<const uint8_t*>(from),
                  sizes.in_channels * int64_t{sizeof(T)}, order.Vec16sOf(slice),
-                 plan.region.pixel_bytes, shared.regions + state.stage * plan.region_bytes, warp,
-                 kRegionWarps);
+                 shared.regions + state.stage * plan.region_bytes, warp, kRegionWarps);
       CommitCopies();
       WaitForCopies<0>();
       ArriveAsWarp(shared.Of(shared.region_full, state.stage));

@@ -124,14 +124,14 @@ class TileSamples {
 #pragma unroll
         for (int r = 0; r < kRowsOfThread; ++r) {
           const bool counts = !places_[v].past_last && rows_[r].index != kNoPosition;
-          const bool within = TileSample<T>::LocateWithin(sizes_, region_, plan_.region.pixel_bytes,
-                                                          rows_[r].position, tap, offsets_[v][r],
-                                                          masks_[v][r], &samples[v][r]);
+          const bool within =
+              TileSample<T>::LocateWithin(sizes_, plan_.region, region_, rows_[r].position, tap,
+                                          offsets_[v][r], masks_[v][r], &samples[v][r]);
           if (__all_sync(0xffffffffu, within && counts)) continue;
           samples[v][r] =
-              counts ? TileSample<T>::Locate(sizes_, region_, plan_.region.pixel_bytes,
-                                             rows_[r].position, tap, offsets_[v][r], masks_[v][r])
-                     : TileSample<T>::Zero(region_);
+              counts ? TileSample<T>::Locate(sizes_, plan_.region, region_, rows_[r].position, tap,
+                                             offsets_[v][r], masks_[v][r])
+                     : TileSample<T>::Zero(plan_.region);
         }
       }
       if (next_block >= 0) Prefetch(next_block);
@@ -226,14 +226,14 @@ class TileSamples {
         const int i = begin + k * kLanesOfRow;
         if (i >= count) continue;
         Store(i * Shape::kM + row,
-              counts ? TileSample<T>::Locate(sizes_, region_, plan_.region.pixel_bytes, at.position,
+              counts ? TileSample<T>::Locate(sizes_, plan_.region, region_, at.position,
                                              Tap::Of(sizes_, first_g_tap + i), offsets[k], masks[k])
-                     : TileSample<T>::Zero(region_));
+                     : TileSample<T>::Zero(plan_.region));
       }
     }
     // What lies past the last tap.
     if (kLocating == Locating::kParts && lane < kUnit) {
-      Store((plan_.table_samples - 1) * Shape::kM + row, TileSample<T>::Zero(region_));
+      Store((plan_.table_samples - 1) * Shape::kM + row, TileSample<T>::Zero(plan_.region));
     }
     __syncwarp();
   }
