@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
 #include <utility>
 
 #include "core/cuda/fused/strip_walk.cuh"
@@ -46,17 +47,19 @@ struct Margin {
   static Margin Of(const DeformConvParams& params, int64_t width, int64_t units, int64_t pixels) {
     constexpr int kMost = 3;
     const auto fits = [&](int64_t of_strip, int margin_h, int margin_w) {
-      const int64_t positions = units * kUnit;
-      const bool aligned = positions % of_strip == 0;
-      const int64_t rows =
-          std::min(CeilDiv(positions, of_strip) + (aligned ? 0 : 1), params.batch * params.out_h);
-      const int64_t images = CeilDiv(rows, params.out_h) + (params.out_h % rows == 0 ? 0 : 1);
+      // A tile begins at a multiple of kUnit, and so within a row.
+      const int64_t begins_at_most = of_strip - std::gcd(of_strip, kUnit);
+      const int64_t rows = std::min((begins_at_most + units * kUnit - 1) / of_strip + 1,
+                                    params.batch * params.out_h);
+      const int64_t crossed = std::min(CeilDiv(rows - 1, params.out_h), params.batch - 1);
+      const int64_t between =
+          crossed * std::max<int64_t>(params.in_h + 1 - params.out_h * params.stride_h, 0);
       const int64_t reach_h = (params.kernel_h - 1) * params.dilation_h;
       const int64_t reach_w = (params.kernel_w - 1) * params.dilation_w;
-      const int64_t in_rows = (rows - 1) * params.stride_h + reach_h + 2 + 2 * margin_h;
+      const int64_t in_rows = (rows - 1) * params.stride_h + between + reach_h + 2 + 2 * margin_h;
       const int64_t in_cols = (of_strip - 1) * params.stride_w + reach_w + 2 + 2 * margin_w;
       // Images have a row of zeros between them, and are within zeros.
-      const int64_t most_rows = std::min(images, params.batch) * (params.in_h + 1) + 1;
+      const int64_t most_rows = (crossed + 1) * (params.in_h + 1) + 1;
       return std::min(in_rows, most_rows) * std::min(in_cols, params.in_w + 2) <= pixels;
     };
     const int64_t last = params.out_w % width;
