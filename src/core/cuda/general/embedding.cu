@@ -144,10 +144,9 @@ std::string PadChannels(int64_t rows, int64_t channels, const T* from, int64_t p
   const int64_t vectors_of_row = padded_channels / kVec16Size<T>;
   const int64_t vectors = rows * vectors_of_row;
   if (vectors == 0) return "";
-  PadChannelsKernel<<<BlocksFor(vectors), kThreadsPerBlock, 0, StreamOf(stream)>>>(
-      vectors, static_cast<int>(vectors_of_row), static_cast<int>(channels), AsCuda(from),
-      AsCuda(to));
-  return LaunchError("PadChannelsKernel");
+  return LaunchKernel("PadChannelsKernel", PadChannelsKernel<CudaType<T>>, BlocksFor(vectors),
+                      kThreadsPerBlock, 0, stream, vectors, static_cast<int>(vectors_of_row),
+                      static_cast<int>(channels), AsCuda(from), AsCuda(to));
 }
 
 template <typename T>
@@ -156,27 +155,26 @@ std::string UnpadChannels(int64_t rows, int64_t padded_channels, const T* from, 
   const int64_t vectors_of_row = padded_channels / kVec16Size<T>;
   const int64_t vectors = rows * vectors_of_row;
   if (vectors == 0) return "";
-  UnpadChannelsKernel<<<BlocksFor(vectors), kThreadsPerBlock, 0, StreamOf(stream)>>>(
-      vectors, static_cast<int>(vectors_of_row), static_cast<int>(channels), AsCuda(from),
-      AsCuda(to));
-  return LaunchError("UnpadChannelsKernel");
+  return LaunchKernel("UnpadChannelsKernel", UnpadChannelsKernel<CudaType<T>>, BlocksFor(vectors),
+                      kThreadsPerBlock, 0, stream, vectors, static_cast<int>(vectors_of_row),
+                      static_cast<int>(channels), AsCuda(from), AsCuda(to));
 }
 
 template <typename T>
 std::string EmbedFilters(const Embedding& embedding, const T* filters, T* larger, void* stream) {
   const int64_t size = embedding.larger.filters_size();
-  EmbedFiltersKernel<<<BlocksFor(size), kThreadsPerBlock, 0, StreamOf(stream)>>>(
-      FiltersMap(embedding), size, AsCuda(filters), AsCuda(larger));
-  return LaunchError("EmbedFiltersKernel");
+  return LaunchKernel("EmbedFiltersKernel", EmbedFiltersKernel<CudaType<T>>, BlocksFor(size),
+                      kThreadsPerBlock, 0, stream, FiltersMap(embedding), size, AsCuda(filters),
+                      AsCuda(larger));
 }
 
 template <typename From, typename To>
 std::string ExtractFilters(const Embedding& embedding, const From* larger, bool add, To* filters,
                            void* stream) {
   const int64_t size = embedding.layer.filters_size();
-  ExtractFiltersKernel<<<BlocksFor(size), kThreadsPerBlock, 0, StreamOf(stream)>>>(
-      FiltersMap(embedding), size, add, AsCuda(larger), AsCuda(filters));
-  return LaunchError("ExtractFiltersKernel");
+  return LaunchKernel("ExtractFiltersKernel", ExtractFiltersKernel<CudaType<From>, CudaType<To>>,
+                      BlocksFor(size), kThreadsPerBlock, 0, stream, FiltersMap(embedding), size,
+                      add, AsCuda(larger), AsCuda(filters));
 }
 
 #define DEFORM_CONV_INSTANTIATE(T)                                                       \
