@@ -15,12 +15,6 @@
 namespace deform_conv {
 namespace cuda {
 
-// Why the sizes of one image do not fit into 32 bits, or an empty string.
-inline std::string SizesOfImageMisfit(DeformConvParams params) {
-  params.batch = 1;
-  return SizesMisfit(params);
-}
-
 // The index of a position, or of an image's first pixel: within 32 bits, as SizesMisfit() makes
 // sure.
 __device__ __forceinline__ int32_t PositionIndex(const FusedSizes& sizes,
