@@ -47,6 +47,8 @@ std::string AllowSharedBytes(const char* name, Kernel kernel, int64_t bytes) {
 struct Gpu {
   int major, minor;  // compute capability
   int multiprocessors;
+  int multiprocessor_shared_bytes;  // for all thread blocks
+  int block_shared_bytes;           // for one, at most
 };
 
 inline Gpu CurrentGpu() {
@@ -57,7 +59,9 @@ inline Gpu CurrentGpu() {
   };
   if (cudaGetDevice(&device) == cudaSuccess && get(cudaDevAttrComputeCapabilityMajor, &gpu.major) &&
       get(cudaDevAttrComputeCapabilityMinor, &gpu.minor) &&
-      get(cudaDevAttrMultiProcessorCount, &gpu.multiprocessors)) {
+      get(cudaDevAttrMultiProcessorCount, &gpu.multiprocessors) &&
+      get(cudaDevAttrMaxSharedMemoryPerMultiprocessor, &gpu.multiprocessor_shared_bytes) &&
+      get(cudaDevAttrMaxSharedMemoryPerBlockOptin, &gpu.block_shared_bytes)) {
     return gpu;
   }
   cudaGetLastError();  // forgets the error

@@ -95,6 +95,19 @@ std::string RunAtomic(const Col2ImCall<T>& call) {
 }
 
 template <typename T>
+std::string RegionsMisfit(const Col2ImCall<T>& call) {
+  if (call.gradients.input == nullptr) return "the input's gradient is not wanted";
+  if (call.device.deterministic()) return kAddsWithAtomics;
+  return cuda::Col2ImRegionsMisfit<T>(call.params);
+}
+
+template <typename T>
+std::string RunRegions(const Col2ImCall<T>& call) {
+  return cuda::Col2ImRegions<T>(call.params, call.tensors, call.begin, call.end, call.replace,
+                                call.columns, call.gradients, call.device.stream());
+}
+
+template <typename T>
 std::string SortedMisfit(const Col2ImCall<T>& call) {
   if (call.gradients.input == nullptr) return "the input's gradient is not wanted";
   return cuda::Col2ImSortedMisfit(call.params);
@@ -105,7 +118,7 @@ std::string SortedMisfit(const Col2ImCall<T>& call) {
 template <typename T>
 int SortedCost(const Col2ImCall<T>& call) {
   constexpr int64_t kManyChannels = 64;
-  return sizeof(T) == 2 && call.params.deform_group_channels() >= kManyChannels ? 2 : 4;
+  return sizeof(T) == 2 && call.params.deform_group_channels() >= kManyChannels ? 3 : 5;
 }
 
 // The input's gradient from sorted corners. Col2ImAtomic() gives the rest.
@@ -176,8 +189,10 @@ const std::vector<Col2ImImplementation<T>>& Col2ImImplementations() {
         RunRegionScatter<T>},
        {/*rows=*/cuda::kPatchSide, /*few_images=*/true}},
 #endif
+      {{"Col2ImRegions", KernelPath::kGeneral, RegionsMisfit<T>, Cost<2>, RunRegions<T>},
+       {/*rows=*/8, /*few_images=*/false}},
       {{"Col2ImSorted", KernelPath::kGeneral, SortedMisfit<T>, SortedCost<T>, RunSorted<T>}, {}},
-      {{"Col2ImAtomic", KernelPath::kGeneral, AtomicMisfit<T>, Cost<3>, RunAtomic<T>}, {}},
+      {{"Col2ImAtomic", KernelPath::kGeneral, AtomicMisfit<T>, Cost<4>, RunAtomic<T>}, {}},
   };
   return list;
 }

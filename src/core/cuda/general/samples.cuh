@@ -75,6 +75,30 @@ __device__ __forceinline__ int LocateThreadBlock(
   return count;
 }
 
+// Writes a sample's gradients of offset and mask, given the products of the columns' gradient with
+// each corner, summed over channels. `index` is that of its mask.
+template <typename OffsetT, typename Int>
+__device__ __forceinline__ void WriteGradients(const ImageSample<OffsetT, Int>& sample,
+                                               OffsetT mask, int64_t index,
+                                               const OffsetT (&products)[kCorners],
+                                               const SampledGradients<OffsetT>& gradients) {
+  // Where no corner counts every gradient is 0, also beside an infinite mask.
+  OffsetT grad_dy = 0, grad_dx = 0, grad_mask = 0;
+  if (sample.corner_bits != 0) {
+    grad_dy = mask * BilinearDerivativeH(sample.w_fraction, products);
+    grad_dx = mask * BilinearDerivativeW(sample.h_fraction, products);
+#pragma unroll
+    for (int corner = 0; corner < kCorners; ++corner) {
+      grad_mask += sample.weights[corner] * products[corner];
+    }
+  }
+  if (gradients.offset != nullptr) {
+    gradients.offset[2 * index] = grad_dy;
+    gradients.offset[2 * index + 1] = grad_dx;
+  }
+  if (gradients.mask != nullptr) gradients.mask[index] = grad_mask;
+}
+
 // Where channel `channel` of a sample's tap stands among the columns.
 __device__ __forceinline__ int64_t ColumnOf(const DeformConvParams& params, int64_t tap_column,
                                             int channel) {
