@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
       }
     }
     if (active && lanes.lane() == 0) {
-      WriteGradients(sample, sample.mask, sample.index, products, gradients);
+      WriteGradients<false>(sample, sample.mask, sample.index, products, gradients);
     }
   }
 }

@@ -8,7 +8,6 @@ namespace deform_conv {
 namespace cuda {
 namespace {
 
-constexpr int kBlocksPerMultiprocessor = 3;
 constexpr int64_t kMostBlocksInY = 65535;
 // Below, a pixel's sum has so few terms that it may as well be made in memory.
 constexpr int64_t kFewestCornersPerPixel = 2;
@@ -18,30 +17,46 @@ template <typename T>
 struct ColumnsAtHand {
   int64_t begin, rows;  // positions
   T* columns;
-  bool replace, multiply;  // whether there is a second half
+  bool replace;
 };
 
+// Moves the pointers to the patch's first position. It may lie before the positions at hand.
+template <typename T>
+__device__ __forceinline__ void MoveToPatch(const FusedSizes& sizes, const RegionPatch& patch,
+                                            SampledTensors<T, float>* tensors, ColumnsAtHand<T>* at,
+                                            SampledGradients<float>* gradients) {
+  const int64_t index = (at->begin + patch.first_row) * sizes.taps * sizes.deform_groups;
+  at->columns += patch.first_row * sizes.taps * sizes.in_channels;
+  tensors->offset += 2 * index;
+  if (tensors->mask != nullptr) tensors->mask += index;
+  if (gradients->offset != nullptr) gradients->offset += 2 * index;
+  if (gradients->mask != nullptr) gradients->mask += index;
+}
+
 template <typename T, int kSize>
-__global__ void __launch_bounds__(kThreadsPerBlock, kBlocksPerMultiprocessor)
-    Col2ImRegionsKernel(FusedSizes sizes, SampledTensors<T, float> tensors, ColumnsAtHand<T> at,
-                        SampledGradients<float> gradients, RegionPlan plan) {
+__global__ void __launch_bounds__(kThreadsPerBlock, 3)
+    RegionSumsKernel(FusedSizes sizes, SampledTensors<T, float> tensors, ColumnsAtHand<T> at,
+                     SampledGradients<float> gradients, RegionPlan plan) {
   extern __shared__ __align__(16) char shared[];
   const RegionPatch patch(sizes, plan, at.begin);
   const RegionMemory<T> memory(shared, plan, sizes.taps);
   WriteRowParts(sizes, plan, patch, at.rows, memory.positions, memory.taps);
-  const int64_t index = (at.begin + patch.first_row) * sizes.taps * sizes.deform_groups;
-  T* const columns = at.columns + patch.first_row * sizes.taps * sizes.in_channels;
-  tensors.offset += 2 * index;
-  if (tensors.mask != nullptr) tensors.mask += index;
+  MoveToPatch(sizes, patch, &tensors, &at, &gradients);
+  ScatterPatch<T, kSize>(sizes, tensors, plan, patch, memory, at.columns, gradients.input);
+}
+
+template <typename T, int kSize>
+__global__ void __launch_bounds__(kThreadsPerBlock, 2)
+    RegionProductsKernel(FusedSizes sizes, SampledTensors<T, float> tensors, ColumnsAtHand<T> at,
+                         SampledGradients<float> gradients, RegionPlan plan) {
+  extern __shared__ __align__(16) char shared[];
+  const RegionPatch patch(sizes, plan, at.begin);
+  const RegionMemory<T> memory(shared, plan, sizes.taps);
+  WriteRowParts(sizes, plan, patch, at.rows, memory.positions, memory.taps);
+  MoveToPatch(sizes, patch, &tensors, &at, &gradients);
+  LoadRegion<T, kSize>(sizes, plan, patch, tensors.input, memory.input());
   __syncthreads();
-  ScatterPatch<T, kSize>(sizes, tensors, plan, patch, memory, columns, gradients.input);
-  if (!at.multiply) return;
-  if (gradients.offset != nullptr) gradients.offset += 2 * index;
-  if (gradients.mask != nullptr) gradients.mask += index;
-  __syncthreads();
-  LoadRegion<T, kSize>(sizes, plan, patch, tensors.input, reinterpret_cast<T*>(memory.sums));
-  __syncthreads();
-  SampleMultiplier<T, kSize>(sizes, tensors, plan, patch, memory, at.replace, columns, gradients)
+  SampleMultiplier<T, kSize>(sizes, tensors, plan, patch, memory, at.replace, at.columns, gradients)
       .Run();
 }
 
@@ -87,15 +102,21 @@ std::string Launch(const DeformConvParams& params, const SampledTensors<T, float
   dim3 blocks;
   PlanGrid(params, at.begin, at.begin + at.rows, &plan, &blocks);
   PlanDivisions(params, kSize, &plan);
-  ColumnsAtHand<CudaType<T>> work = at;
-  const bool others = at.replace || gradients.offset != nullptr || gradients.mask != nullptr;
-  work.multiply = others && plan.group_slices == 1;
-  const auto kernel = Col2ImRegionsKernel<CudaType<T>, kSize>;
-  DEFORM_CONV_RETURN_IF_ERROR(AllowSharedBytes("Col2ImRegionsKernel", kernel, bytes));
-  kernel<<<blocks, kThreadsPerBlock, bytes, StreamOf(stream)>>>(FusedSizes(params), AsCuda(tensors),
-                                                                work, gradients, plan);
-  DEFORM_CONV_RETURN_IF_ERROR(LaunchError("Col2ImRegionsKernel"));
-  if (!others || work.multiply) return "";
+  const FusedSizes sizes(params);
+  const auto launch = [&](const char* name, auto kernel, int64_t shared_bytes) {
+    const std::string error = AllowSharedBytes(name, kernel, shared_bytes);
+    if (!error.empty()) return error;
+    kernel<<<blocks, kThreadsPerBlock, shared_bytes, StreamOf(stream)>>>(sizes, AsCuda(tensors), at,
+                                                                         gradients, plan);
+    return LaunchError(name);
+  };
+  DEFORM_CONV_RETURN_IF_ERROR(
+      launch("RegionSumsKernel", RegionSumsKernel<CudaType<T>, kSize>, bytes));
+  if (!at.replace && gradients.offset == nullptr && gradients.mask == nullptr) return "";
+  if (plan.group_slices == 1) {
+    return launch("RegionProductsKernel", RegionProductsKernel<CudaType<T>, kSize>,
+                  RegionMemory<CudaType<T>>::InputBytes(plan, params));
+  }
   return Col2ImAtomic<T>(params, tensors, at.begin, at.begin + at.rows, at.replace,
                          reinterpret_cast<T*>(at.columns),
                          {nullptr, gradients.offset, gradients.mask}, stream);
@@ -138,9 +159,10 @@ std::string Col2ImRegions(const DeformConvParams& params,
   } else {
     if ((end - begin) * params.image_size() == 0) return "";
     constexpr int kVec16 = kVec16Size<T>;
-    const ColumnsAtHand<CudaType<T>> at = {begin, end - begin, AsCuda(columns), replace, false};
-    const bool aligned =
-        IsAligned(tensors.input) && IsAligned(columns) && IsAligned(gradients.input);
+    const ColumnsAtHand<CudaType<T>> at = {begin, end - begin, AsCuda(columns), replace};
+    const bool aligned = IsAligned(tensors.input) && IsAligned(columns) &&
+                         IsAligned(gradients.input) && IsAligned(tensors.offset) &&
+                         IsAligned(gradients.offset);
     const auto launch = aligned && CanMove<T, kVec16>(params) ? Launch<T, kVec16>
                         : aligned && CanMove<T, 4>(params)    ? Launch<T, 4>
                                                               : Launch<T, 1>;

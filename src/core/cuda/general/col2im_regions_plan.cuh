@@ -63,20 +63,20 @@ struct PixelWeight {
   int32_t at;
 };
 
-// A position of the patch, or a tap, and how far what belongs to it lies from what belongs to the
-// first.
+// A position of the patch, a tap, or both, a row: how far what belongs to it lies from what belongs
+// to the first.
 struct alignas(16) RowPart {
   static constexpr int kNone = -1;
   int32_t h, w;    // where it samples without offsets
   int32_t column;  // in the columns
-  int32_t index;   // in the mask; of a position that is none of those at hand: kNone
+  int32_t index;   // in the mask; kNone for a position that is none of those at hand
 };
 
-// Shared memory: what rows are made of, the region's sums, and two steps. Later the region's input,
-// in place of the sums.
+// Shared memory: what rows are made of, and the region's sums and two steps, or its input.
 template <typename T>
 struct RegionMemory {
-  using Grads = Vector<T, kSlotChannels>;
+  // Elements of T, as words: pairs that were taken apart would be waited for as soon as loaded.
+  using Grads = Vector<uint32_t, kSlotChannels * sizeof(T) / sizeof(uint32_t)>;
   struct Step {
     PixelWeight* weights;  // [kCorners kinds of pixels][rows / 2][groups][2]
     Grads* grads;          // [rows / 2][slots][2]
@@ -84,6 +84,7 @@ struct RegionMemory {
 
   RowPart* positions;  // [positions]
   RowPart* taps;       // [taps]
+  RowPart* rows;       // [2 steps][rows]
   SlotSums* sums;      // [pixels][slots]
   char* steps;
   int step_weights, step_bytes;
@@ -96,18 +97,30 @@ struct RegionMemory {
            plan.step_rows * plan.slots() * static_cast<int>(sizeof(Grads));
   }
   static int64_t Bytes(const RegionPlan& plan, int64_t taps) {
-    return (plan.positions() + taps) * sizeof(RowPart) +
+    return (plan.positions() + taps + 2 * plan.step_rows) * sizeof(RowPart) +
            int64_t{plan.region_h} * plan.region_w * plan.slots() * sizeof(SlotSums) +
            2 * BytesOfStep(plan);
   }
+  // Of the products, which need no sums.
+  static int64_t InputBytes(const RegionPlan& plan, const DeformConvParams& params) {
+    return (plan.positions() + params.taps()) * sizeof(RowPart) +
+           int64_t{plan.region_h} * plan.region_w * plan.groups * params.deform_group_channels() *
+               sizeof(T);
+  }
+  // [pixels][channels of the slice]
+  __device__ __forceinline__ T* input() const { return reinterpret_cast<T*>(rows); }
   __device__ RegionMemory(char* shared, const RegionPlan& plan, int tap_count)
       : positions(reinterpret_cast<RowPart*>(shared)),
         taps(positions + plan.positions()),
-        sums(reinterpret_cast<SlotSums*>(taps + tap_count)),
+        rows(taps + tap_count),
+        sums(reinterpret_cast<SlotSums*>(rows + 2 * plan.step_rows)),
         steps(reinterpret_cast<char*>(sums + plan.pixels() * plan.slots())),
         step_weights(WeightsOfStep(plan)),
         step_bytes(BytesOfStep(plan)) {}
   // Steps take turns with two places.
+  __device__ __forceinline__ RowPart* RowsOf(int step, int step_rows) const {
+    return rows + (step & 1) * step_rows;
+  }
   __device__ __forceinline__ Step StepAt(int step) const {
     PixelWeight* const weights = reinterpret_cast<PixelWeight*>(steps + (step & 1) * step_bytes);
     return {weights, reinterpret_cast<Grads*>(weights + step_weights)};

@@ -5,6 +5,7 @@
 #define DEFORM_CONV_CORE_CUDA_GENERAL_COL2IM_REGIONS_PRODUCTS_CUH_
 
 #include "core/cuda/general/col2im_regions_plan.cuh"
+#include "core/cuda/general/col2im_regions_scatter.cuh"
 #include "core/cuda/general/depthwise.cuh"
 #include "core/cuda/general/samples.cuh"
 
@@ -50,34 +51,14 @@ class SampleMultiplier {
         replace_(replace),
         columns_(columns),
         gradients_(gradients),
-        region_(reinterpret_cast<const T*>(memory.sums)),
+        region_(memory.input()),
         image_(tensors.input + patch.FirstPixel(sizes) * sizes.in_channels) {}
 
   __device__ __forceinline__ void Run() const {
-    const int samples = plan_.positions() * sizes_.taps * plan_.groups;
-    const int lane = threadIdx.x % kWarp;
-    const int teams = kWarp >> plan_.lanes_log2;
-    // Whole warps go round, for the shuffles.
-    for (int s = threadIdx.x; s - lane < samples; s += kThreadsPerBlock) {
-      const Sample own = Locate(s, samples);
-      float own_products[kCorners] = {};
-      for (int first = 0; first < kWarp; first += teams) {
-        float products[kCorners] = {};
-        Multiply(plan_.lanes_log2 == 0 ? own : Of(own, first + (lane >> plan_.lanes_log2)),
-                 lane & ((1 << plan_.lanes_log2) - 1), products);
-#pragma unroll
-        for (int corner = 0; corner < kCorners; ++corner) {
-          for (int distance = 1 << plan_.lanes_log2 >> 1; distance > 0; distance /= 2) {
-            products[corner] += __shfl_xor_sync(0xffffffffu, products[corner], distance);
-          }
-          if (plan_.lanes_log2 > 0) {
-            products[corner] =
-                __shfl_sync(0xffffffffu, products[corner], (lane - first) << plan_.lanes_log2);
-          }
-          if (lane >= first && lane < first + teams) own_products[corner] = products[corner];
-        }
-      }
-      Write(own, own_products);
+    if (plan_.lanes_log2 == 0) {
+      MultiplyAll<true>();
+    } else {
+      MultiplyAll<false>();
     }
   }
 
@@ -92,6 +73,44 @@ class SampleMultiplier {
     int index;
   };
 
+  // With kOneLane, a team is one lane.
+  template <bool kOneLane>
+  __device__ __forceinline__ void MultiplyAll() const {
+    const int samples = plan_.positions() * sizes_.taps * plan_.groups;
+    const int lane = threadIdx.x % kWarp;
+    // Whole warps go round, for the shuffles.
+    for (int s = threadIdx.x; s - lane < samples; s += kThreadsPerBlock) {
+      const Sample own = Locate(s, samples);
+      float products[kCorners] = {};
+      if constexpr (kOneLane) {
+        Multiply<true>(own, 0, products);
+      } else {
+        MultiplyInTeams(own, lane, products);
+      }
+      Write(own, products);
+    }
+  }
+
+  // The teams take the warp's samples, and each lane gets the products of its own.
+  __device__ __forceinline__ void MultiplyInTeams(const Sample& own, int lane,
+                                                  float (&own_products)[kCorners]) const {
+    const int teams = kWarp >> plan_.lanes_log2;
+    for (int first = 0; first < kWarp; first += teams) {
+      float products[kCorners] = {};
+      Multiply<false>(Of(own, first + (lane >> plan_.lanes_log2)),
+                      lane & ((1 << plan_.lanes_log2) - 1), products);
+#pragma unroll
+      for (int corner = 0; corner < kCorners; ++corner) {
+        for (int distance = 1 << plan_.lanes_log2 >> 1; distance > 0; distance /= 2) {
+          products[corner] += __shfl_xor_sync(0xffffffffu, products[corner], distance);
+        }
+        products[corner] =
+            __shfl_sync(0xffffffffu, products[corner], (lane - first) << plan_.lanes_log2);
+        if (lane >= first && lane < first + teams) own_products[corner] = products[corner];
+      }
+    }
+  }
+
   // In the order of positions, taps and groups.
   __device__ __forceinline__ Sample Locate(int s, int samples) const {
     Sample sample = {};
@@ -102,9 +121,10 @@ class SampleMultiplier {
     const int group = patch_.first_group + g;
     if (position.index == RowPart::kNone || group >= sizes_.deform_groups) return sample;
     sample.index = position.index + group * sizes_.taps + tap.index;
-    const auto located = LocateSample<float, int32_t>(
-        position.h + tap.h, position.w + tap.w, tensors_.offset[2 * int64_t{sample.index}],
-        tensors_.offset[2 * int64_t{sample.index} + 1], sizes_.in_h, sizes_.in_w);
+    const auto offset = LoadTwo<(kSize > 1)>(tensors_.offset + 2 * int64_t{sample.index});
+    const auto located =
+        LocateSample<float, int32_t>(position.h + tap.h, position.w + tap.w, offset.elements[0],
+                                     offset.elements[1], sizes_.in_h, sizes_.in_w);
     sample.column = position.column + tap.column;
     sample.channel = g * sizes_.deform_group_channels;
     sample.h_fraction = located.h_fraction;
@@ -145,6 +165,7 @@ class SampleMultiplier {
     }
   }
 
+  template <bool kOneLane>
   __device__ __forceinline__ void Multiply(const Sample& sample, int lane,
                                            float (&products)[kCorners]) const {
     const bool any = sample.bits & kAllCorners;
@@ -153,7 +174,9 @@ class SampleMultiplier {
     const float mask = any ? sample.mask : 0.0f;
     float weights[kCorners];
     BilinearWeights(sample.h_fraction, sample.w_fraction, weights);
-    for (int c = lane * kSize; c < sizes_.deform_group_channels; c += kSize << plan_.lanes_log2) {
+    const int step = kOneLane ? kSize : kSize << plan_.lanes_log2;
+    const int channels = kOneLane ? kSize : sizes_.deform_group_channels;
+    for (int c = lane * kSize; c < channels; c += step) {
       T* const column =
           columns_ +
           (sample.column + ChannelInRow(sizes_, patch_.first_group * sizes_.deform_group_channels +
@@ -194,7 +217,7 @@ class SampleMultiplier {
       // A corner that does not count is 0 times the gradient, which may be infinite.
       if (!(sample.bits >> corner & 1)) products[corner] = 0;
     }
-    WriteGradients(located, sample.mask, int64_t{sample.index}, products, gradients_);
+    WriteGradients<(kSize > 1)>(located, sample.mask, int64_t{sample.index}, products, gradients_);
   }
 
   const FusedSizes& sizes_;

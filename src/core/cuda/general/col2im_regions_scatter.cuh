@@ -37,13 +37,24 @@ struct SlotChannels {
   }
 };
 
-// A thread that locates samples: one of each step. It loads what it needs a step ahead.
+// Loads a number and the one behind it.
+template <bool kAligned>
+__device__ __forceinline__ Vector<float, 2> LoadTwo(const float* from) {
+  if constexpr (kAligned) return Load<float, 2>(from);
+  return {from[0], from[1]};
+}
+
+// A thread that locates samples, one of each step, and copies the columns' gradient. It loads what
+// it needs a step ahead, and describes rows two steps ahead.
 template <typename T, int kSize>
 class StepWriter {
   using Memory = RegionMemory<T>;
   using Grads = typename Memory::Grads;
-  static constexpr int kLoads =
-      CeilDiv<int>(kMostStepBytes / sizeof(Grads), kFewestThreadsThatLocate);
+  // A copy is that of several slots where these are one vector.
+  static constexpr int kCopySlots = kSize > kSlotChannels ? kSize / kSlotChannels : 1;
+  static constexpr int kCopies =
+      CeilDiv<int>(kMostStepBytes / (kCopySlots * sizeof(Grads)), kFewestThreadsThatLocate);
+  using Copied = Vector<uint32_t, kCopySlots * sizeof(Grads) / sizeof(uint32_t)>;
 
  public:
   // `tensors` and `columns` begin with the patch's first position.
@@ -56,103 +67,108 @@ class StepWriter {
         patch_(patch),
         memory_(memory),
         columns_(columns),
-        thread_(thread),
-        threads_(threads) {
+        thread_(thread) {
     sample_row_ = plan.by_groups.Divide(thread);
-    sample_group_ = thread - sample_row_ * plan.groups;
-    first_index_ = (patch.first_group + sample_group_) * sizes.taps;
+    const int g = thread - sample_row_ * plan.groups;
+    first_index_ = (patch.first_group + g) * sizes.taps;
+    weights_at_ = ((sample_row_ >> 1) * plan.groups + g) * 2 + (sample_row_ & 1);
     locates_ = sample_row_ < plan.step_rows;
-    group_exists_ = patch.first_group + sample_group_ < sizes.deform_groups;
-  }
-
-  __device__ __forceinline__ void Fetch(int step) {
-    if (locates_) FetchSample(step * plan_.step_rows + sample_row_);
+    group_exists_ = patch.first_group + g < sizes.deform_groups;
 #pragma unroll
-    for (int k = 0; k < kLoads; ++k) {
-      const int i = thread_ + k * threads_;
-      if (i < plan_.step_rows * plan_.slots()) FetchGrads(step * plan_.step_rows, i, &grads_[k]);
+    for (int k = 0; k < kCopies; ++k) {
+      // Threads that do not locate come first.
+      const int i = (threads * (k + 1) - 1 - thread) * kCopySlots;
+      const int row = plan.by_slots.Divide(i);
+      const int slot = i - row * plan.slots();
+      const SlotChannels channels(sizes, plan, patch, slot);
+      copy_row_[k] = row < plan.step_rows && channels.count > 0 ? row : kNone;
+      copy_to_[k] = ((row >> 1) * plan.slots() + slot) * 2 + (row & 1);
+      copy_from_[k] = kSize > 1 ? ChannelInRow(sizes, channels.first) : channels.first;
+      copy_count_[k] = channels.count;
     }
   }
 
-  __device__ __forceinline__ void Write(const typename Memory::Step& to) {
-    if (locates_) WriteSample(to);
+  __device__ __forceinline__ void Describe(int step) const {
+    if (thread_ >= plan_.step_rows) return;
+    const int row = step * plan_.step_rows + thread_;
+    const int p = sizes_.by_taps.Divide(row);
+    RowPart described = {0, 0, 0, RowPart::kNone};
+    if (p < plan_.positions()) {
+      const RowPart position = memory_.positions[p], tap = memory_.taps[row - p * sizes_.taps];
+      described = {position.h + tap.h, position.w + tap.w, position.column + tap.column,
+                   position.index == RowPart::kNone ? RowPart::kNone : position.index + tap.index};
+    }
+    memory_.RowsOf(step, plan_.step_rows)[thread_] = described;
+  }
+
+  __device__ __forceinline__ void Fetch(int step) {
+    const RowPart* const rows = memory_.RowsOf(step, plan_.step_rows);
+    if (locates_) {
+      row_ = rows[sample_row_];
+      if (!group_exists_) row_.index = RowPart::kNone;
+      if (row_.index != RowPart::kNone) {
+        const int64_t index = row_.index + first_index_;
+        offset_ = LoadTwo<(kSize > 1)>(tensors_.offset + 2 * index);
+        if (tensors_.mask != nullptr) mask_ = tensors_.mask[index];
+      }
+    }
 #pragma unroll
-    for (int k = 0; k < kLoads; ++k) {
-      const int i = thread_ + k * threads_;
-      if (i >= plan_.step_rows * plan_.slots()) break;
-      const int row = plan_.by_slots.Divide(i);
-      const int slot = i - row * plan_.slots();
-      to.grads[((row >> 1) * plan_.slots() + slot) * 2 + (row & 1)] = grads_[k];
+    for (int k = 0; k < kCopies; ++k) {
+      if (copy_row_[k] == kNone) continue;
+      const RowPart& row = rows[copy_row_[k]];
+      if (row.index != RowPart::kNone) Copy(columns_ + row.column, k);
+    }
+  }
+
+  __device__ __forceinline__ void Write(const typename Memory::Step& to) const {
+    if (locates_) WriteSample(to.weights + weights_at_);
+#pragma unroll
+    for (int k = 0; k < kCopies; ++k) {
+      if (copy_row_[k] == kNone) continue;
+#pragma unroll
+      for (int i = 0; i < kCopySlots; ++i) {
+        to.grads[copy_to_[k] + 2 * i] = reinterpret_cast<const Grads*>(&copied_[k])[i];
+      }
     }
   }
 
  private:
-  // Finds the position and the tap of a row of the patch.
-  __device__ __forceinline__ bool FindRow(int row, RowPart* position, RowPart* tap) const {
-    const int p = sizes_.by_taps.Divide(row);
-    if (p >= plan_.positions()) return false;
-    *position = memory_.positions[p];
-    *tap = memory_.taps[row - p * sizes_.taps];
-    return position->index != RowPart::kNone;
-  }
+  static constexpr int kNone = -1;
 
-  __device__ __forceinline__ void FetchSample(int row) {
-    RowPart position, tap;
-    exists_ = group_exists_ && FindRow(row, &position, &tap);
-    if (!exists_) return;
-    const int index = position.index + first_index_ + tap.index;
-    dy_ = tensors_.offset[2 * int64_t{index}];
-    dx_ = tensors_.offset[2 * int64_t{index} + 1];
-    if (tensors_.mask != nullptr) mask_ = tensors_.mask[index];
-    h_base_ = position.h + tap.h;
-    w_base_ = position.w + tap.w;
-  }
-
-  __device__ __forceinline__ void FetchGrads(int first_row, int i, Grads* grads) {
-    const int row = plan_.by_slots.Divide(i);
-    const SlotChannels channels(sizes_, plan_, patch_, i - row * plan_.slots());
-    RowPart position, tap;
-    if (channels.count == 0 || !FindRow(first_row + row, &position, &tap)) return;
-    const T* const from = columns_ + (position.column + tap.column);
-    if constexpr (kSize >= kSlotChannels) {
-      *grads = Load<T, kSlotChannels>(from + ChannelInRow(sizes_, channels.first));
+  __device__ __forceinline__ void Copy(const T* row, int k) {
+    if constexpr (kSize > 1) {
+      copied_[k] = *reinterpret_cast<const Copied*>(row + copy_from_[k]);
     } else {
+      T* const elements = reinterpret_cast<T*>(copied_[k].elements);
 #pragma unroll
       for (int c = 0; c < kSlotChannels; ++c) {
-        if (c < channels.count) {
-          grads->elements[c] = from[ChannelInRow(sizes_, channels.first + c)];
-        }
+        if (c < copy_count_[k]) elements[c] = row[ChannelInRow(sizes_, copy_from_[k] + c)];
       }
     }
   }
 
   // Writes the weights of the sample's four pixels. Of four pixels around a sample, each is of
   // another kind: its row is even or odd, and its column.
-  __device__ __forceinline__ void WriteSample(const typename Memory::Step& to) const {
-    ImageSample<float, int32_t> sample;
-    sample.corner_bits = 0;
-    sample.h_low = sample.w_low = 0;
-    if (exists_) {
-      sample = LocateSample<float, int32_t>(h_base_, w_base_, dy_, dx_, sizes_.in_h, sizes_.in_w);
-    }
+  __device__ __forceinline__ void WriteSample(PixelWeight* to) const {
+    ImageSample<float, int32_t> sample = LocateSample<float, int32_t>(
+        row_.h, row_.w, offset_.elements[0], offset_.elements[1], sizes_.in_h, sizes_.in_w);
+    if (row_.index == RowPart::kNone) sample.corner_bits = 0;
     const int kind_of_first = (sample.h_low & 1) << 1 | (sample.w_low & 1);
     const int down = sample.h_low - patch_.top, right = sample.w_low - patch_.left;
-    PixelWeight* const weights =
-        to.weights + ((sample_row_ >> 1) * plan_.groups + sample_group_) * 2 + (sample_row_ & 1);
+    const int near = (down * plan_.region_w + right) * plan_.slots();
+    const int far = PixelWeight::kNone - 1 - (sample.h_low * sizes_.in_w + sample.w_low);
+    const int kinds_apart = plan_.step_rows * plan_.groups;
 #pragma unroll
     for (int corner = 0; corner < kCorners; ++corner) {
-      const int h = down + corner / 2, w = right + corner % 2;
-      const bool inside = static_cast<unsigned>(h) < static_cast<unsigned>(plan_.region_h) &&
-                          static_cast<unsigned>(w) < static_cast<unsigned>(plan_.region_w);
-      PixelWeight weight = {0.0f, PixelWeight::kNone};
-      if (sample.corner_bits >> corner & 1) {
-        weight.weight = mask_ * sample.weights[corner];
-        weight.at =
-            inside ? (h * plan_.region_w + w) * plan_.slots()
-                   : PixelWeight::kNone - 1 -
-                         ((sample.h_low + corner / 2) * sizes_.in_w + sample.w_low + corner % 2);
-      }
-      weights[(corner ^ kind_of_first) * (plan_.step_rows * plan_.groups)] = weight;
+      const int below = corner / 2, beside = corner % 2;
+      const bool inside =
+          static_cast<unsigned>(down + below) < static_cast<unsigned>(plan_.region_h) &&
+          static_cast<unsigned>(right + beside) < static_cast<unsigned>(plan_.region_w);
+      const int at = inside ? near + (below * plan_.region_w + beside) * plan_.slots()
+                            : far - (below * sizes_.in_w + beside);
+      const bool counts = sample.corner_bits >> corner & 1;
+      to[(corner ^ kind_of_first) * kinds_apart] = {mask_ * sample.weights[corner],
+                                                    counts ? at : PixelWeight::kNone};
     }
   }
 
@@ -162,14 +178,17 @@ class StepWriter {
   const RegionPatch& patch_;
   const Memory& memory_;
   const T* const columns_;
-  const int thread_, threads_;
-  int sample_row_, sample_group_, first_index_;
+  const int thread_;
+  // The sample of each step.
+  int sample_row_, first_index_, weights_at_;
   bool locates_, group_exists_;
+  // The copies of each step: a row, where to, and the first channel, or where it stands in a row.
+  int copy_row_[kCopies], copy_to_[kCopies], copy_from_[kCopies], copy_count_[kCopies];
   // Of the next step.
-  bool exists_ = false;
-  float dy_ = 0, dx_ = 0, mask_ = 1;
-  int h_base_ = 0, w_base_ = 0;
-  Grads grads_[kLoads];
+  RowPart row_ = {0, 0, 0, RowPart::kNone};
+  Vector<float, 2> offset_ = {};
+  float mask_ = 1;
+  Copied copied_[kCopies];
 };
 
 // A lane that adds to the region's sums. It owns a slot of all pixels of one kind, so no other lane
@@ -197,12 +216,12 @@ class SumsOwner {
     if (count_ == 0) return;
     const int pairs = plan_.step_rows / 2;
     const PixelWeight* weights = step.weights + (kind_ * pairs * plan_.groups + group_) * 2;
-    const T* grads = step.grads[slot_ * 2].elements;
+    const typename Memory::Grads* grads = step.grads + slot_ * 2;
     Pair next = Load(weights, grads);
     for (int pair = 0; pair < pairs; ++pair) {
       const Pair now = next;
       weights += 2 * plan_.groups;
-      grads += 2 * kSlotChannels * plan_.slots();
+      grads += 2 * plan_.slots();
       if (pair + 1 < pairs) next = Load(weights, grads);
       AddPair(now);
     }
@@ -215,10 +234,13 @@ class SumsOwner {
     typename Memory::Grads grads[2];
   };
 
-  __device__ __forceinline__ static Pair Load(const PixelWeight* weights, const T* grads) {
-    return {
-        cuda::Load<PixelWeight, 2>(weights),
-        {cuda::Load<T, kSlotChannels>(grads), cuda::Load<T, kSlotChannels>(grads + kSlotChannels)}};
+  __device__ __forceinline__ static Pair Load(const PixelWeight* weights,
+                                              const typename Memory::Grads* grads) {
+    return {cuda::Load<PixelWeight, 2>(weights), {grads[0], grads[1]}};
+  }
+
+  __device__ __forceinline__ static float Element(const typename Memory::Grads& grads, int i) {
+    return static_cast<float>(reinterpret_cast<const T*>(grads.elements)[i]);
   }
 
   // Both rows' sums are read before either's are written, so that one does not wait for the other.
@@ -229,9 +251,9 @@ class SumsOwner {
     if (second.at >= 0) sums[1] = sums_[second.at];
 #pragma unroll
     for (int i = 0; i < kSlotChannels; ++i) {
-      sums[0].elements[i] += first.weight * static_cast<float>(pair.grads[0].elements[i]);
+      sums[0].elements[i] += first.weight * Element(pair.grads[0], i);
       if (first.at == second.at) sums[1].elements[i] = sums[0].elements[i];
-      sums[1].elements[i] += second.weight * static_cast<float>(pair.grads[1].elements[i]);
+      sums[1].elements[i] += second.weight * Element(pair.grads[1], i);
     }
     if (first.at >= 0) sums_[first.at] = sums[0];
     if (second.at >= 0) sums_[second.at] = sums[1];
@@ -247,7 +269,7 @@ class SumsOwner {
     float terms[kSlotChannels];
 #pragma unroll
     for (int i = 0; i < kSlotChannels; ++i) {
-      terms[i] = weight.weight * static_cast<float>(grads.elements[i]);
+      terms[i] = weight.weight * Element(grads, i);
     }
     AddSlot<kSize>(grad_input_ + int64_t{PixelWeight::kNone - 1 - weight.at} * pixel_size_, terms,
                    count_);
@@ -306,6 +328,8 @@ __device__ void ScatterPatch(const FusedSizes& sizes, const SampledTensors<T, fl
   if (warp < warps_that_add) {
     const SumsOwner<T, kSize> owner(sizes, plan, patch, memory, grad_input, warp);
     MeetAtStep();
+    MeetAtStep();
+    MeetAtStep();
     for (int step = 0; step < steps; ++step) {
       owner.Add(memory.StepAt(step));
       MeetAtStep();
@@ -314,10 +338,15 @@ __device__ void ScatterPatch(const FusedSizes& sizes, const SampledTensors<T, fl
     StepWriter<T, kSize> writer(sizes, tensors, plan, patch, memory, columns,
                                 (warp - warps_that_add) * kWarp + threadIdx.x % kWarp,
                                 (kWarps - warps_that_add) * kWarp);
+    MeetAtStep();
+    writer.Describe(0);
+    writer.Describe(1);
+    MeetAtStep();
     writer.Fetch(0);
     for (int step = 0; step < steps; ++step) {
       writer.Write(memory.StepAt(step));
       writer.Fetch(step + 1);
+      writer.Describe(step + 2);
       MeetAtStep();
     }
     MeetAtStep();

@@ -76,8 +76,9 @@ __device__ __forceinline__ int LocateThreadBlock(
 }
 
 // Writes a sample's gradients of offset and mask, given the products of the columns' gradient with
-// each corner, summed over channels. `index` is that of its mask.
-template <typename OffsetT, typename Int>
+// each corner, summed over channels. `index` is that of its mask. With kInPairs, gradients.offset
+// begins at a multiple of two numbers' bytes.
+template <bool kInPairs, typename OffsetT, typename Int>
 __device__ __forceinline__ void WriteGradients(const ImageSample<OffsetT, Int>& sample,
                                                OffsetT mask, int64_t index,
                                                const OffsetT (&products)[kCorners],
@@ -93,8 +94,13 @@ __device__ __forceinline__ void WriteGradients(const ImageSample<OffsetT, Int>& 
     }
   }
   if (gradients.offset != nullptr) {
-    gradients.offset[2 * index] = grad_dy;
-    gradients.offset[2 * index + 1] = grad_dx;
+    if constexpr (kInPairs) {
+      const OffsetT pair[] = {grad_dy, grad_dx};
+      Store(gradients.offset + 2 * index, pair);
+    } else {
+      gradients.offset[2 * index] = grad_dy;
+      gradients.offset[2 * index + 1] = grad_dx;
+    }
   }
   if (gradients.mask != nullptr) gradients.mask[index] = grad_mask;
 }
