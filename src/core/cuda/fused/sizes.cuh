@@ -80,6 +80,12 @@ inline std::string SizesMisfit(const DeformConvParams& params) {
   return fit ? "" : "the sizes do not fit into 32 bits";
 }
 
+// Why the sizes of one image do not fit into 32 bits, or an empty string.
+inline std::string SizesOfImageMisfit(DeformConvParams params) {
+  params.batch = 1;
+  return SizesMisfit(params);
+}
+
 // A tap of a deformable group: its number among those of a position, g * taps + tap, and where it
 // samples, before the offset, for the position (0, 0).
 struct Tap {

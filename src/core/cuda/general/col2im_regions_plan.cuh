@@ -198,7 +198,8 @@ inline void PlanSlices(const DeformConvParams& params, int most_slots, int eleme
                        RegionPlan* plan) {
   const int64_t slots = CeilDiv<int64_t>(params.deform_group_channels(), kSlotChannels);
   const int64_t slices = CeilDiv<int64_t>(slots, most_slots);
-  plan->group_slots = static_cast<int>(CeilDiv(slots, slices));
+  // Even where it is a part, since two slots may be copied as one vector.
+  plan->group_slots = static_cast<int>(slices == 1 ? slots : RoundUp<2>(CeilDiv(slots, slices)));
   plan->group_slices = static_cast<int>(slices);
   plan->groups = 1;
   if (slices == 1) {

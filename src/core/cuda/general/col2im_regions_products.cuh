@@ -6,7 +6,6 @@
 
 #include "core/cuda/general/col2im_regions_plan.cuh"
 #include "core/cuda/general/col2im_regions_scatter.cuh"
-#include "core/cuda/general/depthwise.cuh"
 #include "core/cuda/general/samples.cuh"
 
 namespace deform_conv {

@@ -327,9 +327,7 @@ __device__ void ScatterPatch(const FusedSizes& sizes, const SampledTensors<T, fl
   const int steps = CeilDiv(plan.positions() * sizes.taps, plan.step_rows);
   if (warp < warps_that_add) {
     const SumsOwner<T, kSize> owner(sizes, plan, patch, memory, grad_input, warp);
-    MeetAtStep();
-    MeetAtStep();
-    MeetAtStep();
+    for (int i = 0; i < 4; ++i) MeetAtStep();
     for (int step = 0; step < steps; ++step) {
       owner.Add(memory.StepAt(step));
       MeetAtStep();
@@ -343,6 +341,7 @@ __device__ void ScatterPatch(const FusedSizes& sizes, const SampledTensors<T, fl
     writer.Describe(1);
     MeetAtStep();
     writer.Fetch(0);
+    MeetAtStep();
     for (int step = 0; step < steps; ++step) {
       writer.Write(memory.StepAt(step));
       writer.Fetch(step + 1);
