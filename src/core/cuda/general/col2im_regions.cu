@@ -12,51 +12,44 @@ constexpr int64_t kMostBlocksInY = 65535;
 // Below, a pixel's sum has so few terms that it may as well be made in memory.
 constexpr int64_t kFewestCornersPerPixel = 2;
 
-// What a launch works on besides the sampled tensors.
-template <typename T>
-struct ColumnsAtHand {
-  int64_t begin, rows;  // positions
-  T* columns;
-  bool replace;
+// The positions at hand.
+struct PositionRange {
+  int64_t begin, count;
 };
-
-// Moves the pointers to the patch's first position. It may lie before the positions at hand.
-template <typename T>
-__device__ __forceinline__ void MoveToPatch(const FusedSizes& sizes, const RegionPatch& patch,
-                                            SampledTensors<T, float>* tensors, ColumnsAtHand<T>* at,
-                                            SampledGradients<float>* gradients) {
-  const int64_t index = (at->begin + patch.first_row) * sizes.taps * sizes.deform_groups;
-  at->columns += patch.first_row * sizes.taps * sizes.in_channels;
-  tensors->offset += 2 * index;
-  if (tensors->mask != nullptr) tensors->mask += index;
-  if (gradients->offset != nullptr) gradients->offset += 2 * index;
-  if (gradients->mask != nullptr) gradients->mask += index;
-}
 
 template <typename T, int kSize>
 __global__ void __launch_bounds__(kThreadsPerBlock, 3)
-    RegionSumsKernel(FusedSizes sizes, SampledTensors<T, float> tensors, ColumnsAtHand<T> at,
-                     SampledGradients<float> gradients, RegionPlan plan) {
+    Col2ImRegionsKernel(FusedSizes sizes, SampledTensors<T, float> tensors, PositionRange range,
+                        RegionPlan plan, const T* columns, float* grad_input) {
   extern __shared__ __align__(16) char shared[];
-  const RegionPatch patch(sizes, plan, at.begin);
+  const RegionPatch patch(sizes, plan, range.begin);
   const RegionMemory<T> memory(shared, plan, sizes.taps);
-  WriteRowParts(sizes, plan, patch, at.rows, memory.positions, memory.taps);
-  MoveToPatch(sizes, patch, &tensors, &at, &gradients);
-  ScatterPatch<T, kSize>(sizes, tensors, plan, patch, memory, at.columns, gradients.input);
+  WriteRowParts(sizes, plan, patch, range.count, memory.positions, memory.taps);
+  const int64_t index = (range.begin + patch.first_row) * sizes.taps * sizes.deform_groups;
+  tensors.offset += 2 * index;
+  if (tensors.mask != nullptr) tensors.mask += index;
+  columns += patch.first_row * sizes.taps * sizes.in_channels;
+  ScatterPatch<T, kSize>(sizes, tensors, plan, patch, memory, columns, grad_input);
 }
 
 template <typename T, int kSize>
 __global__ void __launch_bounds__(kThreadsPerBlock, 2)
-    RegionProductsKernel(FusedSizes sizes, SampledTensors<T, float> tensors, ColumnsAtHand<T> at,
-                         SampledGradients<float> gradients, RegionPlan plan) {
+    Col2ImProductsKernel(FusedSizes sizes, SampledTensors<T, float> tensors, PositionRange range,
+                         RegionPlan plan, bool replace, T* columns,
+                         SampledGradients<float> gradients) {
   extern __shared__ __align__(16) char shared[];
-  const RegionPatch patch(sizes, plan, at.begin);
+  const RegionPatch patch(sizes, plan, range.begin);
   const RegionMemory<T> memory(shared, plan, sizes.taps);
-  WriteRowParts(sizes, plan, patch, at.rows, memory.positions, memory.taps);
-  MoveToPatch(sizes, patch, &tensors, &at, &gradients);
+  WriteRowParts(sizes, plan, patch, range.count, memory.positions, memory.taps);
   LoadRegion<T, kSize>(sizes, plan, patch, tensors.input, memory.input());
+  const int64_t index = (range.begin + patch.first_row) * sizes.taps * sizes.deform_groups;
+  tensors.offset += 2 * index;
+  if (tensors.mask != nullptr) tensors.mask += index;
+  if (gradients.offset != nullptr) gradients.offset += 2 * index;
+  if (gradients.mask != nullptr) gradients.mask += index;
+  columns += patch.first_row * sizes.taps * sizes.in_channels;
   __syncthreads();
-  SampleMultiplier<T, kSize>(sizes, tensors, plan, patch, memory, at.replace, at.columns, gradients)
+  SampleMultiplier<T, kSize>(sizes, tensors, plan, patch, memory, replace, columns, gradients)
       .Run();
 }
 
@@ -91,88 +84,146 @@ void PlanDivisions(const DeformConvParams& params, int vector_size, RegionPlan* 
   plan->lanes_log2 = LanesFor(params.deform_group_channels(), vector_size).count_log2;
 }
 
-template <typename T, int kSize>
-std::string Launch(const DeformConvParams& params, const SampledTensors<T, float>& tensors,
-                   const ColumnsAtHand<CudaType<T>>& at, const SampledGradients<float>& gradients,
-                   void* stream) {
-  const Gpu gpu = CurrentGpu();
+// A launch: sizes, and how large.
+template <typename T>
+struct RegionLaunch {
   RegionPlan plan = {};
-  const int64_t bytes = PlanRegions<CudaType<T>>(params, gpu, &plan);
-  plan.multiprocessors = gpu.multiprocessors;
+  PositionRange range;
   dim3 blocks;
-  PlanGrid(params, at.begin, at.begin + at.rows, &plan, &blocks);
-  PlanDivisions(params, kSize, &plan);
-  const FusedSizes sizes(params);
-  const auto launch = [&](const char* name, auto kernel, int64_t shared_bytes) {
-    const std::string error = AllowSharedBytes(name, kernel, shared_bytes);
-    if (!error.empty()) return error;
-    kernel<<<blocks, kThreadsPerBlock, shared_bytes, StreamOf(stream)>>>(sizes, AsCuda(tensors), at,
-                                                                         gradients, plan);
-    return LaunchError(name);
-  };
-  DEFORM_CONV_RETURN_IF_ERROR(
-      launch("RegionSumsKernel", RegionSumsKernel<CudaType<T>, kSize>, bytes));
-  if (!at.replace && gradients.offset == nullptr && gradients.mask == nullptr) return "";
-  if (plan.group_slices == 1) {
-    return launch("RegionProductsKernel", RegionProductsKernel<CudaType<T>, kSize>,
-                  RegionMemory<CudaType<T>>::InputBytes(plan, params));
+  int64_t shared_bytes;
+
+  RegionLaunch(const DeformConvParams& params, int64_t begin, int64_t end, int vector_size)
+      : range{begin, end - begin} {
+    const Gpu gpu = CurrentGpu();
+    shared_bytes = PlanRegions<CudaType<T>>(params, gpu, &plan);
+    plan.multiprocessors = gpu.multiprocessors;
+    PlanGrid(params, begin, end, &plan, &blocks);
+    PlanDivisions(params, vector_size, &plan);
   }
-  return Col2ImAtomic<T>(params, tensors, at.begin, at.begin + at.rows, at.replace,
-                         reinterpret_cast<T*>(at.columns),
-                         {nullptr, gradients.offset, gradients.mask}, stream);
+
+  template <typename Kernel, typename... Arguments>
+  std::string Run(const char* name, Kernel kernel, void* stream, Arguments... arguments) const {
+    DEFORM_CONV_RETURN_IF_ERROR(AllowSharedBytes(name, kernel, shared_bytes));
+    kernel<<<blocks, kThreadsPerBlock, shared_bytes, StreamOf(stream)>>>(arguments...);
+    return LaunchError(name);
+  }
+};
+
+template <typename T, int kSize>
+std::string LaunchSums(const DeformConvParams& params, const SampledTensors<T, float>& tensors,
+                       int64_t begin, int64_t end, const T* columns, float* grad_input,
+                       void* stream) {
+  const RegionLaunch<T> launch(params, begin, end, kSize);
+  return launch.Run("Col2ImRegionsKernel", Col2ImRegionsKernel<CudaType<T>, kSize>, stream,
+                    FusedSizes(params), AsCuda(tensors), launch.range, launch.plan, AsCuda(columns),
+                    grad_input);
 }
 
 template <typename T, int kSize>
-bool CanMove(const DeformConvParams& params) {
-  return params.deform_group_channels() % kSize == 0 && params.group_in_channels() % kSize == 0;
+std::string LaunchProducts(const DeformConvParams& params, const SampledTensors<T, float>& tensors,
+                           int64_t begin, int64_t end, bool replace, T* columns,
+                           const SampledGradients<float>& gradients, void* stream) {
+  RegionLaunch<T> launch(params, begin, end, kSize);
+  launch.shared_bytes = RegionMemory<CudaType<T>>::InputBytes(launch.plan, params);
+  return launch.Run("Col2ImProductsKernel", Col2ImProductsKernel<CudaType<T>, kSize>, stream,
+                    FusedSizes(params), AsCuda(tensors), launch.range, launch.plan, replace,
+                    AsCuda(columns), gradients);
+}
+
+// The most channels, a vec16, four or one, that can be moved at a time where pointers allow.
+template <typename T>
+int ChannelsMoved(const DeformConvParams& params, bool aligned) {
+  for (const int size : {kVec16Size<T>, 4}) {
+    if (aligned && params.deform_group_channels() % size == 0 &&
+        params.group_in_channels() % size == 0) {
+      return size;
+    }
+  }
+  return 1;
+}
+
+// Of kernels whose misfits refuse double.
+constexpr char kNoDouble[] = "it adds up in float32";
+
+// Plans a patch, or says why not.
+template <typename T>
+std::string PlanMisfit(const DeformConvParams& params, RegionPlan* plan) {
+  DEFORM_CONV_RETURN_IF_ERROR(SizesOfImageMisfit(params));
+  if (std::is_same_v<T, double>) return kNoDouble;
+  if (PlanRegions<CudaType<T>>(params, CurrentGpu(), plan) == 0) {
+    return "a region does not fit into shared memory";
+  }
+  const int64_t positions = (int64_t{1} << plan->height_log2) * params.out_w;
+  if (positions * params.taps() * std::max(params.in_channels, params.deform_groups) >= int64_t{1}
+                                                                                            << 31) {
+    return "the columns of some rows of the output do not fit into 32 bits";
+  }
+  if (CeilDiv<int64_t>(params.deform_groups, plan->groups) * plan->group_slices > kMostBlocksInY) {
+    return "there are too many channels";
+  }
+  return "";
 }
 
 }  // namespace
 
 template <typename T>
 std::string Col2ImRegionsMisfit(const DeformConvParams& params) {
-  DEFORM_CONV_RETURN_IF_ERROR(SizesOfImageMisfit(params));
   RegionPlan plan = {};
-  if (PlanRegions<CudaType<T>>(params, CurrentGpu(), &plan) == 0) {
-    return "a region does not fit into shared memory";
-  }
-  const int64_t last_row = ((int64_t{1} << plan.height_log2) - 1) * params.out_w + params.out_w;
-  if (last_row * params.taps() * std::max(params.in_channels, params.deform_groups) >= int64_t{1}
-                                                                                           << 31) {
-    return "a row of the output has too many columns";
-  }
+  DEFORM_CONV_RETURN_IF_ERROR(PlanMisfit<T>(params, &plan));
   const int64_t corners = plan.positions() * params.taps() * kCorners;
-  if (corners < kFewestCornersPerPixel * plan.pixels()) return "few samples share a pixel";
-  if (CeilDiv<int64_t>(params.deform_groups, plan.groups) * plan.group_slices > kMostBlocksInY) {
-    return "there are too many channels";
-  }
-  return std::is_same_v<T, double> ? "it adds up in float32" : "";
+  return corners < kFewestCornersPerPixel * plan.pixels() ? "few samples share a pixel" : "";
+}
+
+template <typename T>
+std::string Col2ImProductsMisfit(const DeformConvParams& params) {
+  RegionPlan plan = {};
+  DEFORM_CONV_RETURN_IF_ERROR(PlanMisfit<T>(params, &plan));
+  return plan.group_slices > 1 ? "a deformable group has too many channels" : "";
 }
 
 template <typename T>
 std::string Col2ImRegions(const DeformConvParams& params,
                           const SampledTensors<T, ComputeType<T>>& tensors, int64_t begin,
-                          int64_t end, bool replace, T* columns,
-                          const SampledGradients<ComputeType<T>>& gradients, void* stream) {
+                          int64_t end, const T* columns, ComputeType<T>* grad_input, void* stream) {
   if constexpr (std::is_same_v<T, double>) {
-    return "Col2ImRegions() adds up in float32";
+    return kNoDouble;
   } else {
     if ((end - begin) * params.image_size() == 0) return "";
-    constexpr int kVec16 = kVec16Size<T>;
-    const ColumnsAtHand<CudaType<T>> at = {begin, end - begin, AsCuda(columns), replace};
-    const bool aligned = IsAligned(tensors.input) && IsAligned(columns) &&
-                         IsAligned(gradients.input) && IsAligned(tensors.offset) &&
-                         IsAligned(gradients.offset);
-    const auto launch = aligned && CanMove<T, kVec16>(params) ? Launch<T, kVec16>
-                        : aligned && CanMove<T, 4>(params)    ? Launch<T, 4>
-                                                              : Launch<T, 1>;
-    return launch(params, tensors, at, gradients, stream);
+    const int size = ChannelsMoved<T>(
+        params, IsAligned(tensors.offset) && IsAligned(columns) && IsAligned(grad_input));
+    const auto launch = size == kVec16Size<T> ? LaunchSums<T, kVec16Size<T>>
+                        : size == 4           ? LaunchSums<T, 4>
+                                              : LaunchSums<T, 1>;
+    return launch(params, tensors, begin, end, columns, grad_input, stream);
+  }
+}
+
+template <typename T>
+std::string Col2ImProducts(const DeformConvParams& params,
+                           const SampledTensors<T, ComputeType<T>>& tensors, int64_t begin,
+                           int64_t end, bool replace, T* columns,
+                           const SampledGradients<ComputeType<T>>& gradients, void* stream) {
+  if constexpr (std::is_same_v<T, double>) {
+    return kNoDouble;
+  } else {
+    if ((end - begin) * params.image_size() == 0) return "";
+    const int size =
+        ChannelsMoved<T>(params, IsAligned(tensors.input) && IsAligned(tensors.offset) &&
+                                     IsAligned(columns) && IsAligned(gradients.offset));
+    const auto launch = size == kVec16Size<T> ? LaunchProducts<T, kVec16Size<T>>
+                        : size == 4           ? LaunchProducts<T, 4>
+                                              : LaunchProducts<T, 1>;
+    return launch(params, tensors, begin, end, replace, columns, gradients, stream);
   }
 }
 
 #define DEFORM_CONV_INSTANTIATE(T)                                                               \
   template std::string Col2ImRegionsMisfit<T>(const DeformConvParams&);                          \
-  template std::string Col2ImRegions<T>(                                                         \
+  template std::string Col2ImProductsMisfit<T>(const DeformConvParams&);                         \
+  template std::string Col2ImRegions<T>(const DeformConvParams&,                                 \
+                                        const SampledTensors<T, ComputeType<T>>&, int64_t,       \
+                                        int64_t, const T*, ComputeType<T>*, void*);              \
+  template std::string Col2ImProducts<T>(                                                        \
       const DeformConvParams&, const SampledTensors<T, ComputeType<T>>&, int64_t, int64_t, bool, \
       T*, const SampledGradients<ComputeType<T>>&, void*);
 DEFORM_CONV_FOR_ELEMENT_TYPES(DEFORM_CONV_INSTANTIATE)
