@@ -150,6 +150,9 @@ template <typename T>
 std::string PlanMisfit(const DeformConvParams& params, RegionPlan* plan) {
   DEFORM_CONV_RETURN_IF_ERROR(SizesOfImageMisfit(params));
   if (std::is_same_v<T, double>) return kNoDouble;
+  if (params.image_size() == 0 || params.image_positions() == 0 || params.taps() == 0) {
+    return "a tensor is empty";
+  }
   if (PlanRegions<CudaType<T>>(params, CurrentGpu(), plan) == 0) {
     return "a region does not fit into shared memory";
   }
