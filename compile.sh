@@ -11,8 +11,8 @@
 # later GPUs can run.
 #
 # The environment is $PYTHON, or else .venv where there is one, or else python3.
-# CXX chooses the compiler; WERROR=1 makes its warnings errors. A second call only builds what has
-# changed.
+# CXX chooses the compiler; WERROR=1 makes its warnings errors, and nvcc's, also of kernels that spill
+# registers. A second call only builds what has changed.
 set -euo pipefail
 
 fail() {

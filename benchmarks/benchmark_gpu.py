@@ -3,9 +3,11 @@
 
     python benchmarks/benchmark_gpu.py [--check [--small]] [--time [--tensorflow]]
         [--columns-mib N ...] [--tensorflow-env FILE] [--output FILE.json]
+    python benchmarks/benchmark_gpu.py [--check [--small]] --zoo [--layers NAME,...]
+        [--types TYPE,...] [--output FILE.json]
 
-With neither --check nor --time, it does both. --output keeps the times, as FILE.json, FILE.md and
-FILE.png.
+With none of --check, --time and --zoo, it checks and times. --output keeps the times, as FILE.json,
+FILE.md and FILE.png.
 
 Needs nvcc, PyTorch and torchvision. Builds build/libdeform_conv_core_cuda.so from src/core and
 calls it through its C interface.
@@ -17,6 +19,9 @@ general implementations, the fused ones where they fit, and those chosen by defa
 is cuDNN's, channels-last. Backward is with respect to input, filters and offset. Then memory, small
 layers, and what the device's bytes and arithmetic would allow. With --tensorflow also
 tensorflow_gpu.py, in a process of its own.
+
+--zoo times layers of real networks in the same way, in fewer rounds, along each path of the library
+too, and says where a rule is broken. --layers takes those whose name contains one of its parts.
 """
 
 import argparse
@@ -29,9 +34,12 @@ import gpu_check
 import gpu_core
 import gpu_report
 import gpu_time
+import gpu_zoo_report
 import report
 import torch
 import torchvision
+from gpu_layers import TIMED_TYPES
+from zoo import layers_named
 
 
 def driver_version() -> str:
@@ -52,14 +60,23 @@ def time_inside_tensorflow(environment: Path | None) -> dict | None:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(library, arguments) -> dict:
-    results = {
-        "machine": f"{torch.cuda.get_device_name()}, driver {driver_version()}, {report.today()}",
+def describe_machine() -> dict:
+    machine = f"{torch.cuda.get_device_name()}, driver {driver_version()}, {report.today()}"
+    print(machine)
+    return {
+        "machine": machine,
         "versions": {"PyTorch": torch.__version__, "torchvision": torchvision.__version__},
         "ceilings": gpu_time.measure_ceilings(),
-        "runs": [],
     }
-    print(results["machine"])
+
+
+def measure_zoo(library, arguments) -> dict:
+    results = describe_machine()
+    return results | {"zoo": gpu_time.time_zoo(library, arguments.layers, arguments.types)}
+
+
+def measure(library, arguments) -> dict:
+    results = describe_machine() | {"runs": []}
     for mib in arguments.columns_mib:
         if len(arguments.columns_mib) > 1:
             print(f"columns of at most {mib} MiB")
@@ -72,6 +89,31 @@ def measure(library, arguments) -> dict:
     return results
 
 
+def show(results: dict, tables, output: Path | None) -> None:
+    """Prints, and keeps in files, what the module `tables` makes of the results."""
+    markdown = tables.as_markdown(results)
+    print(markdown)
+    if output:
+        report.write(output, results, markdown)
+        report.plot_gpu(output.with_suffix(".png"), tables.bars(results))
+
+
+def zoo_layers(text: str) -> dict:
+    try:
+        return layers_named(text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def timed_types(text: str) -> list[str]:
+    types = text.split(",")
+    if unknown := set(types) - set(TIMED_TYPES):
+        raise argparse.ArgumentTypeError(
+            f"unknown types {', '.join(unknown)}; there are {', '.join(TIMED_TYPES)}"
+        )
+    return types
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -80,7 +122,23 @@ def main() -> None:
     parser.add_argument(
         "--small", action="store_true", help="check small shapes only, for compute-sanitizer"
     )
-    parser.add_argument("--time", action="store_true", help="time only")
+    timed = parser.add_mutually_exclusive_group()
+    timed.add_argument("--time", action="store_true", help="time only")
+    timed.add_argument("--zoo", action="store_true", help="time layers of real networks only")
+    parser.add_argument(
+        "--layers",
+        type=zoo_layers,
+        default="",
+        metavar="NAME,...",
+        help="of the zoo (default: all)",
+    )
+    parser.add_argument(
+        "--types",
+        type=timed_types,
+        default=",".join(TIMED_TYPES),
+        metavar="TYPE,...",
+        help="for the zoo (default: %(default)s)",
+    )
     parser.add_argument(
         "--columns-mib", type=int, nargs="+", default=[0], help="bounds to time (0: the default)"
     )
@@ -94,16 +152,14 @@ def main() -> None:
     arguments = parser.parse_args()
     library = gpu_core.build()
     good = True
-    if arguments.check or not arguments.time:
+    if arguments.check or not (arguments.time or arguments.zoo):
         good = gpu_check.check_golden(library) & gpu_check.check_layers(library, arguments.small)
         print("every error is within its bound" if good else "SOME ERRORS ARE OUT OF BOUNDS")
-    if arguments.time or not arguments.check:
+    if arguments.zoo:
+        show(measure_zoo(library, arguments), gpu_zoo_report, arguments.output)
+    elif arguments.time or not arguments.check:
         results = measure(library, arguments)
-        markdown = gpu_report.as_markdown(results)
-        print(markdown)
-        if arguments.output:
-            report.write(arguments.output, results, markdown)
-            report.plot_gpu(arguments.output.with_suffix(".png"), gpu_report.bars(results))
+        show(results, gpu_report, arguments.output)
         good &= not arguments.tensorflow or results["tensorflow"] is not None
     sys.exit(0 if good else 1)
 

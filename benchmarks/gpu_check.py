@@ -74,6 +74,11 @@ EIGHTS = (
     layer(2, 40, 24, 13, 17, kernel=(2, 2)),
     layer(2, 64, 72, 30, 47, kernel=(5, 3), masked=True),
     layer(1, 24, 136, 9, 9, kernel=(5, 3)),
+    layer(1, 64, 64, 30, 47, kernel=(7, 7), masked=True),
+    # one row, one column, one pixel
+    layer(2, 64, 64, 1, 300, kernel=(1, 9)),
+    layer(2, 40, 72, 70, 1, masked=True),
+    layer(3, 64, 64, 1, 1, masked=True),
     # strides and dilations
     layer(2, 64, 64, 30, 47, stride=2, masked=True),
     layer(1, 40, 72, 13, 17, stride=2),
@@ -86,12 +91,19 @@ EIGHTS = (
     layer(1, 96, 136, 30, 47, deform_groups=4),
     layer(2, 128, 144, 9, 9, groups=2, deform_groups=4, masked=True),
     layer(1, 192, 72, 13, 17, deform_groups=2),
+    layer(2, 64, 64, 30, 47, deform_groups=8, masked=True),
+    layer(1, 128, 136, 30, 47, deform_groups=16, masked=True),
+    layer(1, 96, 64, 13, 17, deform_groups=12),
+    # K in parts
+    layer(1, 512, 512, 13, 17, masked=True),
     # offsets
     layer(1, 64, 64, 30, 47, scale=FAR),
     layer(2, 40, 24, 13, 17, scale=FAR, masked=True),
     layer(1, 128, 136, 30, 47, scale=FAR, deform_groups=2),
     layer(2, 64, 64, 13, 17, holes=True),
     layer(2, 64, 72, 30, 47, holes=True, deform_groups=4, stride=2, masked=True),
+    layer(2, 64, 64, 30, 47, holes=True, deform_groups=8, masked=True),
+    layer(2, 64, 64, 30, 47, scale=FAR, deform_groups=8, masked=True),
     # batches
     layer(37, 32, 24, 7, 5),
     layer(37, 64, 64, 9, 9, masked=True),
@@ -125,6 +137,33 @@ REGIONS = (
     layer(2, 64, 64, 13, 17, deform_groups=8, holes=True, masked=True),
     layer(2, 40, 40, 30, 47, deform_groups=5, holes=True, stride=2),
 )
+# What tensor cores take with other channels: narrow convolution groups, which are merged, and
+# channels of any number, which are padded; both; in one part and in several.
+EMBEDDED = (
+    layer(2, 16, 16, 13, 17, groups=8, masked=True),
+    layer(2, 18, 24, 13, 17, groups=6),
+    layer(1, 64, 64, 30, 47, groups=16, masked=True),
+    layer(2, 36, 30, 13, 17, groups=6, deform_groups=2, masked=True),
+    layer(2, 128, 128, 30, 47, groups=8, masked=True),
+    layer(1, 60, 60, 13, 17, groups=3, stride=2),
+    layer(2, 96, 96, 9, 9, groups=4, deform_groups=2, masked=True),
+    layer(1, 512, 512, 25, 38, groups=32, masked=True),
+    layer(1, 128, 64, 13, 17, groups=4, deform_groups=2),
+    layer(2, 45, 18, 9, 9, groups=9, deform_groups=5, masked=True),
+    layer(2, 64, 64, 13, 17, groups=16, holes=True, masked=True),
+    layer(1, 64, 64, 30, 47, groups=8, scale=FAR, dilation=2),
+    layer(2, 3, 64, 30, 47, kernel=(7, 7), stride=2),
+    layer(2, 5, 7, 13, 17, masked=True),
+    layer(1, 17, 33, 30, 47),
+    layer(2, 30, 30, 30, 47, masked=True),
+    layer(2, 33, 1, 13, 17, dilation=2),
+    layer(2, 64, 33, 13, 17, masked=True),
+    layer(2, 21, 21, 13, 17, deform_groups=3, masked=True),
+    layer(1, 90, 15, 30, 47, deform_groups=3),
+    layer(2, 30, 30, 13, 17, holes=True, stride=2, masked=True),
+    layer(37, 6, 10, 7, 5, groups=2),
+    layer(8, 250, 250, 96, 96, kernel=(1, 1), masked=True),
+)
 SMALL = (
     layer(1, 64, 8, 7, 9, deform_groups=8, masked=True, holes=True),
     layer(1, 15, 8, 1, 40, deform_groups=5, kernel=(1, 3), stride=2, scale=FAR),
@@ -137,6 +176,8 @@ SMALL = (
     layer(2, 48, 408, 9, 9, groups=3, deform_groups=2),
     layer(2, 48, 48, 9, 9, groups=48, deform_groups=2, masked=True, holes=True),
     layer(1, 10, 30, 9, 9, groups=10, stride=2, masked=True, scale=FAR),
+    layer(2, 36, 30, 9, 9, groups=6, deform_groups=2, masked=True, holes=True),
+    layer(1, 30, 33, 9, 9, masked=True),
 )
 
 
@@ -316,7 +357,7 @@ def as_text(errors: dict[str, float]) -> str:
 def check_layers(library, small: bool) -> bool:
     generator = torch.Generator("cuda").manual_seed(1)
     summary = Summary()
-    for layer in SMALL if small else ANY_CHANNELS + EIGHTS + REGIONS:
+    for layer in SMALL if small else ANY_CHANNELS + EIGHTS + REGIONS + EMBEDDED:
         summary.layers += 1
         for type_name in TYPES:
             check_layer(library, type_name, layer, small, generator, summary)

@@ -73,7 +73,7 @@ def _sources_and_flags(capability: tuple[int, int]) -> tuple[list[str], list[str
     lists = _sources_of_cmake()
     names = ["CORE", "CORE_GPU", "CORE_CUDA", "CORE_C_API"]
     flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-Wall,-Wextra", "-lineinfo"]
-    flags += ["--expt-relaxed-constexpr", f"-I{PROJECT / 'src'}"]
+    flags += ["--expt-relaxed-constexpr", "-Xptxas", "--warn-on-spills", f"-I{PROJECT / 'src'}"]
     architecture = "{}{}".format(*capability)
     if f"CORE_CUDA_SM{architecture}" in lists:
         names.append(f"CORE_CUDA_SM{architecture}")

@@ -1,6 +1,6 @@
 """The tables of benchmark_gpu.py's times, as Markdown. No framework is needed here."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import report
 from gpu_layers import BACK_TO_BACK, INPUTS, LINKS
@@ -11,6 +11,7 @@ CONTESTANTS = {
     "deform_conv2d": "deform_conv2d",
     "general": "general",
     "deterministic": "deterministic",
+    "other": "fastest other path",
     "torchvision": "torchvision",
     "cudnn_conv2d": "conv2d",
 }
@@ -29,13 +30,13 @@ GOALS = {
     "bfloat16": {"forward": (2, 4), "forward+backward": (3, 7)},
     "tf32": {"forward": (2, 2.5), "forward+backward": (3, 6)},
 }
+MEANS = "Geometric means of the ratios of times, with their goals.\n"
 # Microseconds that a call may cost inside TensorFlow beside the core's own.
 TENSORFLOW_GOAL_US = 15
 
 
 def as_markdown(results: dict) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    lines = [f"{results['machine']}; {versions}.\n"]
+    lines = [heading(results)]
     for run in results["runs"]:
         if run["columns_bytes"]:
             lines.append(f"## Columns of at most {run['columns_bytes'] >> 20} MiB\n")
@@ -48,20 +49,26 @@ def as_markdown(results: dict) -> str:
     return "\n".join(lines)
 
 
+def heading(results: dict) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    return f"{results['machine']}; {versions}.\n"
+
+
 # --- Times ---
 
 
 def times_as_markdown(rows: list[dict]) -> list[str]:
     sections = ["Medians in milliseconds; in brackets, the time divided by deform_conv2d's.\n"]
     for measurement in MEASUREMENTS:
-        cells = []
-        for row in rows:
-            times = row["ms"][measurement]
-            cells.append([row["type"], row["layer"]])
-            cells[-1] += (_with_ratio(times, name) for name in CONTESTANTS)
-        header = [f"{measurement}, ms", "N, C→O, H×W", *CONTESTANTS.values()]
+        all_times = [row["ms"][measurement] for row in rows]
+        names = [name for name in CONTESTANTS if any(name in times for times in all_times)]
+        cells = [
+            [row["type"], row["layer"], *(_with_ratio(times, name) for name in names)]
+            for row, times in zip(rows, all_times, strict=True)
+        ]
+        header = [f"{measurement}, ms", "N, C→O, H×W", *(CONTESTANTS[name] for name in names)]
         sections.append(report.table(header, cells))
-    return [*sections, "Geometric means of the ratios of times, with their goals.\n", means(rows)]
+    return [*sections, MEANS, means(rows, RATIOS, GOALS)]
 
 
 def _with_ratio(times: dict, name: str) -> str:
@@ -72,19 +79,24 @@ def _with_ratio(times: dict, name: str) -> str:
     return f"{times[name]:.3f} ({times[name] / times['deform_conv2d']:.2f}×)"
 
 
-def means(rows: list[dict]) -> str:
-    header = ["", *(f"{CONTESTANTS[a]} / {CONTESTANTS[b]}" for a, b in RATIOS)]
+def means(rows: list[dict], pairs: Sequence[tuple[str, str]], goals_of: dict) -> str:
+    """The first two of `pairs` have goals."""
+    header = ["", *(f"{CONTESTANTS[a]} / {CONTESTANTS[b]}" for a, b in pairs)]
     cells = []
-    for type_name in dict.fromkeys(row["type"] for row in rows):
+    for type_name in types_of(rows):
         for measurement in MEASUREMENTS:
             times = [row["ms"][measurement] for row in rows if row["type"] == type_name]
-            ratios = [mean_ratio(times, a, b) for a, b in RATIOS]
+            ratios = [mean_ratio(times, a, b) for a, b in pairs]
             texts = ["–" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
-            if goals := GOALS.get(type_name, {}).get(measurement):
+            if goals := goals_of.get(type_name, {}).get(measurement):
                 texts[0] += f" (at most {goals[0]})"
                 texts[1] += f" (at least {goals[1]})" * (ratios[1] is not None)
             cells.append([f"{type_name}, {measurement}", *texts])
     return report.table(header, cells)
+
+
+def types_of(rows: list[dict]) -> list[str]:
+    return list(dict.fromkeys(row["type"] for row in rows))
 
 
 def mean_ratio(times: Iterable[dict], numerator: str, denominator: str) -> float | None:
@@ -216,20 +228,30 @@ def tensorflow_as_markdown(inside: dict, chains: list[dict]) -> list[str]:
 
 
 def bars(results: dict) -> dict:
-    """For report.plot_gpu(): in each panel, milliseconds by layer, and the device's floor."""
+    """For report.plot_gpu()."""
     inside = (results.get("tensorflow") or {}).get("rows", [])
     inside_us = {(row["type"], row["layer"]): row["us"] for row in inside}
+    panels = bars_of(
+        results["runs"][0]["rows"],
+        results["ceilings"],
+        ("deform_conv2d", "general", "torchvision", "cudnn_conv2d"),
+    )
+    for (type_name, layer), of in inside_us.items():
+        for measurement, us in of.items():
+            panels[f"{type_name}, {measurement}"].get(layer, {"ms": {}})["ms"].update(
+                {f"{INSIDE[name]}, in TensorFlow": 1e-3 * value for name, value in us.items()}
+            )
+    return panels
+
+
+def bars_of(rows: list[dict], ceilings: dict, names: Sequence[str]) -> dict:
+    """In each panel, milliseconds by layer, and the device's floor."""
     panels = {}
-    for row in results["runs"][0]["rows"]:
+    for row in rows:
         for measurement in MEASUREMENTS:
-            title = f"{row['type']}, {measurement}"
-            of = {
-                name: row["ms"][measurement][key]
-                for key, name in CONTESTANTS.items()
-                if key in row["ms"][measurement] and key != "deterministic"
-            }
-            us = inside_us.get((row["type"], row["layer"]), {}).get(measurement, {})
-            of |= {f"{INSIDE[name]}, in TensorFlow": 1e-3 * value for name, value in us.items()}
-            floor = max(floors_ms(row, measurement, results["ceilings"]))
-            panels.setdefault(title, {})[row["layer"]] = {"ms": of, "floor": floor}
+            times = row["ms"][measurement]
+            of = {CONTESTANTS[name]: times[name] for name in names if name in times}
+            floor = max(floors_ms(row, measurement, ceilings))
+            panel = panels.setdefault(f"{row['type']}, {measurement}", {})
+            panel[row["layer"]] = {"ms": of, "floor": floor}
     return panels

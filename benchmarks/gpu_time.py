@@ -3,10 +3,19 @@
 import ctypes
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
-from gpu_core import TYPES, Core, Variant, core_of, nchw, random_tensors
+from gpu_core import (
+    PATHS,
+    TYPES,
+    Core,
+    NoFusedKernelError,
+    Variant,
+    core_of,
+    nchw,
+    random_tensors,
+)
 from gpu_layers import (
     BACK_TO_BACK,
     CHAINED,
@@ -22,7 +31,9 @@ from gpu_layers import (
 from layers import EXPERIMENT, MEASUREMENTS, Layer
 from torchvision.ops import deform_conv2d as torchvision_deform_conv2d
 
-ROUNDS = 30
+ROUNDS, WARM_UPS = 30, 5
+# Of the zoo, which is large.
+ZOO_ROUNDS, ZOO_WARM_UPS = 9, 2
 FLUSHES = 4
 PRODUCT_SIZE = 8192  # as gpu_report.py says
 COPY_BYTES = 1 << 30
@@ -40,11 +51,11 @@ def core_functions(core: Core, tensors, grad_output, results=None) -> Functions:
     forward = core.bind_forward(tensors, output)
     backward = core.bind_backward(tensors, grad_output, gradients)
 
-    def both():
-        forward()
-        backward()
-
-    return {"forward": forward, "backward": backward, "forward+backward": both}
+    return {
+        "forward": forward,
+        "backward": backward,
+        "forward+backward": in_order(forward, backward),
+    }
 
 
 def results_like(tensors, grad_output):
@@ -53,14 +64,21 @@ def results_like(tensors, grad_output):
 
 
 def torchvision_functions(layer: Layer, tensors, grad_output) -> Functions:
-    dtype = grad_output.dtype  # of the offset too: torchvision wants one
-    image, offset = (nchw(tensors[key]).to(dtype).contiguous() for key in ("input", "offset"))
-    filters = tensors["filters"].permute(3, 2, 0, 1).contiguous()
-    leaves = [tensor.requires_grad_() for tensor in (image, offset, filters)]
+    dtype = grad_output.dtype  # of offset and mask too: torchvision wants one
+    leaves = {
+        key: (tensor.permute(3, 2, 0, 1) if key == "filters" else nchw(tensor))
+        .to(dtype)
+        .contiguous()
+        .requires_grad_()
+        for key, tensor in tensors.items()
+    }
+    image, filters, offset = (leaves[key] for key in ("input", "filters", "offset"))
     stride, pad, dilation = layer.geometry.values()
     return _autograd_functions(
-        lambda: torchvision_deform_conv2d(*leaves, None, stride, pad, dilation),
-        leaves,
+        lambda: torchvision_deform_conv2d(
+            image, offset, filters, None, stride, pad, dilation, leaves.get("mask")
+        ),
+        list(leaves.values()),
         nchw(grad_output).contiguous(),
     )
 
@@ -100,10 +118,55 @@ def contestants(library, type_name, layer, tensors, grad_output, columns_bytes=0
         name: core_functions(core_of(library, type_name, layer, variant), tensors, grad_output)
         for name, variant in variants.items()
     }
+    return result | peers(layer, tensors, grad_output)
+
+
+def peers(layer: Layer, tensors, grad_output) -> dict[str, Functions]:
+    result = {}
     if grad_output.dtype != torch.bfloat16:  # torchvision has none
         result["torchvision"] = torchvision_functions(layer, tensors, grad_output)
     result["cudnn_conv2d"] = cudnn_functions(layer, tensors, grad_output)
     return result
+
+
+def contestants_of_zoo(library, type_name, layer, tensors, grad_output):
+    """Beside the core as it is, the pass that is judged, forward or backward, on each path that
+    fits it. So forward+backward on another path has its backward on that path, and the chosen
+    forward."""
+    results = results_like(tensors, grad_output)  # of all paths: 4K images are large
+
+    def functions_along(path: str) -> Functions:
+        core = core_of(library, type_name, layer, Variant(path))
+        return core_functions(core, tensors, grad_output, results)
+
+    chosen = functions_along("automatic")
+    result = {"deform_conv2d": chosen}
+    for path in PATHS:
+        if path == "automatic":
+            continue
+        alone = functions_along(path)
+        result[path] = {}
+        if fits(alone["forward"]):
+            result[path]["forward"] = alone["forward"]
+        if fits(alone["backward"]):
+            result[path]["forward+backward"] = in_order(chosen["forward"], alone["backward"])
+    return result | peers(layer, tensors, grad_output)
+
+
+def fits(function) -> bool:
+    try:
+        function()
+    except NoFusedKernelError:
+        return False
+    return True
+
+
+def in_order(first: Callable, second: Callable) -> Callable:
+    def both():
+        first()
+        second()
+
+    return both
 
 
 def fresh_tensors(type_name, layer: Layer):
@@ -118,7 +181,9 @@ def fresh_tensors(type_name, layer: Layer):
 # --- How it is timed ---
 
 
-def times_in_turn(functions: dict[str, Callable], rounds: int = ROUNDS) -> dict[str, float]:
+def times_in_turn(
+    functions: dict[str, Callable], rounds: int = ROUNDS, warm_ups: int = WARM_UPS
+) -> dict[str, float]:
     """Median milliseconds on the GPU of each function.
 
     What is written before each call takes the place of its tensors in the L2 cache, and takes long
@@ -127,7 +192,7 @@ def times_in_turn(functions: dict[str, Callable], rounds: int = ROUNDS) -> dict[
     """
     flush = torch.empty(1 << 28, dtype=torch.int32, device="cuda")  # 1 GiB
     for function in functions.values():
-        for _ in range(5):
+        for _ in range(warm_ups):
             function()
     times = {name: [] for name in functions}
     for _ in range(rounds):
@@ -189,21 +254,41 @@ def time_layers(library, columns_bytes: int) -> list[dict]:
         for layer in DETECTION:
             tensors, grad_output = fresh_tensors(type_name, layer)
             compared = contestants(library, type_name, layer, tensors, grad_output, columns_bytes)
-            ms = {
-                key: times_in_turn({name: of[key] for name, of in compared.items()})
-                for key in MEASUREMENTS
-            }
             rows.append(
-                {
-                    "type": type_name,
-                    "layer": str(layer),
-                    "ms": ms,
-                    "least": least_work(layer, tensors, grad_output),
-                    "extra_bytes": extra_bytes(compared, tensors, grad_output),
-                }
+                {"type": type_name, "layer": str(layer)}
+                | measured(layer, compared, tensors, grad_output, ROUNDS, WARM_UPS)
             )
-            print(type_name, layer, _as_text(ms), flush=True)
+            print(type_name, layer, _as_text(rows[-1]["ms"]), flush=True)
     return rows
+
+
+def time_zoo(library, layers: dict[str, Layer], types: Sequence[str]) -> list[dict]:
+    rows = []
+    for type_name in types:
+        for name, layer in layers.items():
+            tensors, grad_output = fresh_tensors(type_name, layer)
+            compared = contestants_of_zoo(library, type_name, layer, tensors, grad_output)
+            rows.append(
+                {"type": type_name, "layer": name, "depthwise": layer.depthwise}
+                | measured(layer, compared, tensors, grad_output, ZOO_ROUNDS, ZOO_WARM_UPS)
+            )
+            print(type_name, name, _as_text(rows[-1]["ms"]), flush=True)
+    return rows
+
+
+def measured(
+    layer: Layer, compared: dict[str, Functions], tensors, grad_output, rounds, warm_ups
+) -> dict:
+    """Times and memory of a layer, and what it needs at least."""
+    ms = {}
+    for key in MEASUREMENTS:
+        functions = {name: of[key] for name, of in compared.items() if key in of}
+        ms[key] = times_in_turn(functions, rounds, warm_ups)
+    return {
+        "ms": ms,
+        "least": least_work(layer, tensors, grad_output),
+        "extra_bytes": extra_bytes(compared, tensors, grad_output),
+    }
 
 
 def time_small_layers(library) -> list[dict]:
@@ -267,15 +352,16 @@ def _as_text(ms: dict) -> str:
 
 def extra_bytes(compared: dict[str, Functions], tensors, grad_output) -> dict[str, int]:
     """The most that forward+backward holds beside its arguments and results."""
-    results = sum(tensor.nbytes for tensor in tensors.values()) + grad_output.nbytes
     result = {}
-    for name in ("deform_conv2d", "general", "deterministic"):
-        result[name] = max(pool_peak(compared[name][key]) for key in ("forward", "backward"))
+    for name, functions in compared.items():
+        if "backward" in functions:
+            result[name] = max(pool_peak(functions[key]) for key in ("forward", "backward"))
     if "torchvision" in compared:
-        # Results are made in the call here, and all count as held at the peak.
-        result["torchvision"] = (
-            allocator_peak(compared["torchvision"]["forward+backward"]) - results
-        )
+        # Results are made in the call here, all in the output's type, and count as held at the
+        # peak.
+        elements = sum(tensor.numel() for tensor in tensors.values()) + grad_output.numel()
+        peak = allocator_peak(compared["torchvision"]["forward+backward"])
+        result["torchvision"] = peak - elements * grad_output.element_size()
     return result
 
 

@@ -44,6 +44,10 @@ class Layer(NamedTuple):
         return self.kernel[0] * self.kernel[1]
 
     @property
+    def depthwise(self) -> bool:
+        return self.groups == self.channels > 1
+
+    @property
     def pad(self) -> tuple[int, int]:
         """At each end of rows and columns."""
         return tuple(self.dilation * (size - 1) // 2 for size in self.kernel)

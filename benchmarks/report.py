@@ -7,6 +7,9 @@ import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+# More of a plot's labels than so many are slanted.
+MOST_UPRIGHT_LABELS = 10
+
 
 def geometric_mean(values: Iterable[float]) -> float:
     return math.exp(statistics.mean(map(math.log, values)))
@@ -45,7 +48,17 @@ def _draw_bars(axes, times: dict[str, dict[str, float]], names: list[str], label
         axes.bar(positions, values, width, label=name)
     axes.set(yscale="log", ylabel=label)
     labels = [layer.replace(", ", "\n") for layer in times]
-    axes.set_xticks(range(len(labels)), labels, fontsize="small")
+    many = len(labels) > MOST_UPRIGHT_LABELS
+    axes.set_xticks(
+        range(len(labels)),
+        labels,
+        fontsize="small",
+        rotation=40 if many else 0,
+        ha="right" if many else "center",
+        rotation_mode="anchor" if many else "default",
+    )
+    if many:
+        axes.margins(x=0.01)
 
 
 def plot_cpu(path: Path, results: dict) -> None:
@@ -98,7 +111,8 @@ def plot_cpu(path: Path, results: dict) -> None:
 
 
 def plot_gpu(path: Path, panels: dict[str, dict[str, dict]]) -> None:
-    """Draws times as bars, two panels a row, and as a line what the device would need at least.
+    """Draws times as bars, and as a line what the device would need at least. There are two panels
+    in a row, or one where a panel has many layers.
 
     `panels`: by title and layer, {"ms": the times by name, "floor": the least}.
     """
@@ -113,9 +127,10 @@ def plot_gpu(path: Path, panels: dict[str, dict[str, dict]]) -> None:
             name for of in panels.values() for layer in of.values() for name in layer["ms"]
         )
     )
-    rows = -(-len(panels) // 2)
+    across = 1 if max(map(len, panels.values())) > MOST_UPRIGHT_LABELS else 2
+    rows = -(-len(panels) // across)
     figure = pyplot.figure(figsize=(14, 3.6 * rows + 0.6), layout="constrained")
-    grid = figure.subplots(rows, 2, squeeze=False).flat
+    grid = figure.subplots(rows, across, squeeze=False).flat
     for axes, (title, layers) in zip(grid, panels.items(), strict=False):
         times = {layer: of["ms"] for layer, of in layers.items()}
         _draw_bars(axes, times, names, f"{title}, ms")

@@ -1,5 +1,6 @@
 """What must hold of the compiled library: instruction sets, threads, symbols, the loader."""
 
+import itertools
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import pytest
 from conftest import PROJECT
 
 BUILD = PROJECT / "build"
+CORE = PROJECT / "src" / "core"
 CPUINFO = Path("/proc/cpuinfo")
 PROCESSOR = CPUINFO.read_text() if CPUINFO.exists() else ""
 
@@ -213,15 +215,40 @@ def test_older_driver_is_named_with_what_to_do(tmp_path):
     )
 
 
-# --- The sources ---
+# --- Parts of a batch ---
 
-CORE = PROJECT / "src" / "core"
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs GNU's linker")
+def test_fused_kernels_get_batches_of_too_many_pixels_in_parts(tmp_path):
+    """On no GPU. The program has those kernels itself; all others stay undefined. It also tests the
+    workspace that the parts share."""
+    program = tmp_path / "gpu_parts"
+    compiler = [os.environ.get("CXX", "g++"), "-std=c++17", "-no-pie"]
+    options = [f"-I{PROJECT / 'src'}", "-DDEFORM_CONV_SM90", "-Wl,--unresolved-symbols=ignore-all"]
+    sources = [PROJECT / "tests" / "gpu_parts.cc", CORE / "params.cc"]
+    names = ("implementations", "embedded", "embedding")
+    sources += [CORE / "gpu" / f"{name}.cc" for name in names]
+    subprocess.run([*compiler, *options, *sources, "-o", program], check=True)
+    completed = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert completed.returncode == 0, completed.stdout
+
+
+# --- The sources ---
 
 
 def test_every_source_of_the_core_is_in_one_list():
     listed = re.findall(r"^  (\S+)$", (CORE / "sources.cmake").read_text(), re.M)
     sources = [file for file in CORE.rglob("*") if file.suffix in (".cc", ".cu")]
     assert sorted(listed) == sorted(str(file.relative_to(CORE)) for file in sources)
+
+
+def test_files_that_may_spill_registers_exist_and_are_named_with_a_reason():
+    text = (PROJECT / "CMakeLists.txt").read_text()
+    named = re.search(r"set\(spilling\n(.*?)\)\n", text, re.S)[1].rstrip(")").splitlines()
+    for before, line in itertools.pairwise([None, *map(str.strip, named)]):
+        if not line.startswith("#"):
+            assert (PROJECT / line).exists(), line
+            assert before is not None and before.startswith("#"), line
 
 
 def test_core_includes_nothing_of_tensorflow_and_cudas_headers_only_for_nvcc():
@@ -233,6 +260,77 @@ def test_core_includes_nothing_of_tensorflow_and_cudas_headers_only_for_nvcc():
         )
         if file.suffix not in (".cu", ".cuh") and file.parent.name != "c_api":
             assert not [name for name in included if re.match("cuda|cublas|cub/", name)], file
+
+
+# Prints layers whose embedding breaks a rule, and how many were tried.
+EMBED_LAYERS = r"""
+#include <cstdio>
+#include "core/gpu/embedding.h"
+using deform_conv::ChannelAims;
+using deform_conv::DeformConvParams;
+using deform_conv::Embedding;
+
+bool IsRight(const DeformConvParams& layer, const ChannelAims& aims) {
+  const Embedding embedding = EmbeddingOf(layer, aims);
+  const DeformConvParams& larger = embedding.larger;
+  // So no embedding is embedded again, and again.
+  if (!EmbeddingOf(larger, aims).changes_nothing()) return false;
+  if (embedding.changes_nothing()) return true;
+  const auto taken = [&](int64_t channels) { return channels % aims.in_vector == 0; };
+  const int64_t merged = layer.groups / larger.groups;
+  const int64_t run = layer.in_channels / embedding.in_runs;
+  const bool whole = layer.groups % larger.groups == 0 &&
+                     layer.in_channels % embedding.in_runs == 0 &&
+                     larger.in_channels % larger.groups == 0 &&
+                     larger.in_channels % larger.deform_groups == 0 &&
+                     larger.out_channels % larger.groups == 0 &&
+                     merged * layer.group_in_channels() % run == 0 &&
+                     layer.deform_group_channels() % run == 0;
+  return whole && taken(larger.group_in_channels()) && taken(larger.deform_group_channels()) &&
+         larger.group_out_channels() % aims.out_vector == 0 &&
+         larger.in_channels >= layer.in_channels && larger.in_channels <= 4 * layer.in_channels &&
+         larger.out_channels >= layer.out_channels;
+}
+
+int main() {
+  int tried = 0;
+  const ChannelAims all_aims[] = {{8, 8, 64, 8, 1},     {8, 8, 64, 32, 2.0}, {4, 4, 32, 4, 1},
+                                  {4, 4, 32, 32, 1.25}, {8, 8, 1, 8, 1},     {4, 1, 1, 4, 1}};
+  for (const ChannelAims& aims : all_aims) {
+    for (int64_t groups = 1; groups <= 32; ++groups) {
+      for (int64_t in = 1; in <= 70; ++in) {
+        for (int64_t deform_groups = 1; deform_groups <= 16; ++deform_groups) {
+          if (groups * in % deform_groups != 0) continue;
+          for (const int64_t out : {1, 2, 3, 5, 8, 16, 33, 64, 100}) {
+            DeformConvParams layer = {};
+            layer.kernel_h = layer.kernel_w = 3;
+            layer.groups = groups;
+            layer.deform_groups = deform_groups;
+            layer.in_channels = groups * in;
+            layer.out_channels = groups * out;
+            ++tried;
+            if (IsRight(layer, aims)) continue;
+            std::printf("%d groups of %d to %d channels, %d deformable groups\n", int(groups),
+                        int(in), int(out), int(deform_groups));
+          }
+        }
+      }
+    }
+  }
+  std::printf("%d layers\n", tried);
+}
+"""
+
+
+def test_embedded_layers_are_whole_groups_of_larger_ones(tmp_path):
+    source, program = tmp_path / "embed_layers.cc", tmp_path / "embed_layers"
+    source.write_text(EMBED_LAYERS)
+    command = [os.environ.get("CXX", "g++"), "-std=c++17", "-O1", f"-I{PROJECT / 'src'}"]
+    command += [source, CORE / "gpu" / "embedding.cc", "-o", program]
+    subprocess.run(command, check=True)
+    printed = subprocess.run([program], capture_output=True, text=True, check=True).stdout
+    (counted,) = printed.splitlines()
+    assert int(counted.removesuffix(" layers")) > 100_000
 
 
 # --- The loader ---

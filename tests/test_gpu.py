@@ -1,6 +1,8 @@
 """What holds on a GPU only, or between a GPU and the CPU."""
 
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -33,6 +35,8 @@ def run_on(device, case, dtype, **options):
         {"size": (13, 17), "channels": 3, "deform_groups": 3, "dilations": (1, 2)},
         {"size": (13, 17), "channels": 17},
         {"size": (9, 9), "channels": 24, "out_channels": 24, "groups": 24},
+        {"size": (50, 76), "channels": 64, "out_channels": 64, "groups": 16},
+        {"size": (100, 152), "channels": 30, "out_channels": 33},
     ],
     ids=str,
 )
@@ -155,6 +159,37 @@ def test_threads_do_not_disturb_each_other(rng):
     for thread in threads:
         thread.join()
     assert max(worst) <= 1e-6
+
+
+# --- The core alone ---
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sorting_holds_its_memory_once_however_many_chunks_there_are",
+        "pixels_that_nothing_samples_are_left_out_when_sorting",
+        "error_of_one_call_is_not_told_of_the_next",
+        "threads_may_need_different_amounts_of_shared_memory",
+        "fused_kernels_take_a_batch_of_2_to_the_27_pixels",
+    ],
+)
+def test_core_on_gpu(name):
+    """In a process of its own: PyTorch and TensorFlow do not load into one."""
+    for package in ("torch", "torchvision"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"needs {package}")
+    if shutil.which("nvcc") is None:
+        pytest.skip("needs nvcc")
+    completed = subprocess.run(
+        [sys.executable, PROJECT / "tests" / "core_on_gpu.py", name],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert completed.returncode == 0, completed.stderr
+    if "skipped: " in completed.stdout:
+        pytest.skip(completed.stdout.rpartition("skipped: ")[-1].strip())
 
 
 # --- General and fused kernels ---

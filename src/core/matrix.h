@@ -28,6 +28,13 @@ Matrix<T> RowsOf(const Matrix<T>& matrix, int64_t begin, int64_t count) {
   return {matrix.data + begin * matrix.stride, count, matrix.cols, matrix.stride};
 }
 
+// Matrices of one size, each of which begins `distance` elements after the one before.
+template <typename T>
+struct MatrixBatch {
+  Matrix<T> first;
+  int64_t distance;
+};
+
 // Which operand is transposed.
 enum class GemmForm { kPlain, kTransposeA, kTransposeB };
 

@@ -25,6 +25,8 @@ set(CORE_GPU_SOURCES
   gpu/chunk_plan.cc
   gpu/columns_backward.cc
   gpu/depthwise.cc
+  gpu/embedded.cc
+  gpu/embedding.cc
   gpu/forward.cc
   gpu/im2col_gemm.cc
   gpu/implementations.cc
@@ -38,6 +40,7 @@ set(CORE_CUDA_SOURCES
   cuda/general/col2im_sorted.cu
   cuda/general/depthwise_backward.cu
   cuda/general/depthwise_forward.cu
+  cuda/general/embedding.cu
   cuda/general/im2col.cu
   cuda/general/layout.cu
 )

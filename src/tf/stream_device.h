@@ -22,42 +22,55 @@
 namespace deform_conv {
 
 template <typename T, typename Scalar>
-absl::Status StreamGemmOf(stream_executor::Stream* stream, GemmForm form,
-                          const Matrix<const void>& a, const Matrix<const void>& b,
-                          const Matrix<void>& c, bool accumulate) {
+absl::Status StreamGemmOf(stream_executor::Stream* stream, GemmForm form, int64_t count,
+                          const MatrixBatch<const void>& a, const MatrixBatch<const void>& b,
+                          const MatrixBatch<void>& c, bool accumulate) {
   namespace blas = stream_executor::blas;
   blas::BlasSupport* library = stream->parent()->AsBlas();
   if (library == nullptr) return absl::InternalError("TensorFlow has no BLAS here");
   const auto transpose = [form](GemmForm transposing) {
     return form == transposing ? blas::Transpose::kTranspose : blas::Transpose::kNoTranspose;
   };
-  const auto address = [](const Matrix<const void>& matrix) {
-    return DeviceAddress<T>::MakeFromByteSize(const_cast<void*>(matrix.data),
-                                              matrix.rows * matrix.stride * sizeof(T));
+  const auto address = [count](const auto& batch) {
+    const int64_t elements = (count - 1) * batch.distance + batch.first.rows * batch.first.stride;
+    return DeviceAddress<T>::MakeFromByteSize(const_cast<void*>(batch.first.data),
+                                              elements * sizeof(T));
   };
-  auto out = address({c.data, c.rows, c.cols, c.stride});
-  const int64_t k = form == GemmForm::kTransposeA ? a.rows : a.cols;
+  auto out = address(c);
+  const int64_t k = form == GemmForm::kTransposeA ? a.first.rows : a.first.cols;
   // BLAS is column-major: there, a row-major matrix is its transpose, and c^T = b^T a^T.
-  return library->BlasGemm(
-      stream, transpose(GemmForm::kTransposeB), transpose(GemmForm::kTransposeA), c.cols, c.rows, k,
-      static_cast<Scalar>(1.0f), address(b), static_cast<int>(b.stride), address(a),
-      static_cast<int>(a.stride), static_cast<Scalar>(accumulate ? 1.0f : 0.0f), &out,
-      static_cast<int>(c.stride), tensorflow::GetNumericOptions(), blas::CallContext::kNone);
+  if (count == 1) {
+    return library->BlasGemm(
+        stream, transpose(GemmForm::kTransposeB), transpose(GemmForm::kTransposeA), c.first.cols,
+        c.first.rows, k, static_cast<Scalar>(1.0f), address(b), static_cast<int>(b.first.stride),
+        address(a), static_cast<int>(a.first.stride), static_cast<Scalar>(accumulate ? 1.0f : 0.0f),
+        &out, static_cast<int>(c.first.stride), tensorflow::GetNumericOptions(),
+        blas::CallContext::kNone);
+  }
+  return library->BlasGemmStridedBatched(
+      stream, transpose(GemmForm::kTransposeB), transpose(GemmForm::kTransposeA), c.first.cols,
+      c.first.rows, k, static_cast<Scalar>(1.0f), address(b), static_cast<int>(b.first.stride),
+      b.distance, address(a), static_cast<int>(a.first.stride), a.distance,
+      static_cast<Scalar>(accumulate ? 1.0f : 0.0f), &out, static_cast<int>(c.first.stride),
+      c.distance, static_cast<int>(count), tensorflow::GetNumericOptions(),
+      blas::CallContext::kNone);
 }
 
 // GpuDevice::Gemm() on `stream`. Obeys TensorFlow's settings of TF32 and determinism.
 inline absl::Status StreamGemm(stream_executor::Stream* stream, ElementType type, GemmForm form,
-                               const Matrix<const void>& a, const Matrix<const void>& b,
-                               const Matrix<void>& c, bool accumulate) {
+                               int64_t count, const MatrixBatch<const void>& a,
+                               const MatrixBatch<const void>& b, const MatrixBatch<void>& c,
+                               bool accumulate) {
   switch (type) {
     case ElementType::kFloat:
-      return StreamGemmOf<float, float>(stream, form, a, b, c, accumulate);
+      return StreamGemmOf<float, float>(stream, form, count, a, b, c, accumulate);
     case ElementType::kDouble:
-      return StreamGemmOf<double, double>(stream, form, a, b, c, accumulate);
+      return StreamGemmOf<double, double>(stream, form, count, a, b, c, accumulate);
     case ElementType::kHalf:
-      return StreamGemmOf<Eigen::half, float>(stream, form, a, b, c, accumulate);
+      return StreamGemmOf<Eigen::half, float>(stream, form, count, a, b, c, accumulate);
     case ElementType::kBFloat16:
-      return StreamGemmOf<Eigen::bfloat16, Eigen::bfloat16>(stream, form, a, b, c, accumulate);
+      return StreamGemmOf<Eigen::bfloat16, Eigen::bfloat16>(stream, form, count, a, b, c,
+                                                            accumulate);
   }
   return absl::InternalError("unknown element type");
 }
@@ -80,9 +93,10 @@ class StreamDevice : public GpuDevice {
     return *path;
   }
 
-  std::string Gemm(ElementType type, GemmForm form, const Matrix<const void>& a,
-                   const Matrix<const void>& b, const Matrix<void>& c, bool accumulate) override {
-    const absl::Status status = StreamGemm(stream_, type, form, a, b, c, accumulate);
+  std::string Gemm(ElementType type, GemmForm form, int64_t count, const MatrixBatch<const void>& a,
+                   const MatrixBatch<const void>& b, const MatrixBatch<void>& c,
+                   bool accumulate) override {
+    const absl::Status status = StreamGemm(stream_, type, form, count, a, b, c, accumulate);
     return status.ok() ? "" : Remember(status);
   }
 

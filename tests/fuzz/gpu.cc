@@ -208,18 +208,42 @@ Rounding RoundingOnGpu(const Problem& problem, bool allow_tf32) {
   return rounding;
 }
 
-// Tensor cores sum the input's gradient up over regions, with weights of 0 too. So where a gradient
-// of the columns is not finite, that of pixels around it may not be either: those count as right.
-void AcceptSpread(const Problem& problem, const Expected& expected, std::vector<double>& actual) {
-  const auto finite = [](double value) { return std::isfinite(value); };
-  const auto all_finite = [&](const std::vector<double>& values) {
-    return std::all_of(values.begin(), values.end(), finite);
-  };
-  if (all_finite(problem.grad_output) && all_finite(problem.filters)) return;
-  for (size_t i = 0; i < actual.size(); ++i) {
-    if (!finite(actual[i]) && finite(expected.values[i])) actual[i] = expected.values[i];
+// On tensor cores, what is not finite may reach further than it does in the formula, since the
+// input's gradient is summed up over regions, with weights of 0 too, and convolution groups may be
+// multiplied together, with filters of 0 between them.
+class Spread {
+ public:
+  Spread(const Problem& problem, const CallSettings& settings, const Rounding& rounding) {
+    if (settings.path == 1 || problem.type == ElementType::kDouble ||
+        (problem.type == ElementType::kFloat && !settings.allow_tf32)) {
+      return;
+    }
+    const bool forward = !AllFinite(problem.input) || !AllFinite(problem.mask);
+    const bool backward = !AllFinite(problem.grad_output) || !AllFinite(problem.filters);
+    const bool overflow = rounding.may_overflow;
+    regions = backward;
+    groups_forward = problem.params.groups > 1 && (forward || overflow);
+    groups_backward = problem.params.groups > 1 && (backward || overflow);
   }
-}
+
+  // What then counts as right.
+  static void Accept(const Expected& expected, std::vector<double>& actual) {
+    for (size_t i = 0; i < actual.size(); ++i) {
+      const bool spread = !std::isfinite(actual[i]) && std::isfinite(expected.values[i]);
+      if (spread) actual[i] = expected.values[i];
+    }
+  }
+
+  bool regions = false;
+  // Among the samples of groups, and among the gradients of their columns.
+  bool groups_forward = false, groups_backward = false;
+
+ private:
+  static bool AllFinite(const std::vector<double>& values) {
+    return std::all_of(values.begin(), values.end(),
+                       [](double value) { return std::isfinite(value); });
+  }
+};
 
 // --- A case ---
 
@@ -253,8 +277,9 @@ class GpuCase {
     const DeformConvShapes& shapes = problem_.shapes;
     const std::vector<int64_t> output = {shapes.offset[0], shapes.offset[1], shapes.offset[2],
                                          problem_.params.out_channels};
+    const Spread spread(problem_, settings_, rounding);
     if (Forward()) {
-      Expect(output_, reference.output, output, rounding);
+      Expect(output_, reference.output, output, rounding, spread.groups_forward);
       if (twice && settings_.deterministic) ExpectSameAgain(true);
     }
     if (Backward()) {
@@ -262,12 +287,13 @@ class GpuCase {
                               const std::array<int64_t, 4>& of, bool spreads = false) {
         if (wanted) Expect(actual, expected, {of.begin(), of.end()}, rounding, spreads);
       };
-      const bool tensor_cores = settings_.path != 1 && problem_.type != ElementType::kDouble &&
-                                (problem_.type != ElementType::kFloat || settings_.allow_tf32);
-      expect(settings_.want_input, grad_input_, reference.grad_input, shapes.input, tensor_cores);
+      expect(settings_.want_input, grad_input_, reference.grad_input, shapes.input,
+             spread.regions || spread.groups_backward);
       expect(settings_.want_filters, grad_filters_, reference.grad_filters, shapes.filters);
-      expect(settings_.want_offset, grad_offset_, reference.grad_offset, shapes.offset);
-      expect(settings_.want_mask, grad_mask_, reference.grad_mask, shapes.mask);
+      expect(settings_.want_offset, grad_offset_, reference.grad_offset, shapes.offset,
+             spread.groups_backward);
+      expect(settings_.want_mask, grad_mask_, reference.grad_mask, shapes.mask,
+             spread.groups_backward);
       if (twice && settings_.deterministic) ExpectSameAgain(false);
     }
     for (DeviceBuffer* argument : {&input_, &filters_, &offset_, &mask_, &grad_output_}) {
@@ -327,7 +353,7 @@ class GpuCase {
   void Expect(DeviceBuffer& actual, const Expected& expected, const std::vector<int64_t>& shape,
               const Rounding& rounding, bool spreads = false) {
     std::vector<double> values = actual.ReadResults();
-    if (spreads) AcceptSpread(problem_, expected, values);
+    if (spreads) Spread::Accept(expected, values);
     const std::string error = Compare(actual.name(), expected, values, shape, rounding);
     if (!error.empty()) throw Finding(error);
   }

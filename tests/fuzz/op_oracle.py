@@ -127,19 +127,23 @@ def _least(dtype) -> float:
     return float(ml_dtypes.finfo(NUMPY_DTYPES.get(dtype, dtype)).smallest_normal)
 
 
-def _flushed(dtype) -> float:
-    """What a product that is flushed to zero may have been worth, times a large number."""
-    return 1e10 * _least(dtype)
+def _flushed(dtype, factors) -> float:
+    """What a product that is flushed to zero may have been worth, times so many large numbers."""
+    return 1e10**factors * _least(dtype)
 
 
 class Expected:
-    """An array in float64, the sum of its terms' absolute values, and how many there were."""
+    """An array in float64, the sum of its terms' absolute values, and how many there were.
 
-    def __init__(self, value, magnitude, terms):
-        self.value, self.magnitude, self.terms = value, magnitude, terms
+    A term is a product of two arrays' numbers, times those of `factors` others.
+    """
+
+    def __init__(self, value, magnitude, terms, factors=1):
+        self.value, self.magnitude, self.terms, self.factors = value, magnitude, terms, factors
 
     def transposed(self, axes):
-        return Expected(self.value.transpose(axes), self.magnitude.transpose(axes), self.terms)
+        value, magnitude = self.value.transpose(axes), self.magnitude.transpose(axes)
+        return Expected(value, magnitude, self.terms, self.factors)
 
     def difference(self, actual, dtype) -> str | None:
         """What is wrong with `actual`, computed in `dtype` or float32 and rounded to `dtype`.
@@ -151,9 +155,10 @@ class Expected:
             return f"shape {actual.shape} instead of {self.value.shape}"
         actual = actual.astype(np.float64)
         compute = "float64" if dtype == "float64" else "float32"
+        flushed = _flushed(compute, self.factors)
         with np.errstate(all="ignore"):
             limit = (
-                (self.terms + 16) * (_epsilon(compute) * self.magnitude + _flushed(compute))
+                (self.terms + 16) * (_epsilon(compute) * self.magnitude + flushed)
                 + _epsilon(dtype) * np.abs(self.value)
                 + _least(dtype)
             )
@@ -365,7 +370,7 @@ def _sample_gradients(
         offset_terms.append(np.stack(scaled, axis=-1).reshape(arrays["offset"].shape))
         if "mask" in arrays:
             mask_terms.append(by["weight"].reshape(arrays["mask"].shape))
-    found["grad_offset"] = Expected(*offset_terms, terms)
+    found["grad_offset"] = Expected(*offset_terms, terms, factors=2)  # input and mask
     if mask_terms:
         found["grad_mask"] = Expected(*mask_terms, terms)
     return found

@@ -44,6 +44,7 @@ class ToolkitDevice : public GpuDevice {
     KeepFreedMemory();
     const cudaError_t error = cudaMallocAsync(memory, bytes, stream_);
     if (error != cudaSuccess) {
+      cudaGetLastError();  // forgets it: whoever asks next would take it for its own
       return "cannot allocate " + std::to_string(bytes) + " bytes: " + cudaGetErrorString(error);
     }
     allocated_.push_back(*memory);
@@ -51,8 +52,9 @@ class ToolkitDevice : public GpuDevice {
   }
 
   // cuBLAS is column-major: there, a row-major matrix is its transpose, and c^T = b^T a^T.
-  std::string Gemm(ElementType type, GemmForm form, const Matrix<const void>& a,
-                   const Matrix<const void>& b, const Matrix<void>& c, bool accumulate) override {
+  std::string Gemm(ElementType type, GemmForm form, int64_t count, const MatrixBatch<const void>& a,
+                   const MatrixBatch<const void>& b, const MatrixBatch<void>& c,
+                   bool accumulate) override {
     // A handle belongs to the device that is current when it is made.
     static thread_local std::map<int, cublasHandle_t> handles;
     const int device = CurrentDevice();
@@ -73,18 +75,20 @@ class ToolkitDevice : public GpuDevice {
                                              : type == ElementType::kFloat && allow_tf32_
                                                  ? CUBLAS_COMPUTE_32F_FAST_TF32
                                                  : CUBLAS_COMPUTE_32F;
-    const int64_t k = form == GemmForm::kTransposeA ? a.rows : a.cols;
-    const cublasStatus_t status =
-        cublasGemmEx(handle, form == GemmForm::kTransposeB ? CUBLAS_OP_T : CUBLAS_OP_N,
-                     form == GemmForm::kTransposeA ? CUBLAS_OP_T : CUBLAS_OP_N,
-                     static_cast<int>(c.cols), static_cast<int>(c.rows), static_cast<int>(k),
-                     is_double ? static_cast<const void*>(&one_double) : &one, b.data, data_type,
-                     static_cast<int>(b.stride), a.data, data_type, static_cast<int>(a.stride),
-                     is_double ? static_cast<const void*>(&beta_double) : &beta, c.data, data_type,
-                     static_cast<int>(c.stride), compute_type, CUBLAS_GEMM_DEFAULT);
+    const int64_t k = form == GemmForm::kTransposeA ? a.first.rows : a.first.cols;
+    const cublasStatus_t status = cublasGemmStridedBatchedEx(
+        handle, form == GemmForm::kTransposeB ? CUBLAS_OP_T : CUBLAS_OP_N,
+        form == GemmForm::kTransposeA ? CUBLAS_OP_T : CUBLAS_OP_N, static_cast<int>(c.first.cols),
+        static_cast<int>(c.first.rows), static_cast<int>(k),
+        is_double ? static_cast<const void*>(&one_double) : &one, b.first.data, data_type,
+        static_cast<int>(b.first.stride), b.distance, a.first.data, data_type,
+        static_cast<int>(a.first.stride), a.distance,
+        is_double ? static_cast<const void*>(&beta_double) : &beta, c.first.data, data_type,
+        static_cast<int>(c.first.stride), c.distance, static_cast<int>(count), compute_type,
+        CUBLAS_GEMM_DEFAULT);
     return status == CUBLAS_STATUS_SUCCESS
                ? ""
-               : "cublasGemmEx failed with status " + std::to_string(status);
+               : "cublasGemmStridedBatchedEx failed with status " + std::to_string(status);
   }
 
  private:

@@ -12,6 +12,26 @@ std::string VersionText(int version) {
   return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
 
+// Whether it is no error of the call that returned it, but of a kernel before, anybody's. The GPU
+// does nothing more for this process then, and every call returns it.
+bool IsOfWorkBefore(cudaError_t error) {
+  switch (error) {
+    case cudaErrorECCUncorrectable:
+    case cudaErrorIllegalAddress:
+    case cudaErrorLaunchTimeout:
+    case cudaErrorAssert:
+    case cudaErrorHardwareStackError:
+    case cudaErrorIllegalInstruction:
+    case cudaErrorMisalignedAddress:
+    case cudaErrorInvalidAddressSpace:
+    case cudaErrorInvalidPc:
+    case cudaErrorLaunchFailure:
+      return true;
+    default:
+      return false;
+  }
+}
+
 }  // namespace
 
 std::string DriverMisfit() {
@@ -35,7 +55,8 @@ std::string ErrorText(cudaError_t error) {
     return "deform_conv was not built for the compute capability of this GPU, " +
            std::to_string(gpu.major) + "." + std::to_string(gpu.minor);
   }
-  return cudaGetErrorString(error);
+  const std::string text = cudaGetErrorString(error);
+  return IsOfWorkBefore(error) ? text + ", in work that the GPU was given before" : text;
 }
 
 }  // namespace cuda

@@ -7,11 +7,6 @@
 namespace deform_conv {
 namespace {
 
-// Cuts `number` into nearly equal parts of at most `most`, and returns their size; 1 for no number.
-int64_t PartOf(int64_t number, int64_t most) {
-  return number == 0 ? 1 : CeilDiv(number, CeilDiv(number, most));
-}
-
 int64_t MostPositions(const DeformConvParams& params, int64_t element_bytes,
                       int64_t columns_bytes) {
   return std::max<int64_t>(columns_bytes / ColumnsBytes(params, 1, element_bytes), 1);
@@ -29,6 +24,10 @@ int64_t MostImages(const DeformConvParams& params, const ElementBytes& bytes) {
 }
 
 }  // namespace
+
+int64_t PartOf(int64_t number, int64_t most) {
+  return number == 0 ? 1 : CeilDiv(number, CeilDiv(number, most));
+}
 
 int64_t ColumnsBytes(const DeformConvParams& params, int64_t positions, int64_t element_bytes) {
   return positions * params.taps() * params.in_channels * element_bytes;

@@ -39,6 +39,9 @@ int64_t PositionsOfChunk(const DeformConvParams& params, int64_t element_bytes,
 ChunkPlan PlanBackward(const DeformConvParams& params, const ElementBytes& bytes,
                        int64_t columns_bytes, const ChunkPreference& preference);
 
+// Cuts `number` into nearly equal parts of at most `most`, and returns their size; 1 for no number.
+int64_t PartOf(int64_t number, int64_t most);
+
 // Bytes of the columns of so many positions.
 int64_t ColumnsBytes(const DeformConvParams& params, int64_t positions, int64_t element_bytes);
 

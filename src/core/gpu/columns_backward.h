@@ -9,6 +9,10 @@
 
 namespace deform_conv {
 
+// Chooses what gives the gradients of input, offset and mask, of which one is wanted.
+template <typename T>
+std::string ChooseCol2Im(const BackwardCall<T>& call, const Col2ImImplementation<T>** chosen);
+
 template <typename T>
 std::string BackpropByColumns(const BackwardCall<T>& call);
 

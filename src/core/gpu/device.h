@@ -45,10 +45,12 @@ class GpuDevice {
   // Memory that lasts until the work now put on the stream has used it. Aligned to 16 bytes.
   virtual std::string Allocate(int64_t bytes, void** memory) = 0;
 
-  // c = a * b, with one operand transposed as `form` says, or c += a * b. Sums are in float for the
-  // 16-bit types; products of floats are rounded to TF32 if allow_tf32().
-  virtual std::string Gemm(ElementType type, GemmForm form, const Matrix<const void>& a,
-                           const Matrix<const void>& b, const Matrix<void>& c, bool accumulate) = 0;
+  // c = a * b, with one operand transposed as `form` says, or c += a * b, for each of `count`
+  // matrices; no element of c is part of two. Sums are in float for the 16-bit types; products of
+  // floats are rounded to TF32 if allow_tf32().
+  virtual std::string Gemm(ElementType type, GemmForm form, int64_t count,
+                           const MatrixBatch<const void>& a, const MatrixBatch<const void>& b,
+                           const MatrixBatch<void>& c, bool accumulate) = 0;
 };
 
 }  // namespace deform_conv

@@ -22,13 +22,10 @@ std::string Im2ColGemm(const ForwardCall<T>& call) {
     const int64_t end = std::min(begin + chunk, positions);
     DEFORM_CONV_RETURN_IF_ERROR(
         cuda::Im2Col<T>(params, call.tensors, begin, end, columns, call.device.stream()));
-    for (int64_t group = 0; group < params.groups; ++group) {
-      DEFORM_CONV_RETURN_IF_ERROR(Gemm(call.device, GemmForm::kPlain,
-                                       GroupColumns(params, group, columns, end - begin),
-                                       GroupFilters(params, group, call.filters),
-                                       GroupOutput(params, group, call.output, begin, end),
-                                       /*accumulate=*/false));
-    }
+    DEFORM_CONV_RETURN_IF_ERROR(GemmOfGroups(
+        params, call.device, GemmForm::kPlain, ColumnsOfGroups(params, columns, end - begin),
+        FiltersOfGroups(params, call.filters), OutputOfGroups(params, call.output, begin, end),
+        /*accumulate=*/false));
   }
   return "";
 }

@@ -1,12 +1,17 @@
 #include "core/gpu/implementations.h"
 
+#include <algorithm>
+#include <cstdint>
 #include <string>
 #include <type_traits>
 
+#include "core/cuda/fused/limits.h"
 #include "core/cuda/general/kernels.h"
 #include "core/gpu/columns_backward.h"
 #include "core/gpu/depthwise.h"
+#include "core/gpu/embedded.h"
 #include "core/gpu/im2col_gemm.h"
+#include "core/gpu/some_images.h"
 #include "core/return_if_error.h"
 #ifdef DEFORM_CONV_SM90
 #include "core/cuda/sm90/kernels.h"
@@ -41,20 +46,40 @@ std::string PrecisionMisfit(const GpuDevice& device) {
   return "";
 }
 
+// The images that a fused kernel works on at a time: the first of them. The others fit no less.
+template <template <typename> class Call, typename T>
+SomeImages<T> FirstFusedImages(const Call<T>& call) {
+  return {call.params, call.tensors, 0, cuda::FusedImages(call.params)};
+}
+
 template <typename T>
 std::string ImplicitGemmMisfit(const ForwardCall<T>& call) {
   DEFORM_CONV_RETURN_IF_ERROR(PrecisionMisfit<T>(call.device));
   if constexpr (!std::is_same_v<T, double>) {
-    return cuda::ImplicitGemmSm90Misfit<T>(call.params, call.tensors, call.filters, call.output);
+    const SomeImages<T> some = FirstFusedImages(call);
+    return cuda::ImplicitGemmSm90Misfit<T>(some.params(), some.tensors(), call.filters,
+                                           call.output);
   }
   return "";
+}
+
+// Where several deformable groups share 64 bytes of channels, each thread locates its own samples.
+// That is too slow beside the accumulators of more than 64 output channels.
+template <typename T>
+int ImplicitGemmCost(const ForwardCall<T>& call) {
+  const bool narrow = call.params.deform_group_channels() * int64_t{sizeof(T)} < 64;
+  return narrow && call.params.group_out_channels() > 64 ? 4 : 2;
 }
 
 template <typename T>
 std::string RunImplicitGemm(const ForwardCall<T>& call) {
   if constexpr (!std::is_same_v<T, double>) {
-    return cuda::ImplicitGemmSm90<T>(call.params, call.tensors, call.filters, call.device,
-                                     call.output);
+    return ForParts<T>(call.params, call.tensors, cuda::FusedImages(call.params),
+                       [&](const SomeImages<T>& some) {
+                         return cuda::ImplicitGemmSm90<T>(
+                             some.params(), some.tensors(), call.filters, call.device,
+                             call.output + some.position() * call.params.out_channels);
+                       });
   }
   return kNoDouble;
 }
@@ -64,7 +89,8 @@ std::string RegionScatterMisfit(const Col2ImCall<T>& call) {
   DEFORM_CONV_RETURN_IF_ERROR(PrecisionMisfit<T>(call.device));
   if (call.device.deterministic()) return kAddsWithAtomics;
   if constexpr (!std::is_same_v<T, double>) {
-    return cuda::RegionScatterSm90Misfit<T>(call.params, call.tensors, call.gradients);
+    const SomeImages<T> some = FirstFusedImages(call);
+    return cuda::RegionScatterSm90Misfit<T>(some.params(), some.tensors(), call.gradients);
   }
   return "";
 }
@@ -72,8 +98,20 @@ std::string RegionScatterMisfit(const Col2ImCall<T>& call) {
 template <typename T>
 std::string RunRegionScatter(const Col2ImCall<T>& call) {
   if constexpr (!std::is_same_v<T, double>) {
-    return cuda::RegionScatterSm90<T>(call.params, call.tensors, call.begin, call.end, call.replace,
-                                      call.columns, call.gradients, call.device.stream());
+    const DeformConvParams& params = call.params;
+    return ForParts<T>(
+        params, call.tensors, cuda::FusedImages(params),
+        [&](const SomeImages<T>& some) -> std::string {
+          const int64_t first = some.position();
+          const int64_t begin = std::max(call.begin, first);
+          const int64_t end = std::min(call.end, first + some.params().out_positions());
+          if (begin >= end) return "";
+          T* const columns =
+              call.columns + (begin - call.begin) * params.taps() * params.in_channels;
+          return cuda::RegionScatterSm90<T>(some.params(), some.tensors(), begin - first,
+                                            end - first, call.replace, columns,
+                                            some.Of(call.gradients), call.device.stream());
+        });
   }
   return kNoDouble;
 }
@@ -81,6 +119,12 @@ std::string RunRegionScatter(const Col2ImCall<T>& call) {
 #endif  // DEFORM_CONV_SM90
 
 // --- Every GPU ---
+
+template <typename T>
+std::string RunIm2Col(const Im2ColCall<T>& call) {
+  return cuda::Im2Col<T>(call.params, call.tensors, call.begin, call.end, call.columns,
+                         call.device.stream());
+}
 
 template <typename T>
 std::string AtomicMisfit(const Col2ImCall<T>& call) {
@@ -168,7 +212,7 @@ template <typename T>
 std::string RunSorted(const Col2ImCall<T>& call) {
   DEFORM_CONV_RETURN_IF_ERROR(cuda::Col2ImSorted<T>(call.params, call.tensors, call.begin, call.end,
                                                     call.columns, call.gradients.input,
-                                                    call.device));
+                                                    call.workspace, call.device.stream()));
   return RunOthers(call);
 }
 
@@ -203,10 +247,12 @@ template <typename T>
 const std::vector<Implementation<ForwardCall<T>>>& ForwardImplementations() {
   static const std::vector<Implementation<ForwardCall<T>>> list = {
 #ifdef DEFORM_CONV_SM90
-      {"ImplicitGemmSm90", KernelPath::kFused, ImplicitGemmMisfit<T>, Cost<1>, RunImplicitGemm<T>},
+      {"ImplicitGemmSm90", KernelPath::kFused, ImplicitGemmMisfit<T>, ImplicitGemmCost<T>,
+       RunImplicitGemm<T>},
 #endif
       {"Depthwise", KernelPath::kGeneral, DepthwiseForwardMisfit<T>, Cost<0>, ForwardDepthwise<T>},
-      {"Im2ColGemm", KernelPath::kGeneral, AlwaysFits, Cost<2>, Im2ColGemm<T>},
+      {"Embedded", KernelPath::kAny, EmbeddedForwardMisfit<T>, Cost<1>, ForwardEmbedded<T>},
+      {"Im2ColGemm", KernelPath::kGeneral, AlwaysFits, Cost<3>, Im2ColGemm<T>},
   };
   return list;
 }
@@ -216,7 +262,16 @@ const std::vector<Implementation<BackwardCall<T>>>& BackwardImplementations() {
   static const std::vector<Implementation<BackwardCall<T>>> list = {
       {"Depthwise", KernelPath::kGeneral, DepthwiseBackwardMisfit<T>, Cost<0>,
        BackpropDepthwise<T>},
-      {"Columns", KernelPath::kAny, AlwaysFits, Cost<1>, BackpropByColumns<T>},
+      {"Embedded", KernelPath::kAny, EmbeddedBackwardMisfit<T>, Cost<1>, BackpropEmbedded<T>},
+      {"Columns", KernelPath::kAny, AlwaysFits, Cost<2>, BackpropByColumns<T>},
+  };
+  return list;
+}
+
+template <typename T>
+const std::vector<Implementation<Im2ColCall<T>>>& Im2ColImplementations() {
+  static const std::vector<Implementation<Im2ColCall<T>>> list = {
+      {"Im2Col", KernelPath::kGeneral, AlwaysFits, Cost<0>, RunIm2Col<T>},
   };
   return list;
 }
@@ -242,6 +297,7 @@ const std::vector<Col2ImImplementation<T>>& Col2ImImplementations() {
 #define DEFORM_CONV_INSTANTIATE(T)                                                           \
   template const std::vector<Implementation<ForwardCall<T>>>& ForwardImplementations<T>();   \
   template const std::vector<Implementation<BackwardCall<T>>>& BackwardImplementations<T>(); \
+  template const std::vector<Implementation<Im2ColCall<T>>>& Im2ColImplementations<T>();     \
   template const std::vector<Col2ImImplementation<T>>& Col2ImImplementations<T>();
 DEFORM_CONV_FOR_ELEMENT_TYPES(DEFORM_CONV_INSTANTIATE)
 #undef DEFORM_CONV_INSTANTIATE

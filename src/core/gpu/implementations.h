@@ -10,6 +10,7 @@
 #include "core/gpu/chunk_plan.h"
 #include "core/gpu/device.h"
 #include "core/gpu/implementation.h"
+#include "core/gpu/workspace.h"
 #include "core/params.h"
 #include "core/sampling.h"
 #include "core/types.h"
@@ -45,6 +46,20 @@ struct BackwardCall {
 template <typename T>
 const std::vector<Implementation<BackwardCall<T>>>& BackwardImplementations();
 
+// --- Backward by columns: the columns alone, where only the filters' gradient is wanted ---
+
+template <typename T>
+struct Im2ColCall {
+  const DeformConvParams& params;
+  const SampledTensors<T, ComputeType<T>>& tensors;
+  int64_t begin, end;  // positions
+  T* columns;          // of these positions
+  GpuDevice& device;
+};
+
+template <typename T>
+const std::vector<Implementation<Im2ColCall<T>>>& Im2ColImplementations();
+
 // --- Backward by columns: from the columns' gradient to those of input, offset and mask ---
 
 template <typename T>
@@ -58,6 +73,7 @@ struct Col2ImCall {
   // The input's gradient is added to. Those of offset and mask are written, at these positions.
   SampledGradients<ComputeType<T>> gradients;
   GpuDevice& device;
+  Workspace& workspace;
 };
 
 template <typename T>

@@ -5,8 +5,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <string>
 
 #include "core/params.h"
+#include "core/return_if_error.h"
 #include "core/sampling.h"
 #include "core/types.h"
 
@@ -35,7 +37,8 @@ class SomeImages {
   // The first, of the whole batch.
   int64_t position() const { return position_; }
   // Their part of the whole batch's gradients.
-  SampledGradients<T, OffsetT> Of(const SampledGradients<T, OffsetT>& gradients) const {
+  template <typename Input>
+  SampledGradients<Input, OffsetT> Of(const SampledGradients<Input, OffsetT>& gradients) const {
     return {Advance(gradients.input, input_), Advance(gradients.offset, offset_),
             Advance(gradients.mask, mask_)};
   }
@@ -50,6 +53,18 @@ class SomeImages {
   SampledTensors<T, OffsetT> tensors_;
   int64_t position_, input_, offset_, mask_;  // where they begin, in elements
 };
+
+// Calls run(some) for each part of the batch: `images` images, or what is left of them. Returns an
+// empty string, or what went wrong.
+template <typename T, typename Run>
+std::string ForParts(const DeformConvParams& params,
+                     const SampledTensors<T, ComputeType<T>>& tensors, int64_t images,
+                     const Run& run) {
+  for (int64_t first = 0; first < params.batch; first += images) {
+    DEFORM_CONV_RETURN_IF_ERROR(run(SomeImages<T>(params, tensors, first, images)));
+  }
+  return "";
+}
 
 }  // namespace deform_conv
 

@@ -22,7 +22,7 @@ class Divisor {
   __device__ __forceinline__ uint32_t Divide(uint32_t number) const {
     return (__umulhi(number, multiplier_) + number) >> shift_;
   }
-  __device__ __forceinline__ uint32_t value() const { return divisor_; }
+  constexpr uint32_t value() const { return divisor_; }
 
  private:
   uint32_t divisor_ = 1, multiplier_ = 1, shift_ = 0;

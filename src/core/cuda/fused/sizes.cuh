@@ -3,12 +3,10 @@
 #ifndef DEFORM_CONV_CORE_CUDA_FUSED_SIZES_CUH_
 #define DEFORM_CONV_CORE_CUDA_FUSED_SIZES_CUH_
 
-#include <algorithm>
 #include <cstdint>
-#include <string>
 
-#include "core/bilinear.h"
 #include "core/cuda/fused/divisor.cuh"
+#include "core/cuda/fused/limits.h"
 #include "core/params.h"
 
 namespace deform_conv {
@@ -56,35 +54,6 @@ struct FusedSizes {
     return (int64_t{position.n} * out_h + position.y) * out_w + position.x;
   }
 };
-
-// A packed pixel: the pixel's index in the batch, shifted left by the four bits that say which
-// corners count.
-constexpr int kCornerBits = 4;
-constexpr int64_t kMostPackedPixels = int64_t{1} << 27;
-
-// Why the sizes, or numbers computed from them, do not fit into 32 bits; or an empty string.
-inline std::string SizesMisfit(const DeformConvParams& params) {
-  constexpr int64_t kMost = int64_t{1} << 30;
-  const auto reach = [](int64_t out, int64_t stride, int64_t kernel, int64_t dilation) {
-    return (out - 1) * stride + (kernel - 1) * dilation;
-  };
-  const bool fit =
-      params.batch * params.in_h * params.in_w + params.in_w < kMostPackedPixels &&
-      params.out_positions() < kMost && params.in_channels < kMost / 64 &&
-      params.out_channels < kMost / 64 &&
-      params.taps() * std::max(params.in_channels, params.deform_groups) < kMost &&
-      params.taps() * params.out_channels < kMost && params.pad_top < kInt32Limit / 2 &&
-      params.pad_left < kInt32Limit / 2 &&
-      reach(params.out_h, params.stride_h, params.kernel_h, params.dilation_h) < kInt32Limit / 2 &&
-      reach(params.out_w, params.stride_w, params.kernel_w, params.dilation_w) < kInt32Limit / 2;
-  return fit ? "" : "the sizes do not fit into 32 bits";
-}
-
-// Why the sizes of one image do not fit into 32 bits, or an empty string.
-inline std::string SizesOfImageMisfit(DeformConvParams params) {
-  params.batch = 1;
-  return SizesMisfit(params);
-}
 
 // A tap of a deformable group: its number among those of a position, g * taps + tap, and where it
 // samples, before the offset, for the position (0, 0).

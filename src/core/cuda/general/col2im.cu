@@ -91,11 +91,10 @@ std::string Col2ImAtomic(const DeformConvParams& params,
                          IsAligned(columns) && IsAligned(gradients.input);
   const auto kernel =
       vectorize ? Col2ImAtomicKernel<Element, kSize> : Col2ImAtomicKernel<Element, 1>;
-  kernel<<<Blocks(samples, kSamplesPerBlock), kThreadsPerBlock, 0, StreamOf(stream)>>>(
-      params, AsCuda(tensors), begin, samples,
-      LanesFor(params.deform_group_channels(), vectorize ? kSize : 1), replace, AsCuda(columns),
-      gradients);
-  return LaunchError("Col2ImAtomicKernel");
+  return LaunchKernel("Col2ImAtomicKernel", kernel, Blocks(samples, kSamplesPerBlock),
+                      kThreadsPerBlock, 0, stream, params, AsCuda(tensors), begin, samples,
+                      LanesFor(params.deform_group_channels(), vectorize ? kSize : 1), replace,
+                      AsCuda(columns), gradients);
 }
 
 #define DEFORM_CONV_INSTANTIATE(T)                                                                 \

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cub/device/device_radix_sort.cuh>
+#include <type_traits>
 
 #include "core/cuda/general/kernels.h"
 #include "core/cuda/general/samples.cuh"
@@ -39,14 +40,22 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
 }
 
 // From sorted keys, where each bin's entries begin: those of bin b are [begins[b], begins[b + 1]).
+// A thread searches for one bin, however few entries there are between it and the next.
 __global__ void __launch_bounds__(kThreadsPerBlock)
     FindBinsKernel(uint32_t count, uint32_t bins, const uint32_t* __restrict__ keys,
                    uint32_t* __restrict__ begins) {  // [bins + 1]
-  const uint32_t i = blockIdx.x * kThreadsPerBlock + threadIdx.x;
-  if (i > count) return;
-  const uint32_t first = i == 0 ? 0 : keys[i - 1] + 1;
-  const uint32_t last = i == count ? bins : keys[i];
-  for (uint32_t bin = first; bin <= last && bin <= bins; ++bin) begins[bin] = i;
+  const int64_t bin = int64_t{blockIdx.x} * kThreadsPerBlock + threadIdx.x;
+  if (bin > bins) return;
+  uint32_t low = 0, high = count;  // the first key of at least `bin` is among [low, high]
+  while (low < high) {
+    const uint32_t middle = low + (high - low) / 2;
+    if (keys[middle] < bin) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  begins[bin] = low;
 }
 
 template <int kSize, typename Number>
@@ -62,9 +71,10 @@ __device__ __forceinline__ void AddTo(Number* to, const Number (&numbers)[kSize]
   }
 }
 
-// Adds to each bin what its entries bring, in their order.
+// Adds to each bin what its entries bring, in their order. Four thread blocks of a multiprocessor:
+// for more, the compiler would rather spill registers.
 template <typename T, int kSize>
-__global__ void __launch_bounds__(kThreadsPerBlock)
+__global__ void __launch_bounds__(kThreadsPerBlock, 4)
     GatherKernel(DeformConvParams params, uint32_t bins, Lanes lanes,
                  const uint32_t* __restrict__ begins, const uint32_t* __restrict__ entries,
                  const ComputeType<T>* __restrict__ weights,
@@ -75,24 +85,25 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
   const uint32_t begin = begins[bin], end = begins[bin + 1];
   if (begin == end) return;
   const uint32_t deform_groups = static_cast<uint32_t>(params.deform_groups);
-  const uint32_t taps = static_cast<uint32_t>(params.taps());
+  const uint32_t taps = static_cast<uint32_t>(params.taps()), all_taps = deform_groups * taps;
   const uint32_t pixel = bin / deform_groups, g = bin - pixel * deform_groups;
+  const int64_t row_size = taps * params.in_channels;
+  const uint32_t tap_size = static_cast<uint32_t>(params.group_in_channels());
   const int channels = static_cast<int>(params.deform_group_channels());
   const int first_channel = static_cast<int>(g) * channels;
   ComputeType<T>* pixel_sums = grad_input + int64_t{pixel} * params.in_channels + first_channel;
   for (int c = lanes.lane() * kSize; c < channels; c += lanes.count() * kSize) {
     ComputeType<T> sums[kSize] = {};
+    // Of the channel, less what g_tap counts too much: the taps of the deformable groups before.
+    const int64_t column = ColumnOf(params, 0, first_channel + c) - int64_t{g} * taps * tap_size;
 #pragma unroll 4
     for (uint32_t i = begin; i < end; ++i) {
       const uint32_t entry = entries[i];
       const ComputeType<T> weight = weights[entry];
       const uint32_t sample = entry / kCorners;
-      const uint32_t row = sample / (deform_groups * taps);
-      const uint32_t tap = sample - (row * deform_groups + g) * taps;
-      const int64_t tap_column =
-          int64_t{row} * taps * params.in_channels + tap * params.group_in_channels();
+      const uint32_t row = sample / all_taps, g_tap = sample - row * all_taps;
       const Vector<T, kSize> grads =
-          Load<T, kSize>(columns + ColumnOf(params, tap_column, first_channel + c));
+          Load<T, kSize>(columns + (column + row * row_size + int64_t{g_tap} * tap_size));
 #pragma unroll
       for (int k = 0; k < kSize; ++k) {
         sums[k] += weight * static_cast<ComputeType<T>>(grads.elements[k]);
@@ -131,32 +142,43 @@ struct SortPlan {
   }
 };
 
-std::string CubError(cudaError_t error) {
-  return error == cudaSuccess ? "" : std::string("cub: ") + ErrorText(error);
-}
-
-// Memory for one step. The first half of keys and entries is unsorted, the second sorted.
+// Memory for one step.
 template <typename OffsetT>
-struct SortWorkspace {
-  uint32_t *keys, *entries, *begins;
+struct SortMemory {
+  uint32_t *keys, *sorted_keys, *entries, *sorted_entries, *begins;
   OffsetT* weights;
-  void* sort_memory;
-  size_t sort_bytes = 0;
+  char* cub_memory;
+  size_t cub_bytes = 0;
 
-  std::string Allocate(const SortPlan& plan, GpuDevice& device) {
+  // All in one piece of the workspace.
+  std::string Reserve(const SortPlan& plan, Workspace& workspace) {
     uint32_t* none = nullptr;
-    std::string error = CubError(cub::DeviceRadixSort::SortPairs(
-        nullptr, sort_bytes, none, none, none, none, static_cast<int>(plan.entries), 0,
-        plan.key_bits, StreamOf(device.stream())));
-    const auto allocate = [&](int64_t bytes, auto** memory) {
-      if (error.empty()) error = device.Allocate(bytes, reinterpret_cast<void**>(memory));
+    DEFORM_CONV_RETURN_IF_ERROR(
+        ErrorOf(cub::DeviceRadixSort::SortPairs(nullptr, cub_bytes, none, none, none, none,
+                                                static_cast<int>(plan.entries), 0, plan.key_bits),
+                "cub"));
+    void* memory = nullptr;
+    DEFORM_CONV_RETURN_IF_ERROR(workspace.Reserve(Divide(plan, nullptr), &memory));
+    Divide(plan, static_cast<char*>(memory));
+    return "";
+  }
+
+ private:
+  // Points to parts of `memory`, if there is any. Returns how many bytes they take.
+  int64_t Divide(const SortPlan& plan, char* memory) {
+    int64_t bytes = 0;
+    const auto take = [&](int64_t count, auto** part) {
+      using Pointer = std::remove_reference_t<decltype(*part)>;
+      if (memory != nullptr) *part = reinterpret_cast<Pointer>(memory + bytes);
+      bytes += RoundUp<kVec16Bytes>(count * static_cast<int64_t>(sizeof(**part)));
     };
-    allocate(2 * plan.entries * sizeof(uint32_t), &keys);
-    allocate(2 * plan.entries * sizeof(uint32_t), &entries);
-    allocate(plan.entries * sizeof(OffsetT), &weights);
-    allocate((plan.bins + 1) * sizeof(uint32_t), &begins);
-    allocate(sort_bytes, &sort_memory);
-    return error;
+    for (uint32_t** part : {&keys, &sorted_keys, &entries, &sorted_entries}) {
+      take(plan.entries, part);
+    }
+    take(plan.entries, &weights);
+    take(plan.bins + 1, &begins);
+    take(static_cast<int64_t>(cub_bytes), &cub_memory);
+    return bytes;
   }
 };
 
@@ -173,15 +195,14 @@ template <typename T>
 std::string Col2ImSorted(const DeformConvParams& params,
                          const SampledTensors<T, ComputeType<T>>& tensors, int64_t begin,
                          int64_t end, const T* columns, ComputeType<T>* grad_input,
-                         GpuDevice& device) {
+                         Workspace& workspace, void* stream) {
   const int64_t image_positions = params.image_positions(), image_pixels = params.image_pixels();
   if (begin == end || image_pixels == 0) return "";
   DEFORM_CONV_RETURN_IF_ERROR(Col2ImSortedMisfit(params));
   const SortPlan plan(params, end - begin);
-  SortWorkspace<ComputeType<T>> memory;
-  DEFORM_CONV_RETURN_IF_ERROR(memory.Allocate(plan, device));
+  SortMemory<ComputeType<T>> memory;
+  DEFORM_CONV_RETURN_IF_ERROR(memory.Reserve(plan, workspace));
 
-  const cudaStream_t stream = StreamOf(device.stream());
   constexpr int kSize = kVec16Size<T>;
   const bool vectorize = CanVectorize<T>(params) && IsAligned(columns) && IsAligned(grad_input);
   const auto gather = vectorize ? GatherKernel<CudaType<T>, kSize> : GatherKernel<CudaType<T>, 1>;
@@ -194,21 +215,25 @@ std::string Col2ImSorted(const DeformConvParams& params,
     const int64_t first_image = from / image_positions;
     const int64_t images = (to - 1) / image_positions + 1 - first_image;
     const uint32_t bins = static_cast<uint32_t>(images * image_pixels * params.deform_groups);
-    uint32_t* const sorted_keys = memory.keys + plan.entries;
-    uint32_t* const sorted_entries = memory.entries + plan.entries;
-    ListCornersKernel<<<Blocks(samples, kThreadsPerBlock), kThreadsPerBlock, 0, stream>>>(
-        params, AsCuda(tensors), from, samples, first_image * image_pixels, bins, memory.keys,
-        memory.entries, memory.weights);
-    DEFORM_CONV_RETURN_IF_ERROR(CubError(cub::DeviceRadixSort::SortPairs(
-        memory.sort_memory, memory.sort_bytes, memory.keys, sorted_keys, memory.entries,
-        sorted_entries, count, 0, plan.key_bits, stream)));
-    FindBinsKernel<<<Blocks(int64_t{count} + 1, kThreadsPerBlock), kThreadsPerBlock, 0, stream>>>(
-        static_cast<uint32_t>(count), bins, sorted_keys, memory.begins);
-    gather<<<Blocks(bins, bins_per_block), kThreadsPerBlock, 0, stream>>>(
-        params, bins, lanes, memory.begins, sorted_entries, memory.weights,
+    DEFORM_CONV_RETURN_IF_ERROR(
+        LaunchKernel("ListCornersKernel", ListCornersKernel<CudaType<T>, ComputeType<T>>,
+                     Blocks(samples, kThreadsPerBlock), kThreadsPerBlock, 0, stream, params,
+                     AsCuda(tensors), from, samples, first_image * image_pixels, bins, memory.keys,
+                     memory.entries, memory.weights));
+    DEFORM_CONV_RETURN_IF_ERROR(ErrorOf(
+        cub::DeviceRadixSort::SortPairs(memory.cub_memory, memory.cub_bytes, memory.keys,
+                                        memory.sorted_keys, memory.entries, memory.sorted_entries,
+                                        count, 0, plan.key_bits, StreamOf(stream)),
+        "cub"));
+    DEFORM_CONV_RETURN_IF_ERROR(
+        LaunchKernel("FindBinsKernel", FindBinsKernel, Blocks(int64_t{bins} + 1, kThreadsPerBlock),
+                     kThreadsPerBlock, 0, stream, static_cast<uint32_t>(count), bins,
+                     memory.sorted_keys, memory.begins));
+    DEFORM_CONV_RETURN_IF_ERROR(LaunchKernel(
+        "GatherKernel", gather, Blocks(bins, bins_per_block), kThreadsPerBlock, 0, stream, params,
+        bins, lanes, memory.begins, memory.sorted_entries, memory.weights,
         AsCuda(columns + (from - begin) * params.taps() * params.in_channels),
-        grad_input + first_image * image_pixels * params.in_channels);
-    DEFORM_CONV_RETURN_IF_ERROR(LaunchError("GatherKernel"));
+        grad_input + first_image * image_pixels * params.in_channels));
   }
   return "";
 }
@@ -216,7 +241,7 @@ std::string Col2ImSorted(const DeformConvParams& params,
 #define DEFORM_CONV_INSTANTIATE(T)                                                                 \
   template std::string Col2ImSorted<T>(const DeformConvParams&,                                    \
                                        const SampledTensors<T, ComputeType<T>>&, int64_t, int64_t, \
-                                       const T*, ComputeType<T>*, GpuDevice&);
+                                       const T*, ComputeType<T>*, Workspace&, void*);
 DEFORM_CONV_FOR_ELEMENT_TYPES(DEFORM_CONV_INSTANTIATE)
 #undef DEFORM_CONV_INSTANTIATE
 

@@ -194,12 +194,6 @@ std::string DepthwiseForward(const DeformConvParams& params,
   return launch(params, tensors, filters, output, stream);
 }
 
-int64_t DepthwiseImages(const DeformConvParams& params) {
-  return std::min(
-      (kMostPackedPixels - params.in_w - 1) / std::max<int64_t>(params.image_pixels(), 1),
-      ((int64_t{1} << 30) - 1) / std::max<int64_t>(params.image_positions(), 1));
-}
-
 #define DEFORM_CONV_INSTANTIATE(T)                                         \
   template std::string DepthwiseForwardMisfit<T>(const DeformConvParams&); \
   template std::string DepthwiseForward<T>(                                \

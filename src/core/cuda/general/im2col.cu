@@ -53,10 +53,10 @@ std::string Im2Col(const DeformConvParams& params, const SampledTensors<T, Compu
   if (samples == 0) return "";
   const bool vectorize = CanVectorize<T>(params) && IsAligned(tensors.input) && IsAligned(columns);
   const auto kernel = vectorize ? Im2ColKernel<Element, kSize> : Im2ColKernel<Element, 1>;
-  kernel<<<Blocks(samples, kSamplesPerBlock), kThreadsPerBlock, 0, StreamOf(stream)>>>(
-      params, AsCuda(tensors), begin, samples,
-      LanesFor(params.deform_group_channels(), vectorize ? kSize : 1), AsCuda(columns));
-  return LaunchError("Im2ColKernel");
+  return LaunchKernel("Im2ColKernel", kernel, Blocks(samples, kSamplesPerBlock), kThreadsPerBlock,
+                      0, stream, params, AsCuda(tensors), begin, samples,
+                      LanesFor(params.deform_group_channels(), vectorize ? kSize : 1),
+                      AsCuda(columns));
 }
 
 #define DEFORM_CONV_INSTANTIATE(T)                                                               \

@@ -1,5 +1,5 @@
-// im2col, col2im and layout conversion on every GPU: their launchers. For C++ without CUDA's
-// headers; `stream` is a cudaStream_t.
+// im2col, col2im, layout conversion and the like on every GPU: their launchers. For C++ without
+// CUDA's headers; `stream` is a cudaStream_t.
 //
 // Each returns an empty string, or which kernel could not be launched and why. T is float, double,
 // Half or BFloat16. Work on nothing launches nothing.
@@ -11,7 +11,8 @@
 #include <string>
 
 #include "core/export.h"
-#include "core/gpu/device.h"
+#include "core/gpu/embedding.h"
+#include "core/gpu/workspace.h"
 #include "core/params.h"
 #include "core/sampling.h"
 #include "core/types.h"
@@ -59,15 +60,12 @@ template <typename T>
 std::string Col2ImSorted(const DeformConvParams& params,
                          const SampledTensors<T, ComputeType<T>>& tensors, int64_t begin,
                          int64_t end, const T* columns, ComputeType<T>* grad_input,
-                         GpuDevice& device);
+                         Workspace& workspace, void* stream);
 // Why the corners of an image cannot be sorted, or an empty string.
 std::string Col2ImSortedMisfit(const DeformConvParams& params);
 
-// The most images that a call of the two functions below may have.
-int64_t DepthwiseImages(const DeformConvParams& params);
-
 // A depthwise layer's output: each convolution group has one input channel, and any number of
-// output channels. No columns, no GEMM.
+// output channels. No columns, no GEMM. At most FusedImages() images.
 template <typename T>
 std::string DepthwiseForward(const DeformConvParams& params,
                              const SampledTensors<T, ComputeType<T>>& tensors, const T* filters,
@@ -77,7 +75,8 @@ template <typename T>
 std::string DepthwiseForwardMisfit(const DeformConvParams& params);
 
 // A depthwise layer's gradients: adds to gradients.input and grad_filters, in an order that is not
-// fixed, and writes those of offset and mask; null where one is not wanted.
+// fixed, and writes those of offset and mask; null where one is not wanted. At most FusedImages()
+// images.
 template <typename T>
 std::string DepthwiseBackward(const DeformConvParams& params,
                               const SampledTensors<T, ComputeType<T>>& tensors, const T* filters,
@@ -98,6 +97,24 @@ DEFORM_CONV_EXPORT std::string FromNative(DataFormat format, const TensorExtent&
 // to[i] += from[i]
 template <typename From, typename To>
 std::string Add(int64_t count, const From* from, To* to, void* stream);
+
+// to [rows, padded_channels] = from [rows, channels], with zeros after them; and back. Padded
+// channels are whole vec16s, and begin at a multiple of 16 bytes. T has tensor cores.
+template <typename T>
+std::string PadChannels(int64_t rows, int64_t channels, const T* from, int64_t padded_channels,
+                        T* to, void* stream);
+template <typename T>
+std::string UnpadChannels(int64_t rows, int64_t padded_channels, const T* from, int64_t channels,
+                          T* to, void* stream);
+
+// Writes the filters of the larger layer, zeros too. Sizes of channels are within 32 bits.
+template <typename T>
+std::string EmbedFilters(const Embedding& embedding, const T* filters, T* larger, void* stream);
+// Writes those of the layer, or adds to them, from those of the larger one: what EmbedFilters()
+// filled with zeros is left out. From has tensor cores, and To is From or float.
+template <typename From, typename To>
+std::string ExtractFilters(const Embedding& embedding, const From* larger, bool add, To* filters,
+                           void* stream);
 
 // Sets memory to zero bytes.
 std::string Zero(void* memory, int64_t bytes, void* stream);

@@ -18,12 +18,13 @@ __global__ void __launch_bounds__(kSquareSide* kSquareRows)
     TransposeKernel(int64_t rows, int64_t cols, const From* __restrict__ from,
                     To* __restrict__ to) {
   __shared__ To square[kSquareSide][kSquareSide + 1];  // one more, against bank conflicts
-  const int64_t squares_across = CeilDiv<int64_t>(cols, kSquareSide);
-  const int64_t squares_down = CeilDiv<int64_t>(rows, kSquareSide);
-  const int64_t n = blockIdx.x / (squares_across * squares_down);
-  const int64_t in_image = blockIdx.x - n * squares_across * squares_down;
-  const int64_t row_begin = in_image / squares_across * kSquareSide;
-  const int64_t col_begin = in_image % squares_across * kSquareSide;
+  // Not more than there are thread blocks, so 32 bits hold them.
+  const uint32_t squares_across = static_cast<uint32_t>(CeilDiv<int64_t>(cols, kSquareSide));
+  const uint32_t squares_down = static_cast<uint32_t>(CeilDiv<int64_t>(rows, kSquareSide));
+  const uint32_t n = blockIdx.x / (squares_across * squares_down);
+  const uint32_t in_image = blockIdx.x - n * squares_across * squares_down;
+  const int64_t row_begin = int64_t{in_image / squares_across} * kSquareSide;
+  const int64_t col_begin = int64_t{in_image % squares_across} * kSquareSide;
   from += n * rows * cols;
   to += n * rows * cols;
   for (int i = threadIdx.y; i < kSquareSide; i += kSquareRows) {
@@ -65,9 +66,9 @@ std::string Transpose(int64_t batch, int64_t rows, int64_t cols, const From* fro
   const int64_t blocks =
       batch * CeilDiv<int64_t>(rows, kSquareSide) * CeilDiv<int64_t>(cols, kSquareSide);
   if (blocks == 0) return "";
-  TransposeKernel<<<static_cast<unsigned>(blocks), dim3(kSquareSide, kSquareRows), 0,
-                    StreamOf(stream)>>>(rows, cols, AsCuda(from), AsCuda(to));
-  return LaunchError("TransposeKernel");
+  return LaunchKernel("TransposeKernel", TransposeKernel<CudaType<From>, CudaType<To>>,
+                      static_cast<unsigned>(blocks), dim3(kSquareSide, kSquareRows), 0, stream,
+                      rows, cols, AsCuda(from), AsCuda(to));
 }
 
 template <bool kAdd, typename From, typename To>
@@ -81,9 +82,8 @@ std::string Convert(int64_t count, const From* from, To* to, void* stream) {
       std::min<int64_t>(CeilDiv<int64_t>(vectors, kThreadsPerBlock), kMostBlocks);
   const auto kernel = vectorize ? ConvertKernel<CudaType<From>, CudaType<To>, kAdd, kSize>
                                 : ConvertKernel<CudaType<From>, CudaType<To>, kAdd, 1>;
-  kernel<<<static_cast<unsigned>(blocks), kThreadsPerBlock, 0, StreamOf(stream)>>>(
-      vectors, AsCuda(from), AsCuda(to));
-  return LaunchError("ConvertKernel");
+  return LaunchKernel("ConvertKernel", kernel, static_cast<unsigned>(blocks), kThreadsPerBlock, 0,
+                      stream, vectors, AsCuda(from), AsCuda(to));
 }
 
 }  // namespace
@@ -109,8 +109,7 @@ std::string Add(int64_t count, const From* from, To* to, void* stream) {
 
 std::string Zero(void* memory, int64_t bytes, void* stream) {
   if (bytes == 0) return "";
-  const cudaError_t error = cudaMemsetAsync(memory, 0, bytes, StreamOf(stream));
-  return error == cudaSuccess ? "" : std::string("cudaMemsetAsync: ") + ErrorText(error);
+  return ErrorOf(cudaMemsetAsync(memory, 0, bytes, StreamOf(stream)), "cudaMemsetAsync");
 }
 
 #define DEFORM_CONV_INSTANTIATE(From, To)                                                      \

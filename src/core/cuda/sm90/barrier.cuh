@@ -31,6 +31,23 @@ __device__ __forceinline__ void ArriveAsWarp(uint32_t barrier) {
   if (threadIdx.x % kWarp == 0) ArriveAtBarrier(barrier);
 }
 
+// Arrives, and lets the phase end only when so many bytes have been copied too.
+__device__ __forceinline__ void ArriveAndExpectBytes(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+
+// Begins to copy from memory to shared memory, whole vec16s, for a barrier that expects them.
+// Tensor cores may read them once the phase has ended, without a fence.
+__device__ __forceinline__ void CopyBulkAsync(uint32_t to, const void* from, uint32_t bytes,
+                                              uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n" ::
+          "r"(to),
+      "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
 // Waits until the phase of this parity has ended. The first phase has parity 0. On a fresh barrier,
 // parity 1 counts as ended.
 __device__ __forceinline__ void WaitAtBarrier(uint32_t barrier, int parity) {

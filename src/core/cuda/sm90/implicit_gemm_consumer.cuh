@@ -7,13 +7,15 @@
 #include <cstdint>
 
 #include "core/cuda/fused/corners.cuh"
-#include "core/cuda/fused/position_order.cuh"
-#include "core/cuda/fused/sample_table.cuh"
+#include "core/cuda/fused/input_region.cuh"
+#include "core/cuda/fused/shared_vec16.cuh"
 #include "core/cuda/fused/sizes.cuh"
+#include "core/cuda/fused/tile_sample.cuh"
 #include "core/cuda/launch.cuh"
 #include "core/cuda/sm80/swizzle.cuh"
 #include "core/cuda/sm90/barrier.cuh"
 #include "core/cuda/sm90/implicit_gemm_epilogue.cuh"
+#include "core/cuda/sm90/implicit_gemm_samples.cuh"
 #include "core/cuda/sm90/implicit_gemm_tile.cuh"
 #include "core/cuda/sm90/wgmma.cuh"
 #include "core/cuda/types.cuh"
@@ -22,139 +24,129 @@
 namespace deform_conv {
 namespace cuda {
 
-// Locates the samples of a warp's rows: lane l has row l % 16, and every other tap of it. Returns
-// that row's position index.
-template <typename Shape, typename T>
-__device__ __forceinline__ int32_t LocateRows(const FusedSizes& sizes, const PositionOrder& order,
-                                              const SampledTensors<T, float>& tensors,
-                                              const WorkTile& tile, const SampleTable<T>& table) {
-  constexpr int kLanesOfRow = kWarp / Shape::kUnit;
-  constexpr int kTogether = 3;  // loaded at a time
-  const int lane = threadIdx.x % kWarp;
-  const int row = threadIdx.x / kWarp * Shape::kUnit + lane % Shape::kUnit;
-  const int walk_index = tile.walk_index + row;
-  const int taps_of_position = static_cast<int>(sizes.by_taps_of_position.value());
-  const bool counts = row < tile.units * Shape::kUnit && walk_index < sizes.positions;
-  Position position;
-  int32_t position_index = kNoPosition;
-  if (counts) {
-    position = order.At(walk_index);
-    position_index = static_cast<int32_t>(sizes.IndexOf(position));
-  }
-  const int64_t first = int64_t{position_index} * taps_of_position;
-  for (int begin = lane / Shape::kUnit; begin < taps_of_position;
-       begin += kTogether * kLanesOfRow) {
-    Offset offsets[kTogether];
-    float masks[kTogether];
-#pragma unroll
-    for (int k = 0; k < kTogether; ++k) {
-      const int g_tap = begin + k * kLanesOfRow;
-      if (g_tap >= taps_of_position || !counts) continue;
-      offsets[k] = LoadOffset(tensors, first + g_tap);
-      masks[k] = LoadMask(tensors, first + g_tap);
-    }
-#pragma unroll
-    for (int k = 0; k < kTogether; ++k) {
-      const int g_tap = begin + k * kLanesOfRow;
-      if (g_tap >= taps_of_position) continue;
-      const int entry = g_tap * Shape::kM + row;
-      if (counts) {
-        table.Locate(sizes, position, Tap::Of(sizes, g_tap), offsets[k], masks[k], entry);
-      } else {
-        table.SetToZero(entry);
-      }
-    }
-  }
-  return position_index;
-}
-
-// A consumer's thread samples two rows of the tile, 8 apart, and of each two vec16s of a K block, 4
-// apart. It takes the vec16s in one order or the other, so that eight lanes together read a whole
-// row of banks.
-constexpr int kRowsOfThread = 2, kVec16sOfThread = 2;
-
-// The first of the thread's rows.
-template <typename Shape>
-__device__ __forceinline__ int FirstRow() {
-  return threadIdx.x / kWarp * Shape::kUnit + threadIdx.x % kWarp / 4;
-}
-// Whether the second of its vec16s comes first.
-__device__ __forceinline__ bool SecondFirst() { return threadIdx.x / 4 % 2 != 0; }
-
-// Where the thread samples, K block by K block. With kWhole, all vec16s of a block are of the same
-// tap and deformable group.
-template <typename T, typename Shape, bool kWhole>
-class SampleIterator {
- public:
-  int entries[kVec16sOfThread];           // of the table, for the first row
-  const uint8_t* first[kVec16sOfThread];  // of the input, the vec16 of the first pixel
-
-  __device__ SampleIterator(const FusedSizes& sizes, const T* input, const WorkTile& tile)
-      : input_(reinterpret_cast<const uint8_t*>(input)),
-        group_channel_(tile.group * sizes.group_in_channels) {
-    Set(sizes);
-  }
-
-  __device__ __forceinline__ void Advance(const FusedSizes& sizes) {
-    if (kWhole && ++tap_ < sizes.taps) {
-#pragma unroll
-      for (int v = 0; v < kVec16sOfThread; ++v) entries[v] += Shape::kM;
-    } else {
-      tap_ = 0;
-      k_block_ += 1;
-      Set(sizes);
-    }
-  }
-
- private:
-  __device__ __forceinline__ void Set(const FusedSizes& sizes) {
-#pragma unroll
-    for (int v = 0; v < kVec16sOfThread; ++v) {
-      const int vec16 = threadIdx.x % 4 + (SecondFirst() == (v == 0) ? 4 : 0);
-      int tap = 0, channel = k_block_ * kK<T>;
-      if (!kWhole) {
-        const TapChannel at = KOrder<T>(sizes).At(sizes, k_block_, vec16);
-        tap = at.tap;
-        channel = at.channel;
-      }
-      channel += group_channel_;
-      const int g = sizes.deform_groups == 1 ? 0 : channel / sizes.deform_group_channels;
-      const int after_last = static_cast<int>(sizes.by_taps_of_position.value());
-      const int g_tap = tap < sizes.taps ? g * sizes.taps + tap : after_last;
-      entries[v] = g_tap * Shape::kM + FirstRow<Shape>();
-      if (kWhole) channel += vec16 * kVec16Size<T>;
-      first[v] = input_ + channel * static_cast<int>(sizeof(T));
-    }
-  }
-
-  const uint8_t* input_;
-  int group_channel_;
-  int tap_ = 0, k_block_ = 0;  // with kWhole the block of the channels, else that of K
+// Where the corners of a sample are from its first.
+struct CornerSteps {
+  int32_t right;
+  int64_t below;
 };
 
-// The thread's samples of a K block.
-struct BlockSamples {
-  int entries[kVec16sOfThread];  // of the table, for the first row
-  int32_t packed_pixels[kVec16sOfThread][kRowsOfThread];
-  uint4 corners[kVec16sOfThread][kRowsOfThread][kCorners];
+// The slice's channels of the input and, if the tile has one, of its region.
+struct SliceOfInput {
+  const uint8_t* input;  // of the first pixel
+  const uint8_t* region;
+  int32_t pixel_bytes;  // of the input
+  CornerSteps of_input, of_region;
+  uint32_t zeros;  // of RegionLimits
 };
 
-// Begins to load the corners of a K block's samples.
-template <typename T, typename Shape, bool kWhole>
-__device__ __forceinline__ void LoadBlock(const SampleIterator<T, Shape, kWhole>& at,
-                                          const CornerDistances& distances,
-                                          const SampleTable<T>& table, BlockSamples& samples) {
+// The corners of a sample from the region.
+__device__ __forceinline__ void LoadFromRegion(const SliceOfInput& slice, uint32_t region,
+                                               uint32_t place, uint32_t channel_bytes,
+                                               uint4 (&corners)[kCorners]) {
+  const uint32_t below = place == slice.zeros ? 0 : static_cast<uint32_t>(slice.of_region.below);
+  const uint32_t top = region + place + channel_bytes, bottom = top + below;
+  corners[kTopLeft] = LoadVec16(top);
+  corners[kTopRight] = LoadVec16(top + slice.of_region.right);
+  corners[kBottomLeft] = LoadVec16(bottom);
+  corners[kBottomRight] = LoadVec16(bottom + slice.of_region.right);
+}
+
+// The corners of a sample from memory.
+__device__ __forceinline__ void LoadFromMemory(const SliceOfInput& slice, uint32_t packed_place,
+                                               uint32_t channel_bytes, uint4 (&corners)[kCorners]) {
+  const int64_t pixel = packed_place >> kCornerBits & (kMostPackedPixels - 1);
+  const uint8_t* top = slice.input + channel_bytes + pixel * slice.pixel_bytes;
+  const uint8_t* bottom = top + slice.of_input.below;
+  corners[kTopLeft] = __ldg(reinterpret_cast<const uint4*>(top));
+  corners[kTopRight] = __ldg(reinterpret_cast<const uint4*>(top + slice.of_input.right));
+  corners[kBottomLeft] = __ldg(reinterpret_cast<const uint4*>(bottom));
+  corners[kBottomRight] = __ldg(reinterpret_cast<const uint4*>(bottom + slice.of_input.right));
+}
+
+// The corners of a sample from the region or from memory.
+template <typename T>
+__device__ __forceinline__ void LoadFromAnywhere(const SliceOfInput& slice, uint32_t packed_place,
+                                                 uint32_t channel_bytes,
+                                                 uint4 (&corners)[kCorners]) {
+  const bool outside = packed_place & TileSample<T>::kOutside;
+  const int64_t pixel = packed_place >> kCornerBits & (kMostPackedPixels - 1);
+  const uint8_t* top = channel_bytes + (outside ? slice.input + pixel * slice.pixel_bytes
+                                                : slice.region + packed_place);
+  const int32_t right = outside ? slice.of_input.right : slice.of_region.right;
+  const int64_t below = outside                       ? slice.of_input.below
+                        : packed_place == slice.zeros ? 0
+                                                      : slice.of_region.below;
+  const uint8_t* bottom = top + below;
+  corners[kTopLeft] = *reinterpret_cast<const uint4*>(top);
+  corners[kTopRight] = *reinterpret_cast<const uint4*>(top + right);
+  corners[kBottomLeft] = *reinterpret_cast<const uint4*>(bottom);
+  corners[kBottomRight] = *reinterpret_cast<const uint4*>(bottom + right);
+  DropUncounted(outside ? packed_place : kAllCorners, corners);
+}
+
+// Interpolates the thread's vec16s of a K block, of which kInFlight are loaded at a time.
+template <int kInFlight, typename T, typename LoadCornersOf>
+__device__ __forceinline__ void InterpolateBlock(
+    const TileSample<T> (&samples)[kVec16sOfThread][kRowsOfThread],
+    const uint32_t (&channel_bytes)[kVec16sOfThread], const LoadCornersOf& load,
+    uint4 (&sampled)[kVec16sOfThread][kRowsOfThread]) {
+  constexpr int kCount = kVec16sOfThread * kRowsOfThread;
+  uint4 corners[kInFlight][kCorners];
+  const auto load_one = [&](int i) {
+    const int v = i % kVec16sOfThread, r = i / kVec16sOfThread;
+    load(samples[v][r].packed_place, channel_bytes[v], corners[i % kInFlight]);
+  };
+#pragma unroll
+  for (int i = 0; i < kInFlight; ++i) load_one(i);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const int v = i % kVec16sOfThread, r = i / kVec16sOfThread;
+    sampled[v][r] = Interpolate<T>(corners[i % kInFlight], samples[v][r].weights);
+    if (i + kInFlight < kCount) load_one(i + kInFlight);
+  }
+}
+
+// Samples a K block: from the region at `region`, unless a sample of the warp is outside of it; or,
+// without regions, from memory. From memory, more is loaded at a time, if registers allow it.
+template <typename T, bool kRegions, bool kFewInFlight>
+__device__ __forceinline__ void SampleBlock(
+    const SliceOfInput& slice, uint32_t region,
+    const TileSample<T> (&samples)[kVec16sOfThread][kRowsOfThread],
+    const uint32_t (&channel_bytes)[kVec16sOfThread],
+    uint4 (&sampled)[kVec16sOfThread][kRowsOfThread]) {
+  uint32_t any = 0, all = ~0u;
 #pragma unroll
   for (int v = 0; v < kVec16sOfThread; ++v) {
-    samples.entries[v] = at.entries[kWhole ? 0 : v];
-    const uint8_t* first = Pinned(at.first[v]);
 #pragma unroll
     for (int r = 0; r < kRowsOfThread; ++r) {
-      int32_t& packed_pixel = samples.packed_pixels[v][r];
-      packed_pixel = kWhole && v > 0 ? samples.packed_pixels[0][r]
-                                     : table.packed_pixels[samples.entries[v] + 8 * r];
-      LoadCorners</*kAllCount=*/true>(distances, first, 0, packed_pixel, samples.corners[v][r]);
+      any |= samples[v][r].packed_place;
+      all &= samples[v][r].packed_place;
     }
+  }
+  if constexpr (!kRegions) {
+    // Most warps have no sample at the border.
+    const bool all_count = __all_sync(0xffffffffu, (all & kAllCorners) == kAllCorners);
+    InterpolateBlock<kFewInFlight ? 1 : 3>(
+        samples, channel_bytes,
+        [&](uint32_t packed_place, uint32_t bytes, uint4(&corners)[kCorners]) {
+          LoadFromMemory(slice, packed_place, bytes, corners);
+          if (!all_count) DropUncounted(packed_place, corners);
+        },
+        sampled);
+  } else if (!__any_sync(0xffffffffu, any & TileSample<T>::kOutside)) {
+    InterpolateBlock<kFewInFlight ? 2 : 3>(
+        samples, channel_bytes,
+        [&](uint32_t place, uint32_t bytes, uint4(&corners)[kCorners]) {
+          LoadFromRegion(slice, region, place, bytes, corners);
+        },
+        sampled);
+  } else {
+    InterpolateBlock<1>(
+        samples, channel_bytes,
+        [&](uint32_t packed_place, uint32_t bytes, uint4(&corners)[kCorners]) {
+          LoadFromAnywhere<T>(slice, packed_place, bytes, corners);
+        },
+        sampled);
   }
 }
 
@@ -184,72 +176,97 @@ __device__ __forceinline__ void MultiplyBlock(
 }
 
 // A consumer's work.
-template <typename T, typename Shape, bool kWhole>
-__device__ __forceinline__ void ConsumeFilters(const FusedSizes& sizes, const PositionOrder& order,
-                                               int n_tiles, const SampledTensors<T, float>& tensors,
+template <typename T, typename Shape, Locating kLocating, bool kRegions>
+__device__ __forceinline__ void ConsumeFilters(const FusedSizes& sizes, const TilePlan<T>& plan,
+                                               const SampledTensors<T, float>& tensors,
                                                const SharedMemory<Shape, T>& shared,
-                                               T* __restrict__ output) {
-  const int k_blocks = KOrder<T>(sizes).k_blocks;
-  const CornerDistances distances = CornerDistances::Of<T>(sizes);
-  TileScheduler<Shape> scheduler(sizes, n_tiles);
+                                               const uint8_t* memory, T* __restrict__ output,
+                                               float* __restrict__ partial_sums) {
+  const KOrder<T>& order = plan.order;
+  TileScheduler<T, Shape> scheduler(plan);
   WorkTile tile;
   PipelineState<Shape::kStages> state;
-  while (scheduler.Next(sizes, &tile)) {
-    __syncwarp();  // all lanes are through with the table
-    const int32_t position_index = LocateRows<Shape>(sizes, order, tensors, tile, shared.samples);
-    __syncwarp();
-    SampleIterator<T, Shape, kWhole> at(sizes, tensors.input, tile);
+  PipelineState<kRegionBuffers> region_state;
+  while (scheduler.Next(sizes, plan, &tile)) {
+    const InputRegion region = kRegions ? tile.RegionOf(sizes, plan) : InputRegion{0, 0, 0, 0};
+    TileSamples<T, Shape, kLocating> tile_samples(sizes, plan, tensors, tile, region, shared);
+    SliceOfInput of_input;
+    of_input.pixel_bytes = sizes.in_channels * static_cast<int32_t>(sizeof(T));
+    // In an image of one row or column, two corners are the same pixel.
+    of_input.of_input = {sizes.in_w > 1 ? of_input.pixel_bytes : 0,
+                         sizes.in_h > 1 ? int64_t{sizes.in_w} * of_input.pixel_bytes : 0};
+    of_input.of_region = {plan.region.pixel_bytes, int64_t{region.cols} * plan.region.pixel_bytes};
+    of_input.zeros = plan.region.zeros();
     float accumulators[Shape::kWgmmas][Shape::kWgmmaN / 2] = {};
     uint32_t before = 0;  // the barrier of the stage whose product goes on
-    for (int k_block = 0; k_block < k_blocks; ++k_block) {
-      BlockSamples samples;
-      LoadBlock(at, distances, shared.samples, samples);
-      // Operand A's registers are free again.
-      WarpgroupWait<0>();
-      if (before != 0) ArriveAsWarp(before);
-      // Interpolates into operand A: [vec16][row][word of the vec16].
-      uint32_t words[kVec16sOfThread][kRowsOfThread][4];
-      const bool second_first = SecondFirst();
+    int k_block = tile.k_begin;
+    for (int slice = order.SliceOf(k_block); k_block < tile.k_end; ++slice) {
+      const int first = slice * order.taps, end = min(order.EndOf(slice), tile.k_end);
+      tile_samples.BeginSlice(slice, k_block - first);
+      of_input.input =
+          reinterpret_cast<const uint8_t*>(tensors.input + tile_samples.FirstChannel());
+      const uint32_t region_at = shared.regions + region_state.stage * plan.region_bytes;
+      of_input.region = memory + (region_at - shared.stages);
+      if (kRegions) {
+        WaitAtBarrier(shared.Of(shared.region_full, region_state.stage), region_state.parity);
+      }
+      for (; k_block < end; ++k_block) {
+        TileSample<T> samples[kVec16sOfThread][kRowsOfThread];
+        uint32_t channel_bytes[kVec16sOfThread];
+        tile_samples.Take(k_block - first, k_block + 1 < end ? k_block + 1 - first : -1, samples,
+                          channel_bytes);
+        uint4 sampled[kVec16sOfThread][kRowsOfThread];
+        SampleBlock<T, kRegions, kLocating == Locating::kDirect>(of_input, region_at, samples,
+                                                                 channel_bytes, sampled);
+        // Operand A's registers are free again.
+        WarpgroupWait<0>();
+        if (before != 0) ArriveAsWarp(before);
+        uint32_t words[kVec16sOfThread][kRowsOfThread][4];
+        const bool second_first = SecondFirst();
 #pragma unroll
-      for (int r = 0; r < kRowsOfThread; ++r) {
-        // Most warps have no sample at the border.
-        const int32_t all = samples.packed_pixels[0][r] & samples.packed_pixels[1][r] & kAllCorners;
-        if (!__all_sync(0xffffffffu, all == kAllCorners)) {
+        for (int v = 0; v < kVec16sOfThread; ++v) {
 #pragma unroll
-          for (int v = 0; v < kVec16sOfThread; ++v) {
-            DropUncounted(samples.packed_pixels[v][r], samples.corners[v][r]);
+          for (int r = 0; r < kRowsOfThread; ++r) {
+            const uint4 &same = sampled[v][r], &other = sampled[1 - v][r];
+            words[v][r][0] = second_first ? other.x : same.x;
+            words[v][r][1] = second_first ? other.y : same.y;
+            words[v][r][2] = second_first ? other.z : same.z;
+            words[v][r][3] = second_first ? other.w : same.w;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(words[v][r][i])::"memory");
           }
         }
-        uint4 sampled[kVec16sOfThread];
-#pragma unroll
-        for (int v = 0; v < kVec16sOfThread; ++v) {
-          sampled[v] = Interpolate<T>(samples.corners[v][r],
-                                      shared.samples.weights[samples.entries[v] + 8 * r]);
-        }
-#pragma unroll
-        for (int v = 0; v < kVec16sOfThread; ++v) {
-          const uint4 &same = sampled[v], &other = sampled[1 - v];
-          words[v][r][0] = second_first ? other.x : same.x;
-          words[v][r][1] = second_first ? other.y : same.y;
-          words[v][r][2] = second_first ? other.z : same.z;
-          words[v][r][3] = second_first ? other.w : same.w;
-#pragma unroll
-          for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(words[v][r][i])::"memory");
-        }
+        WaitAtBarrier(shared.Of(shared.full, state.stage), state.parity);
+        MultiplyBlock<T, Shape>(words, shared.Stage(state.stage), accumulators);
+        before = shared.Of(shared.empty, state.stage);
+        state.Advance();
       }
-      WaitAtBarrier(shared.Of(shared.full, state.stage), state.parity);
-      MultiplyBlock<T, Shape>(words, shared.Stage(state.stage), accumulators);
-      at.Advance(sizes);
-      before = shared.Of(shared.empty, state.stage);
-      state.Advance();
+      if (kRegions) {
+        ArriveAsWarp(shared.Of(shared.region_empty, region_state.stage));
+        region_state.Advance();
+      }
     }
     WarpgroupWait<0>();
     ArriveAsWarp(before);
+    const int lane = threadIdx.x % kWarp;
+    const int row = threadIdx.x / kWarp * kUnit + lane % kUnit;
+    const int32_t position_index = RowPosition::Of(sizes, plan, tile, row).index;
 #pragma unroll
     for (int i = 0; i < Shape::kWgmmas; ++i) {
+#pragma unroll
+      for (int k = 0; k < Shape::kWgmmaN / 2; ++k) {
+        asm volatile("" : "+f"(accumulators[i][k])::"memory");
+      }
       const int channel = i * Shape::kWgmmaN;
-      Epilogue<T, Shape::kWgmmaN>(accumulators[i], position_index, sizes.out_channels,
-                                  tile.channels - channel, output + tile.first_channel + channel);
+      if (plan.splits == 1) {
+        Epilogue<T, Shape::kWgmmaN>(accumulators[i], position_index, sizes.out_channels,
+                                    tile.channels - channel, output + tile.first_channel + channel);
+      } else {
+        Epilogue<float, Shape::kWgmmaN>(
+            accumulators[i], position_index, sizes.out_channels, tile.channels - channel,
+            partial_sums + (int64_t{tile.split} * sizes.positions * sizes.out_channels +
+                            tile.first_channel + channel));
+      }
     }
   }
 }

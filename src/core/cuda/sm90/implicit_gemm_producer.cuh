@@ -1,11 +1,14 @@
-// The producer warpgroup of the implicit GEMM kernel: filters into stages. For .cu files only.
+// The producer warpgroup of the implicit GEMM kernel: filters into stages, and regions of the
+// input. For .cu files only.
 
 #ifndef DEFORM_CONV_CORE_CUDA_SM90_IMPLICIT_GEMM_PRODUCER_CUH_
 #define DEFORM_CONV_CORE_CUDA_SM90_IMPLICIT_GEMM_PRODUCER_CUH_
 
 #include <cstdint>
 
+#include "core/cuda/fused/input_region.cuh"
 #include "core/cuda/fused/sizes.cuh"
+#include "core/cuda/launch.cuh"
 #include "core/cuda/sm80/copy_async.cuh"
 #include "core/cuda/sm80/swizzle.cuh"
 #include "core/cuda/sm90/barrier.cuh"
@@ -17,85 +20,58 @@
 namespace deform_conv {
 namespace cuda {
 
-// Copies the filters of a tile's output channels, K block by K block, into stages. By a warpgroup.
-template <typename Shape, typename T>
-class FilterLoader {
-  static constexpr bool kRowsAreK = kMajorOfB<T> == Major::kMN;
-  static constexpr int kVec16sOfRow = kRowsAreK ? Shape::kN / kVec16Size<T> : kSlabRowVec16s;
-  static constexpr int kRowsAtOnce = kWarpgroup / kVec16sOfRow;
-  static constexpr int kPasses = Shape::kStageBytes / kVec16Bytes / kWarpgroup;
+// One warp of the producer copies filters, the others regions.
+constexpr int kRegionWarps = kWarpgroup / kWarp - 1;
 
- public:
-  // `filters` is [K, out_channels] where rows are one k each; else [out_channels, whole blocks of
-  // K], each block in the order of PermutedK().
-  __device__ FilterLoader(const FusedSizes& sizes, const T* filters, const WorkTile& tile) {
-    const int thread = threadIdx.x % kWarpgroup;
-    const int row = thread / kVec16sOfRow, vec16 = thread % kVec16sOfRow;
-    const int k = sizes.taps * sizes.group_in_channels;
-    if (kRowsAreK) {
-      pitch_ = sizes.out_channels;
-      from_ = filters + int64_t{row} * pitch_ + tile.first_channel + vec16 * kVec16Size<T>;
-      rows_ = vec16 * kVec16Size<T> < tile.channels ? k - row : 0;
-      to_ = vec16 / kSlabRowVec16s * (kK<T> * kSlabRowBytes) +
-            SwizzledOffset(PermutedK<T>(row), vec16 % kSlabRowVec16s);
-    } else {
-      pitch_ = RoundUp<kK<T>>(k);
-      from_ = filters + int64_t{tile.first_channel + row} * pitch_ + vec16 * kVec16Size<T>;
-      rows_ = tile.channels - row;
-      to_ = SwizzledOffset(row, vec16);
-    }
-  }
-
-  // Begins to copy the K block that begins at k = `first`.
-  __device__ __forceinline__ void Copy(int first, uint32_t stage) const {
-    const T* from = from_ + (kRowsAreK ? int64_t{first} * pitch_ : first);
-    const int rows = kRowsAreK ? rows_ - first : rows_;
-    const uint32_t to = stage + to_;
-#pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) {
-      // The passes' rows and the thread's have no bit in common, and stages begin where all bits of
-      // the swizzle are 0.
-      const int row = pass * kRowsAtOnce;
-      const int to_row = kRowsAreK ? PermutedK<T>(row) : row;
-      CopyVec16Async((to ^ to_row % kSwizzledRows * kVec16Bytes) + to_row * kSlabRowBytes, from,
-                     row < rows);
-      from += kRowsAtOnce * pitch_;
-    }
-  }
-
- private:
-  const T* from_;
-  int64_t pitch_;
-  uint32_t to_;
-  int rows_;
-};
-
-// The producer's work: keeps as many stages full as there are.
+// Keeps as many stages full as there are. By one thread. `filters` is as PackFiltersKernel writes
+// it: [n_tiles, k_blocks] stages.
 template <typename T, typename Shape>
-__device__ __forceinline__ void ProduceFilters(const FusedSizes& sizes, int n_tiles,
-                                               const T* __restrict__ filters,
+__device__ __forceinline__ void ProduceFilters(const FusedSizes& sizes, const TilePlan<T>& plan,
+                                               const uint8_t* __restrict__ filters,
                                                const SharedMemory<Shape, T>& shared) {
-  const KOrder<T> order(sizes);
-  TileScheduler<Shape> scheduler(sizes, n_tiles);
+  WaitForKernelBefore();
+  TileScheduler<T, Shape> scheduler(plan);
   WorkTile tile;
   PipelineState<Shape::kStages> state;
-  uint32_t before = 0;  // the barrier of the stage whose copies go on
-  while (scheduler.Next(sizes, &tile)) {
-    const FilterLoader<Shape, T> loader(sizes, filters, tile);
-    for (int k_block = 0; k_block < order.k_blocks; ++k_block) {
+  while (scheduler.Next(sizes, plan, &tile)) {
+    const uint8_t* from =
+        filters + (int64_t{tile.n_tile} * plan.order.k_blocks + tile.k_begin) * Shape::kStageBytes;
+    for (int k_block = tile.k_begin; k_block < tile.k_end; ++k_block) {
+      const uint32_t full = shared.Of(shared.full, state.stage);
       WaitAtBarrier(shared.Of(shared.empty, state.stage), state.parity ^ 1);
-      loader.Copy(order.FirstRow(sizes, k_block), shared.Stage(state.stage));
-      CommitCopies();
-      WaitForCopies<1>();
-      FenceProxyAsync();
-      if (before != 0) ArriveAsWarp(before);
-      before = shared.Of(shared.full, state.stage);
+      ArriveAndExpectBytes(full, Shape::kStageBytes);
+      CopyBulkAsync(shared.Stage(state.stage), from, Shape::kStageBytes, full);
+      from += Shape::kStageBytes;
       state.Advance();
     }
   }
-  WaitForCopies<0>();
-  FenceProxyAsync();
-  if (before != 0) ArriveAsWarp(before);
+}
+
+// Copies the region of each slice that a tile reads. By the other warps of the producer.
+template <typename T, typename Shape>
+__device__ __forceinline__ void ProduceRegions(const FusedSizes& sizes, const TilePlan<T>& plan,
+                                               const T* __restrict__ input,
+                                               const SharedMemory<Shape, T>& shared) {
+  const int warp = threadIdx.x % kWarpgroup / kWarp - 1;
+  const KOrder<T>& order = plan.order;
+  TileScheduler<T, Shape> scheduler(plan);
+  WorkTile tile;
+  PipelineState<kRegionBuffers> state;
+  while (scheduler.Next(sizes, plan, &tile)) {
+    const InputRegion region = tile.RegionOf(sizes, plan);
+    const int last_slice = order.SliceOf(tile.k_end - 1);
+    for (int slice = order.SliceOf(tile.k_begin); slice <= last_slice; ++slice) {
+      const T* from = input + tile.group * sizes.group_in_channels + slice * kK<T>;
+      WaitAtBarrier(shared.Of(shared.region_empty, state.stage), state.parity ^ 1);
+      CopyRegion(sizes, plan.region, region, reinterpret_cast<const uint8_t*>(from),
+                 sizes.in_channels * int64_t{sizeof(T)}, order.Vec16sOf(slice),
+                 shared.regions + state.stage * plan.region_bytes, warp, kRegionWarps);
+      CommitCopies();
+      WaitForCopies<0>();
+      ArriveAsWarp(shared.Of(shared.region_full, state.stage));
+      state.Advance();
+    }
+  }
 }
 
 }  // namespace cuda

@@ -4,10 +4,13 @@
 #ifndef DEFORM_CONV_CORE_CUDA_SM90_IMPLICIT_GEMM_TILE_CUH_
 #define DEFORM_CONV_CORE_CUDA_SM90_IMPLICIT_GEMM_TILE_CUH_
 
+#include <algorithm>
 #include <cstdint>
 
-#include "core/cuda/fused/sample_table.cuh"
+#include "core/cuda/fused/input_region.cuh"
 #include "core/cuda/fused/sizes.cuh"
+#include "core/cuda/fused/strip_walk.cuh"
+#include "core/cuda/fused/tile_sample.cuh"
 #include "core/cuda/sm80/copy_async.cuh"
 #include "core/cuda/sm80/swizzle.cuh"
 #include "core/cuda/sm90/barrier.cuh"
@@ -27,7 +30,7 @@ constexpr int kK = kSlabRowSize<T>;
 // Each of its warpgroups but the last, the consumers, has 64 of the positions: its threads sample
 // into registers, which are operand A of the product that the warpgroup then adds to its
 // accumulators. The last one, the producer, copies operand B, filters, into stages in shared
-// memory.
+// memory, and regions of the input.
 template <typename T, int kTileN>
 struct TileShape {
   static constexpr int kN = kTileN;
@@ -35,86 +38,126 @@ struct TileShape {
   static constexpr int kConsumers = kWide ? 2 : 3;
   static constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
   static constexpr int kM = kConsumers * kWgmmaM;
-  // Positions are dealt out in units: a warp has 16 of a wgmma's rows.
-  static constexpr int kUnit = 16, kUnits = kM / kUnit;
+  static constexpr int kUnits = kM / kUnit;
   // Wgmmas side by side that make up kN.
   static constexpr int kWgmmas = kWide ? 2 : 1, kWgmmaN = kN / kWgmmas;
-  // Registers of a thread after setmaxnreg.
-  static constexpr int kConsumerRegisters = kWide ? 224 : 160;
-  static constexpr int kProducerRegisters = kWide ? 56 : 32;
+  // Registers of a thread after setmaxnreg. Copying regions takes more.
+  template <bool kRegions>
+  static constexpr int kProducerRegisters = kWide || kRegions ? 56 : 32;
+  template <bool kRegions>
+  static constexpr int kConsumerRegisters = kWide      ? 224
+                                            : kRegions ? 152
+                                                       : 160;
 
-  static constexpr int kStages = 4;
+  static constexpr int kStages = kWide ? 3 : 4;
   static constexpr int kStageBytes = kN * kSlabRowBytes;
-
-  // See SharedMemory.
-  static int64_t SharedBytes(const DeformConvParams& params) {
-    return kStages * int64_t{kStageBytes} +
-           kM * (params.mask_channels() + 1) * int64_t{SampleTable<T>::kEntryBytes} +
-           2 * kStages * int64_t{kBarrierBytes};
-  }
 };
 
-// A thread block's shared memory: the stages; the sample table, tap by tap, and one more tap of
-// zeros; two barriers for each stage. `full` signals that a stage can be read, `empty` that it can
-// be written.
-template <typename Shape, typename T>
-struct SharedMemory {
-  uint32_t stages, full, empty;
-  SampleTable<T> samples;  // [taps of a position + 1, kM]
-
-  __device__ SharedMemory(uint8_t* memory, int taps_of_position)
-      : stages(SharedAddress(memory)),
-        samples(SampleTable<T>::At(memory + Shape::kStages * Shape::kStageBytes,
-                                   (taps_of_position + 1) * Shape::kM)) {
-    full = SharedAddress(samples.packed_pixels + (taps_of_position + 1) * Shape::kM);
-    empty = full + Shape::kStages * kBarrierBytes;
-  }
-
-  __device__ __forceinline__ uint32_t Stage(int stage) const {
-    return stages + stage * Shape::kStageBytes;
-  }
-  // Barrier `stage` of `full` or `empty`.
-  static __device__ __forceinline__ uint32_t Of(uint32_t barriers, int stage) {
-    return barriers + stage * kBarrierBytes;
-  }
-};
+// Two regions: one is read, one is on its way.
+constexpr int kRegionBuffers = 2;
 
 // --- The order of K ---
 
-// A tap, and a channel of the convolution group: what one k stands for.
+// A tap, and a channel of the slice: what one k stands for.
 struct TapChannel {
   int tap, channel;
 };
 
-// The order in which K blocks are gone through. K is (tap, channel of the convolution group). Where
-// channels come in whole K blocks, all taps of some channels come before the next channels: the
-// taps read the same pixels, which are then still in the first-level cache.
+// The order in which K blocks are gone through. K is (tap, channel of the convolution group). The
+// channels are cut into slices of a K block's size, the last of which may be narrower. All taps of
+// a slice come before the next slice: they read the same region. Of a whole slice, a K block is a
+// tap. Of a narrower one, the taps' channels lie one behind the other, and the last block ends in
+// zeros.
 template <typename T>
 struct KOrder {
-  bool by_channels;
+  int taps, group_in_channels;
+  int whole_slices, last_channels;  // of the narrower slice; 0 if there is none
   int k_blocks;
+  Divisor by_taps, by_last_channels, by_vec16s, by_last_vec16s;
 
-  __device__ explicit KOrder(const FusedSizes& sizes)
-      : by_channels(sizes.group_in_channels % kK<T> == 0),
-        k_blocks(CeilDiv<kK<T>>(sizes.taps * sizes.group_in_channels)) {}
+  KOrder(int taps, int group_in_channels)
+      : taps(taps),
+        group_in_channels(group_in_channels),
+        whole_slices(group_in_channels / kK<T>),
+        last_channels(group_in_channels % kK<T>),
+        k_blocks(whole_slices * taps + CeilDiv<kK<T>>(taps * last_channels)),
+        by_taps(static_cast<uint32_t>(taps)),
+        by_last_channels(static_cast<uint32_t>(std::max(last_channels, 1))),
+        by_vec16s(kSlabRowVec16s),
+        by_last_vec16s(static_cast<uint32_t>(std::max(last_channels / kVec16Size<T>, 1))) {}
 
-  // The row of the filters that a K block begins at.
-  __device__ __forceinline__ int FirstRow(const FusedSizes& sizes, int k_block) const {
-    if (!by_channels) return k_block * kK<T>;
-    const int slice = sizes.by_taps.Divide(k_block);
-    return (k_block - slice * sizes.taps) * sizes.group_in_channels + slice * kK<T>;
+  __device__ __forceinline__ int SliceOf(int k_block) const {
+    return min(static_cast<int>(by_taps.Divide(k_block)), whole_slices);
+  }
+  // The K block after the slice's last.
+  __device__ __forceinline__ int EndOf(int slice) const {
+    return slice < whole_slices ? (slice + 1) * taps : k_blocks;
+  }
+  // The vec16s of a pixel's channels.
+  __device__ __forceinline__ const Divisor& Vec16sOf(int slice) const {
+    return slice < whole_slices ? by_vec16s : by_last_vec16s;
   }
 
-  // What a vec16 of a K block stands for; past the last tap if there is no such vec16.
-  __device__ __forceinline__ TapChannel At(const FusedSizes& sizes, int k_block, int vec16) const {
-    const int in_block = vec16 * kVec16Size<T>;
-    if (by_channels) {
-      const int slice = sizes.by_taps.Divide(k_block);
-      return {k_block - slice * sizes.taps, slice * kK<T> + in_block};
-    }
-    const int row = k_block * kK<T> + in_block;
-    const int tap = sizes.by_group_in_channels.Divide(row);
-    return {tap, row - tap * sizes.group_in_channels};
+  // What k `k` of block `block` of a slice stands for; past the last tap if there is no such k.
+  __device__ __forceinline__ TapChannel At(int slice, int block, int k) const {
+    if (slice < whole_slices) return {block, k};
+    const int i = block * kK<T> + k;
+    const int tap = by_last_channels.Divide(i);
+    return {tap, i - tap * last_channels};
+  }
+
+  // The row of the filters, or no less than taps * group_in_channels.
+  __device__ __forceinline__ int RowOf(int slice, int block, int k) const {
+    const TapChannel at = At(slice, block, k);
+    return at.tap * group_in_channels + slice * kK<T> + at.channel;
+  }
+};
+
+// What the host decides, beside the sizes.
+template <typename T>
+struct TilePlan {
+  KOrder<T> order;
+  StripWalk walk;
+  int32_t n_tiles;  // tiles along N, of all groups
+  int32_t splits;   // parts of K, which are summed up afterwards
+  Divisor by_deform_group_channels;
+  bool slice_is_within;  // whether every slice is within one deformable group, and all are whole
+  // The samples that the table has room for at each position; 0 where there is no table.
+  int32_t table_samples;
+  RegionLimits region;
+  int32_t region_bytes;  // of each
+};
+
+// A thread block's shared memory: the stages; the regions; the sample table, sample by sample;
+// barriers. `full` signals that a stage or region can be read, `empty` that it can be written.
+template <typename Shape, typename T>
+struct SharedMemory {
+  uint32_t stages, regions, full, empty, region_full, region_empty;
+  CornerWeights<T>* weights;  // [table samples, kM]
+  uint32_t* packed_places;    // [table samples, kM]
+
+  __device__ SharedMemory(uint8_t* memory, const TilePlan<T>& plan)
+      : stages(SharedAddress(memory)),
+        regions(stages + Shape::kStages * Shape::kStageBytes),
+        weights(reinterpret_cast<CornerWeights<T>*>(memory + Shape::kStages * Shape::kStageBytes +
+                                                    kRegionBuffers * plan.region_bytes)),
+        packed_places(reinterpret_cast<uint32_t*>(weights + plan.table_samples * Shape::kM)) {
+    full = SharedAddress(packed_places + plan.table_samples * Shape::kM);
+    empty = full + Shape::kStages * kBarrierBytes;
+    region_full = empty + Shape::kStages * kBarrierBytes;
+    region_empty = region_full + kRegionBuffers * kBarrierBytes;
+  }
+
+  static constexpr int64_t kTableBytes = Shape::kM * (sizeof(CornerWeights<T>) + sizeof(uint32_t));
+  static constexpr int64_t kOtherBytes = Shape::kStages * int64_t{Shape::kStageBytes} +
+                                         2 * (Shape::kStages + kRegionBuffers) * kBarrierBytes;
+
+  __device__ __forceinline__ uint32_t Stage(int stage) const {
+    return stages + stage * Shape::kStageBytes;
+  }
+  // Barrier `stage` of `full` or `empty`, or of those of regions.
+  static __device__ __forceinline__ uint32_t Of(uint32_t barriers, int stage) {
+    return barriers + stage * kBarrierBytes;
   }
 };
 
@@ -131,43 +174,58 @@ __host__ __device__ constexpr int PermutedK(int k) {
 // --- Who computes which tile ---
 
 struct WorkTile {
-  int walk_index, units;  // the first position in PositionOrder, and how many units of positions
-  int group;              // of the convolution
+  Strip strip;
+  int walk_index, units;        // the first position in its strip, and how many units of positions
+  int n_tile, group;            // along N; of the convolution
   int first_channel, channels;  // of the output: the first, and the group's from there on
+  int split, k_begin, k_end;    // K blocks
+
+  // The region of the input around the tile's samples.
+  template <typename T>
+  __device__ __forceinline__ InputRegion RegionOf(const FusedSizes& sizes,
+                                                  const TilePlan<T>& plan) const {
+    const int last = min(walk_index + units * kUnit, plan.walk.rows() * strip.width) - 1;
+    return InputRegion::Of(
+        sizes, plan.region, plan.walk.PositionAt(strip.by_width.Divide(walk_index), strip.x),
+        plan.walk.PositionAt(strip.by_width.Divide(last), strip.x), strip.x, strip.width);
+  }
 };
 
-// The tiles of a thread block. All units, first those of the first kN output channels, are divided
-// evenly among the thread blocks. A thread block cuts its units of one kN into tiles of nearly
-// equal size.
-template <typename Shape>
+// The tiles of a thread block: first come those of the first part of K and the first kN output
+// channels.
+template <typename T, typename Shape>
 class TileScheduler {
  public:
-  __device__ TileScheduler(const FusedSizes& sizes, int n_tiles)
-      : units_(CeilDiv<Shape::kUnit>(sizes.positions)) {
-    const int64_t all = int64_t{units_} * n_tiles;
+  explicit __device__ TileScheduler(const TilePlan<T>& plan) : tiles_(plan.walk.tiles()) {
+    const int64_t all = int64_t{tiles_} * plan.n_tiles * plan.splits;
     at_ = static_cast<int>(all * blockIdx.x / gridDim.x);
     end_ = static_cast<int>(all * (blockIdx.x + 1) / gridDim.x);
   }
 
   // Moves on to the next tile, if there is one.
-  __device__ __forceinline__ bool Next(const FusedSizes& sizes, WorkTile* tile) {
+  __device__ __forceinline__ bool Next(const FusedSizes& sizes, const TilePlan<T>& plan,
+                                       WorkTile* tile) {
     if (at_ >= end_) return false;
-    const int n_tile = at_ / units_, unit = at_ - n_tile * units_;
-    const int left = min(end_ - at_, units_ - unit);
-    const int tiles = CeilDiv<Shape::kUnits>(left);
-    tile->walk_index = unit * Shape::kUnit;
-    tile->units = CeilDiv(left, tiles);
+    const int tile_of_split = at_ / tiles_;
+    const StripTile in_strip = plan.walk.TileAt(at_ - tile_of_split * tiles_);
+    tile->strip = in_strip.strip;
+    tile->walk_index = in_strip.unit * kUnit;
+    tile->units = in_strip.units;
+    tile->split = tile_of_split / plan.n_tiles;
+    tile->n_tile = tile_of_split - tile->split * plan.n_tiles;
     const int n_tiles_of_group = CeilDiv<Shape::kN>(sizes.group_out_channels);
-    tile->group = n_tile / n_tiles_of_group;
-    const int first_of_group = (n_tile - tile->group * n_tiles_of_group) * Shape::kN;
+    tile->group = tile->n_tile / n_tiles_of_group;
+    const int first_of_group = (tile->n_tile - tile->group * n_tiles_of_group) * Shape::kN;
     tile->first_channel = tile->group * sizes.group_out_channels + first_of_group;
     tile->channels = sizes.group_out_channels - first_of_group;
-    at_ += tile->units;
+    tile->k_begin = plan.order.k_blocks * tile->split / plan.splits;
+    tile->k_end = plan.order.k_blocks * (tile->split + 1) / plan.splits;
+    ++at_;
     return true;
   }
 
  private:
-  int units_, at_, end_;
+  int tiles_, at_, end_;
 };
 
 }  // namespace cuda

@@ -166,9 +166,9 @@ std::string Launch(const DeformConvParams& params, const SampledTensors<T, Compu
   const int bytes =
       static_cast<int>(RegionLayout<Element, kChannels, kWantInput>::Bytes(params.taps()));
   DEFORM_CONV_RETURN_IF_ERROR(AllowSharedBytes("RegionScatterKernel", kernel, bytes));
-  kernel<<<blocks, kThreadsPerBlock, bytes, StreamOf(stream)>>>(
-      FusedSizes(params), grid, AsCuda<T>(tensors), replace, add, AsCuda(columns), gradients);
-  return LaunchError("RegionScatterKernel");
+  return LaunchKernel("RegionScatterKernel", kernel, blocks, kThreadsPerBlock, bytes, stream,
+                      FusedSizes(params), grid, AsCuda<T>(tensors), replace, add, AsCuda(columns),
+                      gradients);
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "core/cuda/fused/shared_vec16.cuh"
 #include "core/cuda/launch.cuh"
 #include "core/cuda/sm80/swizzle.cuh"
 #include "core/cuda/sm90/patch.cuh"
@@ -77,21 +78,6 @@ __device__ __forceinline__ uint32_t TransposedAt(uint32_t first, int j, int i) {
   static_assert(kRows % kSwizzledRows == 0);
   return (first ^ (j % 2 * 4 * kVec16Bytes)) +
          (PatchLane<float, kChannels>::Distance(j) + i * kRows) * kSlabRowBytes;
-}
-
-__device__ __forceinline__ void StoreVec16(uint32_t address, const uint4& vec16) {
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(vec16.x),
-               "r"(vec16.y), "r"(vec16.z), "r"(vec16.w)
-               : "memory");
-}
-
-__device__ __forceinline__ uint4 LoadVec16(uint32_t address) {
-  uint4 vec16;
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
-               : "=r"(vec16.x), "=r"(vec16.y), "=r"(vec16.z), "=r"(vec16.w)
-               : "r"(address)
-               : "memory");
-  return vec16;
 }
 
 }  // namespace cuda
