@@ -36,6 +36,7 @@ set(CORE_GPU_SOURCES
 set(CORE_CUDA_SOURCES
   cuda/errors.cu
   cuda/general/col2im.cu
+  cuda/general/col2im_regions.cu
   cuda/general/col2im_sorted.cu
   cuda/general/depthwise_backward.cu
   cuda/general/depthwise_forward.cu

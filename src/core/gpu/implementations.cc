@@ -138,9 +138,65 @@ std::string RunAtomic(const Col2ImCall<T>& call) {
                                call.columns, call.gradients, call.device.stream());
 }
 
+constexpr char kNoInputGradient[] = "the input's gradient is not wanted";
+
+// What remains of a call once the input's gradient has been added to.
+template <typename T>
+std::string RunOthers(const Col2ImCall<T>& call) {
+  Col2ImCall<T> others = call;
+  others.gradients.input = nullptr;
+  if (!others.gradients.any() && !others.replace) return "";
+  const Col2ImImplementation<T>* chosen;
+  DEFORM_CONV_RETURN_IF_ERROR(
+      Choose(Col2ImImplementations<T>(), "gradients of offset and mask", others, &chosen));
+  return chosen->run(others);
+}
+
+template <typename T>
+std::string RegionsMisfit(const Col2ImCall<T>& call) {
+  if (call.gradients.input == nullptr) return kNoInputGradient;
+  if (call.device.deterministic()) return kAddsWithAtomics;
+  return cuda::Col2ImRegionsMisfit<T>(call.params);
+}
+
+// Whether it is known to be faster to work on regions in shared memory: in 16 bits, where
+// deformable groups have few channels, see benchmarks/gpu_kernels.md.
+template <typename T>
+bool PrefersRegions(const DeformConvParams& params) {
+  constexpr int64_t kMostChannels = 32;
+  const int64_t channels = params.deform_group_channels();
+  return sizeof(T) == 2 && channels % 4 == 0 && channels <= kMostChannels &&
+         params.in_channels >= kMostChannels;
+}
+
+template <typename T>
+int RegionsCost(const Col2ImCall<T>& call) {
+  return PrefersRegions<T>(call.params) ? 2 : 6;
+}
+
+template <typename T>
+std::string RunRegions(const Col2ImCall<T>& call) {
+  DEFORM_CONV_RETURN_IF_ERROR(cuda::Col2ImRegions<T>(call.params, call.tensors, call.begin,
+                                                     call.end, call.columns, call.gradients.input,
+                                                     call.device.stream()));
+  return RunOthers(call);
+}
+
+template <typename T>
+std::string ProductsMisfit(const Col2ImCall<T>& call) {
+  if (call.gradients.input != nullptr) return "the input's gradient is wanted";
+  return cuda::Col2ImProductsMisfit<T>(call.params);
+}
+
+template <typename T>
+std::string RunProducts(const Col2ImCall<T>& call) {
+  return cuda::Col2ImProducts<T>(call.params, call.tensors, call.begin, call.end, call.replace,
+                                 call.columns, call.gradients, call.device.stream());
+}
+
 template <typename T>
 std::string SortedMisfit(const Col2ImCall<T>& call) {
-  if (call.gradients.input == nullptr) return "the input's gradient is not wanted";
+  if (call.gradients.input == nullptr) return kNoInputGradient;
   return cuda::Col2ImSortedMisfit(call.params);
 }
 
@@ -149,18 +205,15 @@ std::string SortedMisfit(const Col2ImCall<T>& call) {
 template <typename T>
 int SortedCost(const Col2ImCall<T>& call) {
   constexpr int64_t kManyChannels = 64;
-  return sizeof(T) == 2 && call.params.deform_group_channels() >= kManyChannels ? 2 : 4;
+  return sizeof(T) == 2 && call.params.deform_group_channels() >= kManyChannels ? 3 : 5;
 }
 
-// The input's gradient from sorted corners. Col2ImAtomic() gives the rest.
 template <typename T>
 std::string RunSorted(const Col2ImCall<T>& call) {
   DEFORM_CONV_RETURN_IF_ERROR(cuda::Col2ImSorted<T>(call.params, call.tensors, call.begin, call.end,
                                                     call.columns, call.gradients.input,
                                                     call.workspace, call.device.stream()));
-  Col2ImCall<T> others = call;
-  others.gradients.input = nullptr;
-  return others.gradients.any() || others.replace ? RunAtomic<T>(others) : "";
+  return RunOthers(call);
 }
 
 // --- Depthwise layers ---
@@ -231,8 +284,12 @@ const std::vector<Col2ImImplementation<T>>& Col2ImImplementations() {
         RunRegionScatter<T>},
        {/*rows=*/cuda::kPatchSide, /*few_images=*/true}},
 #endif
+      {{"Col2ImRegions", KernelPath::kGeneral, RegionsMisfit<T>, RegionsCost<T>, RunRegions<T>},
+       {/*rows=*/8, /*few_images=*/false}},
+      {{"Col2ImProducts", KernelPath::kGeneral, ProductsMisfit<T>, RegionsCost<T>, RunProducts<T>},
+       {/*rows=*/8, /*few_images=*/false}},
       {{"Col2ImSorted", KernelPath::kGeneral, SortedMisfit<T>, SortedCost<T>, RunSorted<T>}, {}},
-      {{"Col2ImAtomic", KernelPath::kGeneral, AtomicMisfit<T>, Cost<3>, RunAtomic<T>}, {}},
+      {{"Col2ImAtomic", KernelPath::kGeneral, AtomicMisfit<T>, Cost<4>, RunAtomic<T>}, {}},
   };
   return list;
 }

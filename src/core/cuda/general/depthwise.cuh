@@ -7,6 +7,7 @@
 
 #include "core/bilinear.h"
 #include "core/cuda/fused/sizes.cuh"
+#include "core/cuda/general/samples.cuh"
 #include "core/cuda/launch.cuh"
 #include "core/cuda/types.cuh"
 #include "core/params.h"
@@ -159,28 +160,6 @@ __device__ __forceinline__ Vector<T, kSize> Interpolate(
     }
   }
   return sums;
-}
-
-// Loads the corners of a sample that count; the others are 0. Elements lie `pixel` apart from one
-// pixel to the next, `row` from one row.
-template <typename T, int kSize>
-__device__ __forceinline__ void LoadCorners(const T* top_left, int64_t row, int64_t pixel,
-                                            int corner_bits,
-                                            Vector<T, kSize> (&corners)[kCorners]) {
-  if ((corner_bits & kAllCorners) == kAllCorners) {
-    corners[kTopLeft] = Load<T, kSize>(top_left);
-    corners[kTopRight] = Load<T, kSize>(top_left + pixel);
-    corners[kBottomLeft] = Load<T, kSize>(top_left + row);
-    corners[kBottomRight] = Load<T, kSize>(top_left + row + pixel);
-    return;
-  }
-#pragma unroll
-  for (int corner = 0; corner < kCorners; ++corner) {
-    corners[corner] = {};
-    if (corner_bits >> corner & 1) {
-      corners[corner] = Load<T, kSize>(top_left + (corner / 2) * row + (corner % 2) * pixel);
-    }
-  }
 }
 
 }  // namespace cuda

@@ -750,9 +750,8 @@ std::string Launch(const DeformConvParams& params, const SampledTensors<T, Compu
   DEFORM_CONV_RETURN_IF_ERROR(AllowSharedBytes("DepthwiseBackwardKernel", kernel, bytes));
   const dim3 blocks(static_cast<unsigned>(params.batch * plan.patches_h * plan.patches_w),
                     static_cast<unsigned>(params.deform_groups));
-  kernel<<<blocks, kThreadsPerBlock, bytes, StreamOf(stream)>>>(FusedSizes(params), AsCuda(tensors),
-                                                                gradients, plan);
-  return LaunchError("DepthwiseBackwardKernel");
+  return LaunchKernel("DepthwiseBackwardKernel", kernel, blocks, kThreadsPerBlock, bytes, stream,
+                      FusedSizes(params), AsCuda(tensors), gradients, plan);
 }
 
 }  // namespace

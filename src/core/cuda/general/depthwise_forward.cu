@@ -346,9 +346,9 @@ std::string Launch(const DeformConvParams& params, const SampledTensors<T, Compu
   const auto kernel = DepthwiseForwardKernel<Element, kSize, kOneOutput>;
   DEFORM_CONV_RETURN_IF_ERROR(AllowSharedBytes("DepthwiseForwardKernel", kernel, bytes));
   const int64_t blocks = params.batch * plan.tiles * plan.slices;
-  kernel<<<static_cast<unsigned>(blocks), kThreadsPerBlock, bytes, StreamOf(stream)>>>(
-      FusedSizes(params), AsCuda(tensors), AsCuda(filters), plan, AsCuda(output));
-  return LaunchError("DepthwiseForwardKernel");
+  return LaunchKernel("DepthwiseForwardKernel", kernel, static_cast<unsigned>(blocks),
+                      kThreadsPerBlock, bytes, stream, FusedSizes(params), AsCuda(tensors),
+                      AsCuda(filters), plan, AsCuda(output));
 }
 
 }  // namespace
