@@ -8,7 +8,7 @@
 
 #include "core/bilinear.h"
 #include "core/cuda/fused/limits.h"
-"core/cuda/fused/sizes.cuh"
+#include "core/cuda/fused/sizes.cuh"
 #include "core/cuda/launch.cuh"
 #include "core/cuda/types.cuh"
 #include "core/params.h"
