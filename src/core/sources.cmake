@@ -40,6 +40,7 @@ set(CORE_CUDA_SOURCES
   cuda/general/col2im_sorted.cu
   cuda/general/depthwise_backward.cu
   cuda/general/depthwise_forward.cu
+  cuda/general/depthwise_forward_staged.cu
   cuda/general/embedding.cu
   cuda/general/im2col.cu
   cuda/general/layout.cu

@@ -68,7 +68,7 @@ std::string ImplicitGemmMisfit(const ForwardCall<T>& call) {
 template <typename T>
 int ImplicitGemmCost(const ForwardCall<T>& call) {
   const bool narrow = call.params.deform_group_channels() * int64_t{sizeof(T)} < 64;
-  return narrow && call.params.group_out_channels() > 64 ? 4 : 2;
+  return narrow && call.params.group_out_channels() > 64 ? 5 : 3;
 }
 
 template <typename T>
@@ -159,19 +159,19 @@ std::string RegionsMisfit(const Col2ImCall<T>& call) {
   return cuda::Col2ImRegionsMisfit<T>(call.params);
 }
 
-// Whether it is known to be faster to work on regions in shared memory: in 16 bits, where
-// deformable groups have few channels, see benchmarks/gpu_kernels.md.
-template <typename T>
-bool PrefersRegions(const DeformConvParams& params) {
-  constexpr int64_t kMostChannels = 32;
-  const int64_t channels = params.deform_group_channels();
-  return sizeof(T) == 2 && channels % 4 == 0 && channels <= kMostChannels &&
-         params.in_channels >= kMostChannels;
-}
-
+// Regions in shared memory are faster than the region scatter's tensor cores where deformable
+// groups have few channels in 16 bits, and than sorting or atomics where few samples share a pixel
+// because of a stride, see benchmarks/gpu_kernels.md.
 template <typename T>
 int RegionsCost(const Col2ImCall<T>& call) {
-  return PrefersRegions<T>(call.params) ? 2 : 6;
+  constexpr int64_t kFewChannels = 16, kLeastChannels = 32;
+  const DeformConvParams& params = call.params;
+  const int64_t channels = params.deform_group_channels();
+  if (channels % 4 != 0 || params.in_channels < kLeastChannels) return 6;
+  if (sizeof(T) == 2 && channels <= kFewChannels) return 0;
+  const bool tensor_cores = sizeof(T) == 2 || (sizeof(T) == 4 && call.device.allow_tf32());
+  const bool strided = params.stride_h * params.stride_w > 1;
+  return tensor_cores && (strided || (sizeof(T) == 2 && channels <= kLeastChannels)) ? 2 : 6;
 }
 
 template <typename T>
@@ -234,6 +234,13 @@ std::string DepthwiseForwardMisfit(const ForwardCall<T>& call) {
 }
 
 template <typename T>
+std::string StagedDepthwiseForwardMisfit(const ForwardCall<T>& call) {
+  DEFORM_CONV_RETURN_IF_ERROR(DepthwiseMisfit(call));
+  return cuda::StagedDepthwiseForwardMisfit<T>(call.params, call.tensors, call.filters,
+                                               call.output);
+}
+
+template <typename T>
 std::string DepthwiseBackwardMisfit(const BackwardCall<T>& call) {
   DEFORM_CONV_RETURN_IF_ERROR(DepthwiseMisfit(call));
   const bool adds = call.gradients.sampled.input != nullptr || call.gradients.filters != nullptr;
@@ -250,9 +257,11 @@ const std::vector<Implementation<ForwardCall<T>>>& ForwardImplementations() {
       {"ImplicitGemmSm90", KernelPath::kFused, ImplicitGemmMisfit<T>, ImplicitGemmCost<T>,
        RunImplicitGemm<T>},
 #endif
-      {"Depthwise", KernelPath::kGeneral, DepthwiseForwardMisfit<T>, Cost<0>, ForwardDepthwise<T>},
-      {"Embedded", KernelPath::kAny, EmbeddedForwardMisfit<T>, Cost<1>, ForwardEmbedded<T>},
-      {"Im2ColGemm", KernelPath::kGeneral, AlwaysFits, Cost<3>, Im2ColGemm<T>},
+      {"StagedDepthwise", KernelPath::kGeneral, StagedDepthwiseForwardMisfit<T>, Cost<0>,
+       ForwardStagedDepthwise<T>},
+      {"Depthwise", KernelPath::kGeneral, DepthwiseForwardMisfit<T>, Cost<1>, ForwardDepthwise<T>},
+      {"Embedded", KernelPath::kAny, EmbeddedForwardMisfit<T>, Cost<2>, ForwardEmbedded<T>},
+      {"Im2ColGemm", KernelPath::kGeneral, AlwaysFits, Cost<4>, Im2ColGemm<T>},
   };
   return list;
 }

@@ -32,8 +32,13 @@ __global__ void __launch_bounds__(kThreadsPerBlock, 3)
   ScatterPatch<T, kSize>(sizes, tensors, plan, patch, memory, columns, grad_input);
 }
 
+// Thread blocks of a multiprocessor. A fourth hides more latency than it costs in spilled
+// registers.
 template <typename T, int kSize>
-__global__ void __launch_bounds__(kThreadsPerBlock, 2)
+constexpr int kProductsBlocks = sizeof(T) == 2 && kSize > 4 ? 4 : 2;
+
+template <typename T, int kSize>
+__global__ void __launch_bounds__(kThreadsPerBlock, kProductsBlocks<T, kSize>)
     Col2ImProductsKernel(FusedSizes sizes, SampledTensors<T, float> tensors, PositionRange range,
                          RegionPlan plan, bool replace, T* columns,
                          SampledGradients<float> gradients) {

@@ -2,337 +2,159 @@
 
 #include "core/cuda/general/depthwise.cuh"
 #include "core/cuda/general/kernels.h"
-#include "core/cuda/general/staged_region.cuh"
 #include "core/return_if_error.h"
 
 namespace deform_conv {
 namespace cuda {
 namespace {
 
-// How thread blocks are laid over positions and channels. A thread block has a tile of an image's
-// positions and a slice of the channels: some whole deformable groups, or a part of one.
-struct ForwardPlan {
-  int lanes, rows;      // a thread block's threads: vectors of the slice, positions
-  int tile_h, tile_w;   // in positions
-  int tiles;            // of an image
+// How thread blocks are laid over positions and channels. A thread block has a slice of the
+// channels: some whole deformable groups, or a part of one.
+struct DepthwisePlan {
+  int lanes;            // of a position, side by side on the slice's channels
+  int positions;        // of a thread block
+  int stride;           // of the table's taps, odd, so that no two meet in a bank
   int groups;           // deformable groups of a slice
   int slices_of_group;  // where a slice is a part of a group; otherwise 1
   int slices;
-  int table_positions;            // of a tile, and those beyond it that threads take
-  int stride;                     // of the table's taps
-  int step;                       // of the table, from one position of a thread to the next
-  int locate_lanes, locate_rows;  // the threads once more: samples of a position, positions
-  RegionSize region;
-  Divisor by_lanes, by_tile_w, by_tiles, by_tiles_w, by_slices, by_slices_of_group,
-      by_group_channels, by_locate_lanes;
-
-  DEFORM_CONV_INLINE int positions() const { return tile_h * tile_w; }
+  Divisor by_lanes, by_samples, by_slices_of_group, by_group_channels, by_out_w, by_out_h;
 };
 
-constexpr int kLoadsTogether = 2;  // of a thread that locates samples
-constexpr int kTogether = 2;       // positions of a thread at a time, which share the filters
-constexpr int kMargin = 2;         // of the region, in pixels
-
-// A located sample. Where the region has it, the weights are times the mask; elsewhere they are
-// not.
-template <typename T, int kSize>
-struct alignas(16) ForwardSample {
-  CornerFactors<T, kSize> weights;
-  ComputeType<T> mask;
-  CornerPlace place;
+template <typename OffsetT>
+struct alignas(2 * sizeof(OffsetT)) PixelAndMask {
+  OffsetT mask;
+  int32_t packed_pixel;  // of the top left corner, as in FusedSizes; may lie outside
 };
 
-// The largest mask by which weights are multiplied: 16-bit numbers have room for their products.
-constexpr int kMostMask = 256;
-
+// A thread block's located samples: [groups][taps][stride], a position each.
 template <typename T, int kSize>
-__device__ __forceinline__ ForwardSample<T, kSize> Locate(const FusedSizes& sizes,
-                                                          const RegionSize& size,
-                                                          const Region& region,
-                                                          const TapSample<ComputeType<T>>& located,
-                                                          ComputeType<T> mask) {
-  ForwardSample<T, kSize> sample = {};
-  // What lies outside is 0, whatever the mask.
-  if (!located.inside()) return sample;
-  ComputeType<T> weights[kCorners];
-  BilinearWeights(located.h.fraction, located.w.fraction, weights);
-  // NaN fails.
-  const bool staged = region.HasCorners(located.h.low, located.w.low) &&
-                      mask <= ComputeType<T>(kMostMask) && mask >= ComputeType<T>(-kMostMask);
-  const ComputeType<T> factor = staged ? mask : ComputeType<T>(1);
+struct DepthwiseTable {
+  using SampleWeights = CornerFactors<T, kSize>;
+  using Pixel = PixelAndMask<ComputeType<T>>;
+  static constexpr int kEntryBytes = sizeof(SampleWeights) + sizeof(Pixel);
+
+  SampleWeights* weights;
+  Pixel* pixels;
+
+  __device__ DepthwiseTable(char* shared, int entries)
+      : weights(reinterpret_cast<SampleWeights*>(shared)),
+        pixels(reinterpret_cast<Pixel*>(weights + entries)) {}
+
+  __device__ __forceinline__ void Locate(const FusedSizes& sizes,
+                                         const SampledTensors<T, ComputeType<T>>& tensors,
+                                         const Position& position, int g_tap, int entry) const {
+    const int64_t index = sizes.IndexOf(position) * (sizes.deform_groups * sizes.taps) + g_tap;
+    const TapSample<ComputeType<T>> sample(sizes, position, Tap::Of(sizes, g_tap),
+                                           tensors.offset[2 * index],
+                                           tensors.offset[2 * index + 1]);
+    const bool counts = sample.inside();
+    ComputeType<T> of_corners[kCorners];
+    BilinearWeights(sample.h.fraction, sample.w.fraction, of_corners);
 #pragma unroll
-  for (int corner = 0; corner < kCorners; ++corner) {
-    sample.weights.of[corner] = factor * weights[corner];
+    for (int corner = 0; corner < kCorners; ++corner) {
+      weights[entry].of[corner] = counts ? of_corners[corner] : ComputeType<T>(0);
+    }
+    // What lies outside is 0, whatever the mask.
+    const ComputeType<T> mask = !counts                   ? ComputeType<T>(0)
+                                : tensors.mask == nullptr ? ComputeType<T>(1)
+                                                          : tensors.mask[index];
+    const int32_t pixel = (position.n * sizes.in_h + sample.h.low) * sizes.in_w + sample.w.low;
+    const int32_t bits = CornerBits(sample.h, sample.w, sizes.in_h, sizes.in_w);
+    pixels[entry] = {mask, counts ? pixel * (1 << kCornerBits) + bits : 0};
   }
-  sample.mask = mask;
-  // In the region zeros stand for corners that do not count.
-  sample.place =
-      staged ? CornerPlace::InRegion(size, region, located.h.low, located.w.low, kAllCorners)
-             : CornerPlace::InImage(sizes, located.h.low, located.w.low,
-                                    CornerBits(located.h, located.w, sizes.in_h, sizes.in_w));
-  return sample;
-}
-
-// Reads it in vec16s.
-template <typename T, int kSize>
-__device__ __forceinline__ ForwardSample<T, kSize> LoadSample(const ForwardSample<T, kSize>* from) {
-  using Sample = ForwardSample<T, kSize>;
-  constexpr int kVec16s = sizeof(Sample) / kVec16Bytes;
-  uint4 vec16s[kVec16s];
-#pragma unroll
-  for (int i = 0; i < kVec16s; ++i) vec16s[i] = reinterpret_cast<const uint4*>(from)[i];
-  Sample sample;
-  memcpy(&sample, vec16s, sizeof(sample));
-  return sample;
-}
-
-// Thread blocks of a multiprocessor that there are registers for: as many as spill none.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-constexpr int kBlocksOfPairs = 4;
-#else
-constexpr int kBlocksOfPairs = 3;
-#endif
-template <typename T, int kSize, bool kOneOutput>
-constexpr int kBlocksOfRegisters = sizeof(T) == 8 || !kOneOutput ? 3
-                                   : kInPairs<T, kSize>          ? kBlocksOfPairs
-                                                                 : 4;
+};
 
 template <typename T, int kSize, bool kOneOutput>
-__global__ void __launch_bounds__(kThreadsPerBlock, kBlocksOfRegisters<T, kSize, kOneOutput>)
+__global__ void __launch_bounds__(kThreadsPerBlock)
     DepthwiseForwardKernel(FusedSizes sizes, SampledTensors<T, ComputeType<T>> tensors,
-                           const T* __restrict__ filters, ForwardPlan plan,
+                           const T* __restrict__ filters, DepthwisePlan plan,
                            T* __restrict__ output) {
   using Number = ComputeType<T>;
-  using Sample = ForwardSample<T, kSize>;
   extern __shared__ __align__(16) char shared[];
-  Sample* const table =
-      reinterpret_cast<Sample*>(shared);  // [taps][stride], of [positions][groups]
-  auto* const pixels = reinterpret_cast<Vector<T, kSize>*>(table + sizes.taps * plan.stride);
-
-  const int tile_of_batch = plan.by_slices.Divide(blockIdx.x);
-  const int slice = blockIdx.x - tile_of_batch * plan.slices;
-  const int group_of_slice = plan.by_slices_of_group.Divide(slice);
+  const int samples = plan.groups * sizes.taps;
+  const DepthwiseTable<T, kSize> table(shared, samples * plan.stride);
+  const int group_of_slice = plan.by_slices_of_group.Divide(blockIdx.y);
+  const int slice_of_group = blockIdx.y - group_of_slice * plan.slices_of_group;
   const int first_group = group_of_slice * plan.groups;
-  const int n = plan.by_tiles.Divide(tile_of_batch);
-  const int tile = tile_of_batch - n * plan.tiles;
-  const int tile_row = plan.by_tiles_w.Divide(tile);
-  const Position first = {
-      n, tile_row * plan.tile_h,
-      (tile - tile_row * static_cast<int>(plan.by_tiles_w.value())) * plan.tile_w};
-  const Region region(sizes, plan.region, first, kMargin);
+  const int first_position = blockIdx.x * plan.positions;
+  const int positions = min(plan.positions, sizes.positions - first_position);
 
-  const int row = plan.by_lanes.Divide(threadIdx.x);
-  const int lane = threadIdx.x - row * plan.lanes;
-  const int in_slice =
-      (lane + (slice - group_of_slice * plan.slices_of_group) * plan.lanes) * kSize;
+  for (int i = threadIdx.x; i < positions * samples; i += kThreadsPerBlock) {
+    const int p = plan.by_samples.Divide(i);
+    const int g_tap = i - p * samples;
+    if (first_group * sizes.taps + g_tap >= sizes.deform_groups * sizes.taps) continue;
+    const int n_y = plan.by_out_w.Divide(first_position + p);
+    const int n = plan.by_out_h.Divide(n_y);
+    const Position position = {n, n_y - n * sizes.out_h, first_position + p - n_y * sizes.out_w};
+    table.Locate(sizes, tensors, position, first_group * sizes.taps + g_tap,
+                 g_tap * plan.stride + p);
+  }
+  __syncthreads();
+
+  const int p = plan.by_lanes.Divide(threadIdx.x);
+  const int in_slice = (threadIdx.x - p * plan.lanes + slice_of_group * plan.lanes) * kSize;
   const int c = first_group * sizes.deform_group_channels + in_slice;
   const int limit =
       plan.slices_of_group > 1 ? sizes.deform_group_channels : sizes.in_channels - c + in_slice;
-  const bool has_channels = in_slice < limit;
-  const T* const image = tensors.input + int64_t{ImagePixel(sizes, n)} * sizes.in_channels;
-  if (row < plan.rows) {
-    StageRegion(sizes, plan.region, region, image, has_channels ? c : -1, lane, plan.lanes, row,
-                pixels);
-  }
-
-  const int locate_row = plan.by_locate_lanes.Divide(threadIdx.x);
-  const int samples =
-      min(plan.groups, sizes.deform_groups - first_group) * sizes.taps;  // of a position
-  for (int s = threadIdx.x - locate_row * plan.locate_lanes;
-       s < samples && locate_row < plan.locate_rows; s += plan.locate_lanes) {
-    const int group = sizes.by_taps.Divide(s);
-    const Tap tap = Tap::Of(sizes, first_group * sizes.taps + s);
-    Sample* const of_tap = table + (s - group * sizes.taps) * plan.stride + group;
-    const int samples_of_all = sizes.deform_groups * sizes.taps;
-    const int64_t first_index =
-        int64_t{PositionIndex(sizes, {n, 0, 0})} * samples_of_all + tap.g_tap;
-    for (int first_p = locate_row; first_p < plan.table_positions;
-         first_p += kLoadsTogether * plan.locate_rows) {
-      Position positions[kLoadsTogether];
-      Number dy[kLoadsTogether], dx[kLoadsTogether], mask[kLoadsTogether];
-#pragma unroll
-      for (int i = 0; i < kLoadsTogether; ++i) {
-        const int p = first_p + i * plan.locate_rows;
-        const int y = plan.by_tile_w.Divide(p);
-        positions[i] = {n, first.y + y, first.x + p - y * plan.tile_w};
-        // Others get a sample too, which is not read.
-        const int in_image = min(positions[i].y, sizes.out_h - 1) * sizes.out_w +
-                             min(positions[i].x, sizes.out_w - 1);
-        const int64_t index = first_index + int64_t{in_image} * samples_of_all;
-        dy[i] = __ldg(tensors.offset + 2 * index);
-        dx[i] = __ldg(tensors.offset + 2 * index + 1);
-        mask[i] = tensors.mask == nullptr ? Number(1) : __ldg(tensors.mask + index);
-      }
-#pragma unroll
-      for (int i = 0; i < kLoadsTogether; ++i) {
-        const int p = first_p + i * plan.locate_rows;
-        if (p >= plan.table_positions) break;
-        of_tap[p * plan.groups] =
-            Locate<T, kSize>(sizes, plan.region, region,
-                             TapSample<Number>(sizes, positions[i], tap, dy[i], dx[i]), mask[i]);
-      }
-    }
-  }
-  FinishCopies();
-  __syncthreads();
-
-  if (row >= plan.rows || row >= plan.positions() || !has_channels) return;
+  if (p >= positions || in_slice >= limit) return;
   const int group = plan.slices_of_group > 1 ? 0 : plan.by_group_channels.Divide(in_slice);
   const int multiplier = kOneOutput ? 1 : sizes.group_out_channels;
-  const CornerReader<T, kSize> reader = {true, pixels + lane, plan.lanes, image, c};
+  const int64_t pixel = sizes.in_channels, row = int64_t{sizes.in_w} * pixel;
+  T* const out = output + int64_t{first_position + p} * sizes.out_channels + c * multiplier;
+  const T* const image = tensors.input + c;
   for (int m = 0; m < multiplier; ++m) {
-    Number sums[kTogether][kSize] = {};
+    Number sums[kSize] = {};
     const T* filter = filters + c * multiplier + m;
-    const Sample* of_tap = table + row * plan.groups + group;
+    int entry = group * sizes.taps * plan.stride + p;
+#pragma unroll(kOneOutput ? 3 : 1)
     for (int tap = 0; tap < sizes.taps; ++tap) {
+      const PixelAndMask<Number> sample = table.pixels[entry];
+      const T* const top_left = image + (sample.packed_pixel >> kCornerBits) * pixel;
+      Vector<T, kSize> corners[kCorners];
+      LoadCorners(top_left, row, pixel, sample.packed_pixel, corners);
+      const auto values = Interpolate<T, kSize>(table.weights[entry], corners);
       const auto factors = LoadOutputs<kSize, kOneOutput>(filter, multiplier);
-      Sample samples[kTogether];
-      bool all_staged = true;
 #pragma unroll
-      for (int j = 0; j < kTogether; ++j) {
-        samples[j] = LoadSample(of_tap + j * plan.step);
-        all_staged = all_staged && samples[j].place.in_region();
+      for (int i = 0; i < kSize; ++i) {
+        sums[i] += sample.mask * static_cast<Number>(values.elements[i]) *
+                   static_cast<Number>(factors.elements[i]);
       }
-      const auto add = [&](int j, const Vector<T, kSize>(&corners)[kCorners], Number mask) {
-        const auto values = Interpolate<T, kSize>(samples[j].weights, corners);
-#pragma unroll
-        for (int i = 0; i < kSize; ++i) {
-          // Written out, or the compiler would share the additions of both cases below.
-          sums[j][i] = fma(mask * static_cast<Number>(values.elements[i]),
-                           static_cast<Number>(factors.elements[i]), sums[j][i]);
-        }
-      };
-      if (all_staged) {
-#pragma unroll
-        for (int j = 0; j < kTogether; ++j) {
-          Vector<T, kSize> corners[kCorners];
-          reader.LoadStaged(plan.region, samples[j].place, corners);
-          add(j, corners, 1);
-        }
-      } else {
-#pragma unroll
-        for (int j = 0; j < kTogether; ++j) {
-          Vector<T, kSize> corners[kCorners];
-          reader.Load(sizes, plan.region, region, samples[j].place, corners);
-          add(j, corners, samples[j].place.in_region() ? Number(1) : samples[j].mask);
-        }
-      }
+      entry += plan.stride;
       filter += sizes.out_channels;
-      of_tap += plan.stride;
     }
+    if constexpr (kOneOutput) {
+      Store(out, sums);
+    } else {
 #pragma unroll
-    for (int j = 0; j < kTogether; ++j) {
-      const int p = row + j * plan.rows;
-      const int y = plan.by_tile_w.Divide(p);
-      const Position position = {n, first.y + y, first.x + p - y * plan.tile_w};
-      if (y >= plan.tile_h || position.y >= sizes.out_h || position.x >= sizes.out_w) continue;
-      T* const out =
-          output + int64_t{PositionIndex(sizes, position)} * sizes.out_channels + c * multiplier;
-      if constexpr (kOneOutput) {
-        Store(out, sums[j]);
-      } else {
-#pragma unroll
-        for (int i = 0; i < kSize; ++i) out[i * multiplier + m] = static_cast<T>(sums[j][i]);
-      }
+      for (int i = 0; i < kSize; ++i) out[i * multiplier + m] = static_cast<T>(sums[i]);
     }
   }
 }
 
-// What a thread block may have on every GPU, and how many are to share a multiprocessor.
-constexpr int64_t kMostTableBytes = 64 << 10;
-constexpr int kBlocksTogether = 3;
-constexpr int64_t kMostPixels = 1 << 16;  // of a region, so that they are counted in 32 bits
+constexpr int64_t kMostSharedBytes = 48 << 10;  // that need not be asked for
+constexpr int64_t kMostLanes = 32;
 
-// What of the plan does not depend on the tile.
 template <typename T, int kSize>
-ForwardPlan PlanSlices(const DeformConvParams& params) {
-  // As many lanes as have 128 bytes of channels, or a warp of single channels.
-  constexpr int64_t kLanes = kSize == 1 ? kWarp : 8;
-  constexpr int64_t kEntryBytes = sizeof(ForwardSample<CudaType<T>, kSize>);
+DepthwisePlan PlanForward(const DeformConvParams& params) {
   const int64_t vectors = params.deform_group_channels() / kSize;
-  const int64_t most_groups = kMostTableBytes / (params.taps() * kEntryBytes) - 1;  // in the table
-  ForwardPlan plan;
-  plan.slices_of_group = static_cast<int>(CeilDiv<int64_t>(vectors, 2 * kLanes));
+  DepthwisePlan plan;
+  plan.slices_of_group = static_cast<int>(CeilDiv(vectors, kMostLanes));
   plan.groups = static_cast<int>(
-      std::max<int64_t>(std::min({kLanes / vectors, params.deform_groups, most_groups}), 1));
+      std::clamp<int64_t>(kMostLanes / std::max<int64_t>(vectors, 1), 1, params.deform_groups));
   plan.lanes = static_cast<int>(CeilDiv<int64_t>(plan.groups * vectors, plan.slices_of_group));
-  plan.rows = kThreadsPerBlock / plan.lanes;
   plan.slices =
       static_cast<int>(CeilDiv<int64_t>(params.deform_groups, plan.groups)) * plan.slices_of_group;
-  return plan;
-}
-
-// Of a tile of so many positions: all that the threads take. No tile has more.
-int TablePositions(const ForwardPlan& plan, int64_t positions) {
-  return static_cast<int>(positions > plan.rows ? kTogether * plan.rows : positions);
-}
-// The bytes of a table of `positions`.
-template <typename T, int kSize>
-int64_t TableBytes(const DeformConvParams& params, const ForwardPlan& plan, int64_t positions) {
-  return int64_t{sizeof(ForwardSample<CudaType<T>, kSize>)} * params.taps() *
-         ((TablePositions(plan, positions) * plan.groups) | 1);
-}
-template <typename T, int kSize>
-int64_t RegionBytes(const ForwardPlan& plan, const RegionSize& region) {
-  return int64_t{sizeof(T) * kSize} * region.pixels() * plan.lanes;
-}
-
-// Chooses the tile, and whether its region is staged, by which the work is least.
-template <typename T, int kSize>
-void PlanTiles(const DeformConvParams& params, ForwardPlan* plan) {
-  // Of a lane: to stage a pixel, to take a sample from the region or from memory.
-  constexpr int64_t kStage = 1, kNear = 4, kFar = 8;
-  const int64_t budget = SharedBytesOfBlock(kBlocksTogether);
-  int64_t least = INT64_MAX;
-  for (int passes = kTogether; passes > 0; --passes) {
-    const int64_t samples = passes * plan->rows * params.taps();
-    int64_t most = passes * plan->rows;
-    while (most > 1 &&
-           TableBytes<T, kSize>(params, *plan, most) > std::min(budget, kMostTableBytes)) {
-      --most;
-    }
-    for (int64_t w = 1; w <= std::min(params.out_w, most); ++w) {
-      const int64_t h = std::min(params.out_h, most / w);
-      RegionSize region(params, h, w, kMargin, kMostPixels);
-      const bool fits =
-          RegionBytes<T, kSize>(*plan, region) + TableBytes<T, kSize>(params, *plan, h * w) <=
-          budget;
-      int64_t work = samples * kNear + region.pixels() * kStage;
-      if (!fits || work > samples * kFar) {
-        work = samples * kFar;
-        region = {};
-      }
-      work *= CeilDiv(params.out_h, h) * CeilDiv(params.out_w, w);
-      if (work >= least) continue;
-      least = work;
-      plan->tile_h = static_cast<int>(h);
-      plan->tile_w = static_cast<int>(w);
-      plan->region = region;
-    }
-  }
-}
-
-template <typename T, int kSize>
-ForwardPlan PlanForward(const DeformConvParams& params) {
-  ForwardPlan plan = PlanSlices<T, kSize>(params);
-  PlanTiles<T, kSize>(params, &plan);
-  const int tiles_w = static_cast<int>(CeilDiv<int64_t>(params.out_w, plan.tile_w));
+  const int64_t entry_bytes = DepthwiseTable<CudaType<T>, kSize>::kEntryBytes;
   const int samples = plan.groups * static_cast<int>(params.taps());
-  plan.tiles = tiles_w * static_cast<int>(CeilDiv<int64_t>(params.out_h, plan.tile_h));
-  plan.region.LayOver(plan.rows);
-  plan.table_positions = TablePositions(plan, plan.positions());
-  plan.stride = (plan.table_positions * plan.groups) | 1;
-  plan.step = plan.positions() > plan.rows ? plan.rows * plan.groups : 0;
-  plan.locate_lanes = std::min(samples, kThreadsPerBlock);
-  plan.locate_rows = kThreadsPerBlock / plan.locate_lanes;
+  plan.positions = static_cast<int>(std::clamp<int64_t>(
+      kMostSharedBytes / (samples * entry_bytes) - 1, 1, kThreadsPerBlock / plan.lanes));
+  plan.stride = plan.positions | 1;
   plan.by_lanes = Divisor(plan.lanes);
-  plan.by_tile_w = Divisor(plan.tile_w);
-  plan.by_tiles = Divisor(plan.tiles);
-  plan.by_tiles_w = Divisor(tiles_w);
-  plan.by_slices = Divisor(plan.slices);
+  plan.by_samples = Divisor(samples);
   plan.by_slices_of_group = Divisor(plan.slices_of_group);
   plan.by_group_channels = Divisor(static_cast<uint32_t>(params.deform_group_channels()));
-  plan.by_locate_lanes = Divisor(plan.locate_lanes);
+  plan.by_out_w = Divisor(static_cast<uint32_t>(params.out_w));
+  plan.by_out_h = Divisor(static_cast<uint32_t>(params.out_h));
   return plan;
 }
 
@@ -340,14 +162,12 @@ template <typename T, int kSize, bool kOneOutput>
 std::string Launch(const DeformConvParams& params, const SampledTensors<T, ComputeType<T>>& tensors,
                    const T* filters, T* output, void* stream) {
   using Element = CudaType<T>;
-  const ForwardPlan plan = PlanForward<T, kSize>(params);
-  const int64_t bytes = TableBytes<T, kSize>(params, plan, plan.positions()) +
-                        RegionBytes<T, kSize>(plan, plan.region);
-  const auto kernel = DepthwiseForwardKernel<Element, kSize, kOneOutput>;
-  DEFORM_CONV_RETURN_IF_ERROR(AllowSharedBytes("DepthwiseForwardKernel", kernel, bytes));
-  const int64_t blocks = params.batch * plan.tiles * plan.slices;
-  return LaunchKernel("DepthwiseForwardKernel", kernel, static_cast<unsigned>(blocks),
-                      kThreadsPerBlock, bytes, stream, FusedSizes(params), AsCuda(tensors),
+  const DepthwisePlan plan = PlanForward<T, kSize>(params);
+  const int64_t bytes = int64_t{DepthwiseTable<Element, kSize>::kEntryBytes} * plan.stride *
+                        plan.groups * params.taps();
+  const dim3 blocks(Blocks(params.out_positions(), plan.positions), plan.slices);
+  return LaunchKernel("DepthwiseForwardKernel", DepthwiseForwardKernel<Element, kSize, kOneOutput>,
+                      blocks, kThreadsPerBlock, bytes, stream, FusedSizes(params), AsCuda(tensors),
                       AsCuda(filters), plan, AsCuda(output));
 }
 
@@ -356,14 +176,11 @@ std::string Launch(const DeformConvParams& params, const SampledTensors<T, Compu
 template <typename T>
 std::string DepthwiseForwardMisfit(const DeformConvParams& params) {
   DEFORM_CONV_RETURN_IF_ERROR(SizesOfImageMisfit(params));
-  if (params.out_positions() * params.in_channels == 0) return "";
-  const ForwardPlan plan = PlanSlices<T, 1>(params);
-  if (TableBytes<T, 1>(params, plan, 1) > kMostTableBytes) {
-    return "a position has too many samples for shared memory";
-  }
-  if (params.image_positions() * plan.slices > INT32_MAX) {
-    return "an image has too many positions and channels";
-  }
+  const DepthwisePlan plan = PlanForward<T, 1>(params);
+  const int64_t bytes =
+      int64_t{DepthwiseTable<CudaType<T>, 1>::kEntryBytes} * plan.groups * params.taps();
+  if (bytes > kMostSharedBytes) return "a position has too many samples for shared memory";
+  if (plan.slices > 65535) return "there are too many channels";
   return "";
 }
 

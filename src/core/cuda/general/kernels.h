@@ -74,6 +74,18 @@ std::string DepthwiseForward(const DeformConvParams& params,
 template <typename T>
 std::string DepthwiseForwardMisfit(const DeformConvParams& params);
 
+// Likewise, from regions of the input in shared memory, with one output channel to an input
+// channel.
+template <typename T>
+std::string StagedDepthwiseForward(const DeformConvParams& params,
+                                   const SampledTensors<T, ComputeType<T>>& tensors,
+                                   const T* filters, T* output, void* stream);
+// Why it cannot, or is no faster, or an empty string.
+template <typename T>
+std::string StagedDepthwiseForwardMisfit(const DeformConvParams& params,
+                                         const SampledTensors<T, ComputeType<T>>& tensors,
+                                         const T* filters, const T* output);
+
 // A depthwise layer's gradients: adds to gradients.input and grad_filters, in an order that is not
 // fixed, and writes those of offset and mask; null where one is not wanted. At most FusedImages()
 // images.
