@@ -95,6 +95,14 @@ std::string RegionScatterMisfit(const Col2ImCall<T>& call) {
   return "";
 }
 
+// Its patches are squares, of which an image of few rows or columns leaves the most empty.
+template <typename T>
+int RegionScatterCost(const Col2ImCall<T>& call) {
+  const auto of_patch = [](int64_t size) { return std::min<int64_t>(size, cuda::kPatchSide); };
+  const int64_t positions = of_patch(call.params.out_h) * of_patch(call.params.out_w);
+  return 2 * positions < cuda::kPatchSide * cuda::kPatchSide ? 5 : 1;
+}
+
 template <typename T>
 std::string RunRegionScatter(const Col2ImCall<T>& call) {
   if constexpr (!std::is_same_v<T, double>) {
@@ -159,19 +167,19 @@ std::string RegionsMisfit(const Col2ImCall<T>& call) {
   return cuda::Col2ImRegionsMisfit<T>(call.params);
 }
 
-// Regions in shared memory are faster than the region scatter's tensor cores where deformable
-// groups have few channels in 16 bits, and than sorting or atomics where few samples share a pixel
-// because of a stride, see benchmarks/gpu_kernels.md.
+// In 16 bits, regions in shared memory are faster than the region scatter's tensor cores where
+// deformable groups have few channels, and than sorting and atomics; in TF32, than these with
+// strides and many channels. See benchmarks/gpu_kernels.md.
 template <typename T>
 int RegionsCost(const Col2ImCall<T>& call) {
-  constexpr int64_t kFewChannels = 16, kLeastChannels = 32;
+  constexpr int64_t kFewChannels = 16, kLeastChannels = 32, kManyChannels = 64;
   const DeformConvParams& params = call.params;
   const int64_t channels = params.deform_group_channels();
   if (channels % 4 != 0 || params.in_channels < kLeastChannels) return 6;
-  if (sizeof(T) == 2 && channels <= kFewChannels) return 0;
-  const bool tensor_cores = sizeof(T) == 2 || (sizeof(T) == 4 && call.device.allow_tf32());
+  if (sizeof(T) == 2) return channels <= kFewChannels ? 0 : 2;
+  const bool multiplies_in_tf32 = std::is_same_v<T, float> && call.device.allow_tf32();
   const bool strided = params.stride_h * params.stride_w > 1;
-  return tensor_cores && (strided || (sizeof(T) == 2 && channels <= kLeastChannels)) ? 2 : 6;
+  return multiplies_in_tf32 && strided && channels >= kManyChannels ? 2 : 6;
 }
 
 template <typename T>
@@ -289,7 +297,7 @@ template <typename T>
 const std::vector<Col2ImImplementation<T>>& Col2ImImplementations() {
   static const std::vector<Col2ImImplementation<T>> list = {
 #ifdef DEFORM_CONV_SM90
-      {{"RegionScatterSm90", KernelPath::kFused, RegionScatterMisfit<T>, Cost<1>,
+      {{"RegionScatterSm90", KernelPath::kFused, RegionScatterMisfit<T>, RegionScatterCost<T>,
         RunRegionScatter<T>},
        {/*rows=*/cuda::kPatchSide, /*few_images=*/true}},
 #endif
