@@ -108,6 +108,35 @@ EIGHTS = (
     layer(37, 32, 24, 7, 5),
     layer(37, 64, 64, 9, 9, masked=True),
 )
+# Where RegionScatterSm90 does not fit, and sums of regions are made without tensor cores.
+REGIONS = (
+    # few channels in a deformable group
+    layer(2, 24, 24, 13, 17, deform_groups=24, masked=True),
+    layer(2, 24, 16, 13, 17, deform_groups=8),
+    layer(2, 32, 24, 30, 47, deform_groups=8, masked=True),
+    layer(2, 64, 64, 30, 47, deform_groups=8, masked=True),
+    layer(1, 128, 64, 30, 47, deform_groups=16, masked=True),
+    layer(1, 128, 64, 13, 17, deform_groups=8),
+    layer(37, 32, 24, 7, 5, deform_groups=8),
+    # channels that are cut into slices, also odd ones
+    layer(1, 200, 64, 13, 17, masked=True),
+    layer(1, 130, 24, 13, 17, groups=2, deform_groups=2, stride=2),
+    # Neither kind of group divides the other.
+    layer(1, 96, 40, 13, 17, groups=4, deform_groups=6, masked=True),
+    layer(1, 60, 40, 13, 17, groups=4, deform_groups=6, masked=True),
+    # strides, kernels, images of one row
+    layer(2, 64, 64, 30, 47, stride=4, masked=True),
+    layer(2, 48, 64, 30, 47, stride=2, deform_groups=3, masked=True),
+    layer(1, 64, 64, 30, 47, kernel=(5, 5), deform_groups=8, masked=True),
+    layer(1, 30, 30, 30, 47, kernel=(7, 7), stride=2),
+    layer(1, 64, 64, 30, 47, kernel=(7, 7), dilation=2),
+    layer(2, 64, 64, 1, 200, kernel=(1, 9), deform_groups=4),
+    layer(2, 8, 8, 1, 1, deform_groups=2, masked=True),
+    # offsets
+    layer(2, 64, 64, 30, 47, deform_groups=8, scale=FAR, masked=True),
+    layer(2, 64, 64, 13, 17, deform_groups=8, holes=True, masked=True),
+    layer(2, 40, 40, 30, 47, deform_groups=5, holes=True, stride=2),
+)
 # What tensor cores take with other channels: narrow convolution groups, which are merged, and
 # channels of any number, which are padded; both; in one part and in several.
 EMBEDDED = (
@@ -136,6 +165,8 @@ EMBEDDED = (
     layer(8, 250, 250, 96, 96, kernel=(1, 1), masked=True),
 )
 SMALL = (
+    layer(1, 64, 8, 7, 9, deform_groups=8, masked=True, holes=True),
+    layer(1, 15, 8, 1, 40, deform_groups=5, kernel=(1, 3), stride=2, scale=FAR),
     *ANY_CHANNELS[4:8:3],
     layer(1, 24, 24, 7, 5, masked=True, holes=True),
     layer(1, 72, 136, 9, 9, deform_groups=3, scale=FAR),
@@ -326,7 +357,7 @@ def as_text(errors: dict[str, float]) -> str:
 def check_layers(library, small: bool) -> bool:
     generator = torch.Generator("cuda").manual_seed(1)
     summary = Summary()
-    for layer in SMALL if small else ANY_CHANNELS + EIGHTS + EMBEDDED:
+    for layer in SMALL if small else ANY_CHANNELS + EIGHTS + REGIONS + EMBEDDED:
         summary.layers += 1
         for type_name in TYPES:
             check_layer(library, type_name, layer, small, generator, summary)

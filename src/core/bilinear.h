@@ -70,12 +70,24 @@ DEFORM_CONV_INLINE void BilinearWeights(T h_fraction, T w_fraction, T weights[kC
   weights[kBottomRight] = h_fraction * w_fraction;
 }
 
+// A bit for each corner of a sample that lies in an image of in_h x in_w pixels; 0 if the sample is
+// 0.
+template <typename T, typename Int>
+DEFORM_CONV_INLINE int32_t CornerBits(const AxisSample<T, Int>& h, const AxisSample<T, Int>& w,
+                                      Int in_h, Int in_w) {
+  const int32_t inside = h.inside & w.inside;
+  const int32_t top = inside & (h.low >= 0 ? 1 : 0), bottom = inside & (h.low + 1 < in_h ? 1 : 0);
+  const int32_t left = w.low >= 0 ? 1 : 0, right = w.low + 1 < in_w ? 1 : 0;
+  return (top & left) << kTopLeft | (top & right) << kTopRight | (bottom & left) << kBottomLeft |
+         (bottom & right) << kBottomRight;
+}
+
 // Where a sample lies in an image, and what of it counts.
 template <typename T, typename Int>
 struct ImageSample {
   T weights[kCorners];
   T h_fraction, w_fraction;
-  int32_t corner_bits;  // a bit for each corner that lies in the image; 0 if the sample is 0
+  int32_t corner_bits;  // as of CornerBits()
   Int h_low, w_low;     // the top left corner, which may lie outside
 };
 
@@ -87,11 +99,7 @@ DEFORM_CONV_INLINE ImageSample<T, Int> LocateSample(Int h_base, Int w_base, T dy
   const AxisSample<T, Int> h = LocateOnAxis(h_base, dy, in_h);
   const AxisSample<T, Int> w = LocateOnAxis(w_base, dx, in_w);
   ImageSample<T, Int> sample;
-  const int32_t inside = h.inside & w.inside;
-  const int32_t top = inside & (h.low >= 0 ? 1 : 0), bottom = inside & (h.low + 1 < in_h ? 1 : 0);
-  const int32_t left = w.low >= 0 ? 1 : 0, right = w.low + 1 < in_w ? 1 : 0;
-  sample.corner_bits = (top & left) << kTopLeft | (top & right) << kTopRight |
-                       (bottom & left) << kBottomLeft | (bottom & right) << kBottomRight;
+  sample.corner_bits = CornerBits(h, w, in_h, in_w);
   sample.h_low = h.low;
   sample.w_low = w.low;
   sample.h_fraction = h.fraction;

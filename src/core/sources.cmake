@@ -36,9 +36,11 @@ set(CORE_GPU_SOURCES
 set(CORE_CUDA_SOURCES
   cuda/errors.cu
   cuda/general/col2im.cu
+  cuda/general/col2im_regions.cu
   cuda/general/col2im_sorted.cu
   cuda/general/depthwise_backward.cu
   cuda/general/depthwise_forward.cu
+  cuda/general/depthwise_forward_staged.cu
   cuda/general/embedding.cu
   cuda/general/im2col.cu
   cuda/general/layout.cu

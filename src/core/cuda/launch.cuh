@@ -39,12 +39,6 @@ inline std::string ErrorOf(cudaError_t error, const char* what, const char* name
   return std::string(what) + name + ": " + ErrorText(error);
 }
 
-// What went wrong with the last launch, or an empty string. After <<<...>>>, which returns nothing:
-// may take another call's error of before for that of the launch. LaunchKernel() does not.
-inline std::string LaunchError(const char* kernel) {
-  return ErrorOf(cudaGetLastError(), kCudaKernel, kernel);
-}
-
 template <typename T>
 struct NotDeduced {
   using type = T;
@@ -112,6 +106,8 @@ std::string AllowSharedBytes(const char* name, Kernel kernel, int64_t bytes) {
 struct Gpu {
   int major, minor;  // compute capability
   int multiprocessors;
+  int multiprocessor_shared_bytes;  // for all thread blocks
+  int block_shared_bytes;           // for one, at most
 };
 
 inline Gpu CurrentGpu() {
@@ -122,7 +118,9 @@ inline Gpu CurrentGpu() {
   };
   if (cudaGetDevice(&device) == cudaSuccess && get(cudaDevAttrComputeCapabilityMajor, &gpu.major) &&
       get(cudaDevAttrComputeCapabilityMinor, &gpu.minor) &&
-      get(cudaDevAttrMultiProcessorCount, &gpu.multiprocessors)) {
+      get(cudaDevAttrMultiProcessorCount, &gpu.multiprocessors) &&
+      get(cudaDevAttrMaxSharedMemoryPerMultiprocessor, &gpu.multiprocessor_shared_bytes) &&
+      get(cudaDevAttrMaxSharedMemoryPerBlockOptin, &gpu.block_shared_bytes)) {
     return gpu;
   }
   cudaGetLastError();  // forgets the error

@@ -13,14 +13,17 @@ int64_t MostPositions(const DeformConvParams& params, int64_t element_bytes,
 }
 
 // The images of a micro-batch where a few occupy the GPU. Their columns and float sums take less
-// than the columns of the whole batch would. Where everything is small, all images: each
-// micro-batch costs launches.
+// than the columns of the whole batch would. All images where everything is small, since each
+// micro-batch costs launches; and where that takes no more than the float sums of the filters'
+// gradient, which several micro-batches need.
 int64_t MostImages(const DeformConvParams& params, const ElementBytes& bytes) {
   constexpr int64_t kFew = 64, kSmallBytes = int64_t{32} << 20;
   const int64_t columns = ColumnsBytes(params, params.image_positions(), bytes.tensor);
-  const int64_t sums = params.image_size() * bytes.sum;
-  if (params.batch * (columns + sums) <= kSmallBytes) return params.batch;
-  return std::clamp<int64_t>(params.batch * columns / (columns + sums), 1, kFew);
+  const int64_t sums = params.image_size() * bytes.sum, image = columns + sums;
+  if (params.batch * image <= kSmallBytes) return params.batch;
+  const int64_t images = std::clamp<int64_t>(params.batch * columns / image, 1, kFew);
+  return (params.batch - images) * image <= params.filters_size() * bytes.sum ? params.batch
+                                                                              : images;
 }
 
 }  // namespace

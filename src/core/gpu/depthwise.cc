@@ -15,16 +15,27 @@ namespace {
 // The most that the float copy of the input's gradient takes, unless an image takes more.
 constexpr int64_t kCopyBytes = int64_t{64} << 20;
 
+// By as many images at a time as `forward` takes.
+template <typename T, typename Forward>
+std::string ForwardBy(const Forward& forward, const ForwardCall<T>& call) {
+  return ForParts<T>(call.params, call.tensors, cuda::FusedImages(call.params),
+                     [&](const SomeImages<T>& some) {
+                       return forward(some.params(), some.tensors(), call.filters,
+                                      call.output + some.position() * call.params.out_channels,
+                                      call.device.stream());
+                     });
+}
+
 }  // namespace
 
 template <typename T>
 std::string ForwardDepthwise(const ForwardCall<T>& call) {
-  return ForParts<T>(
-      call.params, call.tensors, cuda::FusedImages(call.params), [&](const SomeImages<T>& some) {
-        return cuda::DepthwiseForward<T>(some.params(), some.tensors(), call.filters,
-                                         call.output + some.position() * call.params.out_channels,
-                                         call.device.stream());
-      });
+  return ForwardBy(cuda::DepthwiseForward<T>, call);
+}
+
+template <typename T>
+std::string ForwardStagedDepthwise(const ForwardCall<T>& call) {
+  return ForwardBy(cuda::StagedDepthwiseForward<T>, call);
 }
 
 template <typename T>
@@ -56,8 +67,9 @@ std::string BackpropDepthwise(const BackwardCall<T>& call) {
   return filters_sum.Store();
 }
 
-#define DEFORM_CONV_INSTANTIATE(T)                                 \
-  template std::string ForwardDepthwise<T>(const ForwardCall<T>&); \
+#define DEFORM_CONV_INSTANTIATE(T)                                       \
+  template std::string ForwardDepthwise<T>(const ForwardCall<T>&);       \
+  template std::string ForwardStagedDepthwise<T>(const ForwardCall<T>&); \
   template std::string BackpropDepthwise<T>(const BackwardCall<T>&);
 DEFORM_CONV_FOR_ELEMENT_TYPES(DEFORM_CONV_INSTANTIATE)
 #undef DEFORM_CONV_INSTANTIATE

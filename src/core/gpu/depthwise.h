@@ -12,6 +12,8 @@ namespace deform_conv {
 template <typename T>
 std::string ForwardDepthwise(const ForwardCall<T>& call);
 template <typename T>
+std::string ForwardStagedDepthwise(const ForwardCall<T>& call);
+template <typename T>
 std::string BackpropDepthwise(const BackwardCall<T>& call);
 
 }  // namespace deform_conv

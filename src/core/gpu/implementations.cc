@@ -68,7 +68,7 @@ std::string ImplicitGemmMisfit(const ForwardCall<T>& call) {
 template <typename T>
 int ImplicitGemmCost(const ForwardCall<T>& call) {
   const bool narrow = call.params.deform_group_channels() * int64_t{sizeof(T)} < 64;
-  return narrow && call.params.group_out_channels() > 64 ? 4 : 2;
+  return narrow && call.params.group_out_channels() > 64 ? 5 : 3;
 }
 
 template <typename T>
@@ -93,6 +93,14 @@ std::string RegionScatterMisfit(const Col2ImCall<T>& call) {
     return cuda::RegionScatterSm90Misfit<T>(some.params(), some.tensors(), call.gradients);
   }
   return "";
+}
+
+// Its patches are squares, of which an image of few rows or columns leaves the most empty.
+template <typename T>
+int RegionScatterCost(const Col2ImCall<T>& call) {
+  const auto of_patch = [](int64_t size) { return std::min<int64_t>(size, cuda::kPatchSide); };
+  const int64_t positions = of_patch(call.params.out_h) * of_patch(call.params.out_w);
+  return 2 * positions < cuda::kPatchSide * cuda::kPatchSide ? 5 : 1;
 }
 
 template <typename T>
@@ -138,9 +146,65 @@ std::string RunAtomic(const Col2ImCall<T>& call) {
                                call.columns, call.gradients, call.device.stream());
 }
 
+constexpr char kNoInputGradient[] = "the input's gradient is not wanted";
+
+// What remains of a call once the input's gradient has been added to.
+template <typename T>
+std::string RunOthers(const Col2ImCall<T>& call) {
+  Col2ImCall<T> others = call;
+  others.gradients.input = nullptr;
+  if (!others.gradients.any() && !others.replace) return "";
+  const Col2ImImplementation<T>* chosen;
+  DEFORM_CONV_RETURN_IF_ERROR(
+      Choose(Col2ImImplementations<T>(), "gradients of offset and mask", others, &chosen));
+  return chosen->run(others);
+}
+
+template <typename T>
+std::string RegionsMisfit(const Col2ImCall<T>& call) {
+  if (call.gradients.input == nullptr) return kNoInputGradient;
+  if (call.device.deterministic()) return kAddsWithAtomics;
+  return cuda::Col2ImRegionsMisfit<T>(call.params);
+}
+
+// In 16 bits, regions in shared memory are faster than the region scatter's tensor cores where
+// deformable groups have few channels, and than sorting and atomics; in TF32, than these with
+// strides and many channels. See benchmarks/gpu_kernels.md.
+template <typename T>
+int RegionsCost(const Col2ImCall<T>& call) {
+  constexpr int64_t kFewChannels = 16, kLeastChannels = 32, kManyChannels = 64;
+  const DeformConvParams& params = call.params;
+  const int64_t channels = params.deform_group_channels();
+  if (channels % 4 != 0 || params.in_channels < kLeastChannels) return 6;
+  if (sizeof(T) == 2) return channels <= kFewChannels ? 0 : 2;
+  const bool multiplies_in_tf32 = std::is_same_v<T, float> && call.device.allow_tf32();
+  const bool strided = params.stride_h * params.stride_w > 1;
+  return multiplies_in_tf32 && strided && channels >= kManyChannels ? 2 : 6;
+}
+
+template <typename T>
+std::string RunRegions(const Col2ImCall<T>& call) {
+  DEFORM_CONV_RETURN_IF_ERROR(cuda::Col2ImRegions<T>(call.params, call.tensors, call.begin,
+                                                     call.end, call.columns, call.gradients.input,
+                                                     call.device.stream()));
+  return RunOthers(call);
+}
+
+template <typename T>
+std::string ProductsMisfit(const Col2ImCall<T>& call) {
+  if (call.gradients.input != nullptr) return "the input's gradient is wanted";
+  return cuda::Col2ImProductsMisfit<T>(call.params);
+}
+
+template <typename T>
+std::string RunProducts(const Col2ImCall<T>& call) {
+  return cuda::Col2ImProducts<T>(call.params, call.tensors, call.begin, call.end, call.replace,
+                                 call.columns, call.gradients, call.device.stream());
+}
+
 template <typename T>
 std::string SortedMisfit(const Col2ImCall<T>& call) {
-  if (call.gradients.input == nullptr) return "the input's gradient is not wanted";
+  if (call.gradients.input == nullptr) return kNoInputGradient;
   return cuda::Col2ImSortedMisfit(call.params);
 }
 
@@ -149,18 +213,15 @@ std::string SortedMisfit(const Col2ImCall<T>& call) {
 template <typename T>
 int SortedCost(const Col2ImCall<T>& call) {
   constexpr int64_t kManyChannels = 64;
-  return sizeof(T) == 2 && call.params.deform_group_channels() >= kManyChannels ? 2 : 4;
+  return sizeof(T) == 2 && call.params.deform_group_channels() >= kManyChannels ? 3 : 5;
 }
 
-// The input's gradient from sorted corners. Col2ImAtomic() gives the rest.
 template <typename T>
 std::string RunSorted(const Col2ImCall<T>& call) {
   DEFORM_CONV_RETURN_IF_ERROR(cuda::Col2ImSorted<T>(call.params, call.tensors, call.begin, call.end,
                                                     call.columns, call.gradients.input,
                                                     call.workspace, call.device.stream()));
-  Col2ImCall<T> others = call;
-  others.gradients.input = nullptr;
-  return others.gradients.any() || others.replace ? RunAtomic<T>(others) : "";
+  return RunOthers(call);
 }
 
 // --- Depthwise layers ---
@@ -181,6 +242,13 @@ std::string DepthwiseForwardMisfit(const ForwardCall<T>& call) {
 }
 
 template <typename T>
+std::string StagedDepthwiseForwardMisfit(const ForwardCall<T>& call) {
+  DEFORM_CONV_RETURN_IF_ERROR(DepthwiseMisfit(call));
+  return cuda::StagedDepthwiseForwardMisfit<T>(call.params, call.tensors, call.filters,
+                                               call.output);
+}
+
+template <typename T>
 std::string DepthwiseBackwardMisfit(const BackwardCall<T>& call) {
   DEFORM_CONV_RETURN_IF_ERROR(DepthwiseMisfit(call));
   const bool adds = call.gradients.sampled.input != nullptr || call.gradients.filters != nullptr;
@@ -197,9 +265,11 @@ const std::vector<Implementation<ForwardCall<T>>>& ForwardImplementations() {
       {"ImplicitGemmSm90", KernelPath::kFused, ImplicitGemmMisfit<T>, ImplicitGemmCost<T>,
        RunImplicitGemm<T>},
 #endif
-      {"Depthwise", KernelPath::kGeneral, DepthwiseForwardMisfit<T>, Cost<0>, ForwardDepthwise<T>},
-      {"Embedded", KernelPath::kAny, EmbeddedForwardMisfit<T>, Cost<1>, ForwardEmbedded<T>},
-      {"Im2ColGemm", KernelPath::kGeneral, AlwaysFits, Cost<3>, Im2ColGemm<T>},
+      {"StagedDepthwise", KernelPath::kGeneral, StagedDepthwiseForwardMisfit<T>, Cost<0>,
+       ForwardStagedDepthwise<T>},
+      {"Depthwise", KernelPath::kGeneral, DepthwiseForwardMisfit<T>, Cost<1>, ForwardDepthwise<T>},
+      {"Embedded", KernelPath::kAny, EmbeddedForwardMisfit<T>, Cost<2>, ForwardEmbedded<T>},
+      {"Im2ColGemm", KernelPath::kGeneral, AlwaysFits, Cost<4>, Im2ColGemm<T>},
   };
   return list;
 }
@@ -227,12 +297,16 @@ template <typename T>
 const std::vector<Col2ImImplementation<T>>& Col2ImImplementations() {
   static const std::vector<Col2ImImplementation<T>> list = {
 #ifdef DEFORM_CONV_SM90
-      {{"RegionScatterSm90", KernelPath::kFused, RegionScatterMisfit<T>, Cost<1>,
+      {{"RegionScatterSm90", KernelPath::kFused, RegionScatterMisfit<T>, RegionScatterCost<T>,
         RunRegionScatter<T>},
        {/*rows=*/cuda::kPatchSide, /*few_images=*/true}},
 #endif
+      {{"Col2ImRegions", KernelPath::kGeneral, RegionsMisfit<T>, RegionsCost<T>, RunRegions<T>},
+       {/*rows=*/8, /*few_images=*/false}},
+      {{"Col2ImProducts", KernelPath::kGeneral, ProductsMisfit<T>, RegionsCost<T>, RunProducts<T>},
+       {/*rows=*/8, /*few_images=*/false}},
       {{"Col2ImSorted", KernelPath::kGeneral, SortedMisfit<T>, SortedCost<T>, RunSorted<T>}, {}},
-      {{"Col2ImAtomic", KernelPath::kGeneral, AtomicMisfit<T>, Cost<3>, RunAtomic<T>}, {}},
+      {{"Col2ImAtomic", KernelPath::kGeneral, AtomicMisfit<T>, Cost<4>, RunAtomic<T>}, {}},
   };
   return list;
 }

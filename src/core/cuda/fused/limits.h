@@ -38,6 +38,12 @@ inline std::string SizesMisfit(const DeformConvParams& params) {
   return fit ? "" : "the sizes do not fit into 32 bits";
 }
 
+// Why the sizes of one image do not fit into 32 bits, or an empty string.
+inline std::string SizesOfImageMisfit(DeformConvParams params) {
+  params.batch = 1;
+  return SizesMisfit(params);
+}
+
 // The most images of a batch that a kernel may work on at a time, for SizesMisfit(); at least 1.
 inline int64_t FusedImages(const DeformConvParams& params) {
   const int64_t of_input =

@@ -8,29 +8,6 @@ namespace deform_conv {
 namespace cuda {
 namespace {
 
-// Writes a sample's gradients of offset and mask, given the products of the columns' gradient with
-// each corner, summed over channels.
-template <typename OffsetT>
-__device__ __forceinline__ void WriteGradients(const LocatedSample<OffsetT>& sample,
-                                               const OffsetT (&products)[kCorners],
-                                               const SampledGradients<OffsetT>& gradients) {
-  // Where no corner counts every gradient is 0, also beside an infinite mask.
-  OffsetT grad_dy = 0, grad_dx = 0, grad_mask = 0;
-  if (sample.corner_bits != 0) {
-    grad_dy = sample.mask * BilinearDerivativeH(sample.w_fraction, products);
-    grad_dx = sample.mask * BilinearDerivativeW(sample.h_fraction, products);
-#pragma unroll
-    for (int corner = 0; corner < kCorners; ++corner) {
-      grad_mask += sample.weights[corner] * products[corner];
-    }
-  }
-  if (gradients.offset != nullptr) {
-    gradients.offset[2 * sample.index] = grad_dy;
-    gradients.offset[2 * sample.index + 1] = grad_dx;
-  }
-  if (gradients.mask != nullptr) gradients.mask[sample.index] = grad_mask;
-}
-
 // With `replace`, writes each sample over the gradient of its column once that has been read.
 template <typename T, int kSize>
 __global__ void __launch_bounds__(kThreadsPerBlock)
@@ -93,7 +70,9 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
         products[corner] += __shfl_xor_sync(0xffffffffu, products[corner], distance);
       }
     }
-    if (active && lanes.lane() == 0) WriteGradients(sample, products, gradients);
+    if (active && lanes.lane() == 0) {
+      WriteGradients<false>(sample, sample.mask, sample.index, products, gradients);
+    }
   }
 }
 

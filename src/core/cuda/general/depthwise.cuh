@@ -7,6 +7,7 @@
 
 #include "core/bilinear.h"
 #include "core/cuda/fused/sizes.cuh"
+#include "core/cuda/general/samples.cuh"
 #include "core/cuda/launch.cuh"
 #include "core/cuda/types.cuh"
 #include "core/params.h"
@@ -15,23 +16,29 @@
 namespace deform_conv {
 namespace cuda {
 
-// Why the sizes of one image do not fit into 32 bits, or an empty string.
-inline std::string SizesOfImageMisfit(DeformConvParams params) {
-  params.batch = 1;
-  return SizesMisfit(params);
+// The index of a position, or of an image's first pixel: within 32 bits, as SizesMisfit() makes
+// sure.
+__device__ __forceinline__ int32_t PositionIndex(const FusedSizes& sizes,
+                                                 const Position& position) {
+  return (position.n * sizes.out_h + position.y) * sizes.out_w + position.x;
+}
+__device__ __forceinline__ int32_t ImagePixel(const FusedSizes& sizes, int n) {
+  return n * sizes.in_h * sizes.in_w;
 }
 
-// Locates the sample of a tap of a deformable group; `index` is that of its mask.
+// Where a sample lies on the axes.
 template <typename OffsetT>
-__device__ __forceinline__ ImageSample<OffsetT, int32_t> LocateTap(const FusedSizes& sizes,
-                                                                   const OffsetT* offset,
-                                                                   const Position& position,
-                                                                   int g_tap, int64_t index) {
-  const Tap tap = Tap::Of(sizes, g_tap);
-  return LocateSample<OffsetT, int32_t>(position.y * sizes.stride_h + tap.h_base,
-                                        position.x * sizes.stride_w + tap.w_base, offset[2 * index],
-                                        offset[2 * index + 1], sizes.in_h, sizes.in_w);
-}
+struct TapSample {
+  AxisSample<OffsetT, int32_t> h, w;
+
+  __device__ TapSample(const FusedSizes& sizes, const Position& position, const Tap& tap,
+                       OffsetT dy, OffsetT dx)
+      : h(LocateOnAxis<OffsetT, int32_t>(position.y * sizes.stride_h + tap.h_base, dy, sizes.in_h)),
+        w(LocateOnAxis<OffsetT, int32_t>(position.x * sizes.stride_w + tap.w_base, dx,
+                                         sizes.in_w)) {}
+
+  __device__ __forceinline__ bool inside() const { return h.inside & w.inside; }
+};
 
 // The filters or outputs of `kSize` input channels: neighbours where a channel has one output
 // (kOneOutput), `multiplier` apart elsewhere.
@@ -115,35 +122,29 @@ __device__ __forceinline__ void AddProduct(ComputeType<T> factor, const Vector<T
 }
 
 // The weights of a sample's corners, in the type that they are multiplied in.
-template <typename T, bool kPairs>
-struct alignas(16) Weights {
-  ComputeType<T> of[kCorners];
-  __device__ __forceinline__ void Set(int corner, ComputeType<T> weight) { of[corner] = weight; }
-};
-template <typename T>
-struct alignas(16) Weights<T, true> {
-  typename PairOf<T>::type of[kCorners];
-  __device__ __forceinline__ void Set(int corner, float weight) {
-    of[corner] = PairOf<T>::Both(weight);
-  }
+template <typename T, int kSize>
+struct CornerFactors {
+  using Number = std::conditional_t<kInPairs<T, kSize>, T, ComputeType<T>>;
+  Number of[kCorners];
 };
 
 // The sum over corners of weight times value, in 16 bits where T has as many.
 template <typename T, int kSize>
 __device__ __forceinline__ Vector<T, kSize> Interpolate(
-    const Weights<T, kInPairs<T, kSize>>& weights, const Vector<T, kSize> (&corners)[kCorners]) {
+    const CornerFactors<T, kSize>& weights, const Vector<T, kSize> (&corners)[kCorners]) {
   Vector<T, kSize> sums;
   if constexpr (kInPairs<T, kSize>) {
     using Pair = typename PairOf<T>::type;
 #pragma unroll
     for (int i = 0; i < kSize / 2; ++i) {
+      const auto weight = [&](int corner) { return Pair{weights.of[corner], weights.of[corner]}; };
       const auto value = [&](int corner) {
         return reinterpret_cast<const Pair*>(corners[corner].elements)[i];
       };
-      Pair sum = PairOf<T>::Multiply(weights.of[0], value(0));
+      Pair sum = PairOf<T>::Multiply(weight(0), value(0));
 #pragma unroll
       for (int corner = 1; corner < kCorners; ++corner) {
-        sum = PairOf<T>::MultiplyAdd(weights.of[corner], value(corner), sum);
+        sum = PairOf<T>::MultiplyAdd(weight(corner), value(corner), sum);
       }
       reinterpret_cast<Pair*>(sums.elements)[i] = sum;
     }
@@ -159,28 +160,6 @@ __device__ __forceinline__ Vector<T, kSize> Interpolate(
     }
   }
   return sums;
-}
-
-// Loads the corners of a sample that count; the others are 0. Elements lie `pixel` apart from one
-// pixel to the next, `row` from one row.
-template <typename T, int kSize>
-__device__ __forceinline__ void LoadCorners(const T* top_left, int64_t row, int64_t pixel,
-                                            int corner_bits,
-                                            Vector<T, kSize> (&corners)[kCorners]) {
-  if ((corner_bits & kAllCorners) == kAllCorners) {
-    corners[kTopLeft] = Load<T, kSize>(top_left);
-    corners[kTopRight] = Load<T, kSize>(top_left + pixel);
-    corners[kBottomLeft] = Load<T, kSize>(top_left + row);
-    corners[kBottomRight] = Load<T, kSize>(top_left + row + pixel);
-    return;
-  }
-#pragma unroll
-  for (int corner = 0; corner < kCorners; ++corner) {
-    corners[corner] = {};
-    if (corner_bits >> corner & 1) {
-      corners[corner] = Load<T, kSize>(top_left + (corner / 2) * row + (corner % 2) * pixel);
-    }
-  }
 }
 
 }  // namespace cuda

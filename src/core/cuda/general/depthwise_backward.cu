@@ -4,6 +4,7 @@
 #include "core/cuda/general/atomic_add.cuh"
 #include "core/cuda/general/depthwise.cuh"
 #include "core/cuda/general/kernels.h"
+#include "core/cuda/general/staged_region.cuh"
 #include "core/cuda/sm80/mma.cuh"
 #include "core/return_if_error.h"
 
@@ -11,34 +12,51 @@ namespace deform_conv {
 namespace cuda {
 namespace {
 
-// A thread block has a patch of an image's positions, and one deformable group. Nearly all that the
-// input's gradient gets from it falls into a region of pixels around the patch.
+// A thread block has a patch of an image's positions, and one deformable group, whose channels it
+// goes over in chunks. Nearly all samples lie in a region of pixels around the patch.
 struct PatchPlan {
-  int height_log2, width_log2;       // of a patch
-  int patches_h, patches_w;          // of an image
-  int region_h, region_w;            // in pixels, at most
-  int lanes_log2;                    // side by side on the channels of a position
+  int height_log2, width_log2;  // of a patch
+  int patches_h, patches_w;     // of an image
+  int lanes_log2;               // side by side on the channels of a position
+  RegionSize region;
   Divisor by_patches, by_patches_w;  // patches of an image, of a row of them
+  bool stages_region, stages_operands;
+  bool keeps_entries;  // while products are added up, for the next chunk
   bool want_offset_or_mask, want_scatter;
 
   DEFORM_CONV_INLINE int positions() const { return 1 << (height_log2 + width_log2); }
-  DEFORM_CONV_INLINE int pixels() const { return region_h * region_w; }
 };
+
+// Whether the tensor cores multiply, where the GPU has them; a position has four lanes then.
+template <typename T, int kSize>
+constexpr bool kForMma = sizeof(T) == 2 && kSize == 8;
+constexpr int kMmaLanesLog2 = 2;
+
+// Of the plan, or known when compiled.
+template <typename T, int kSize>
+DEFORM_CONV_INLINE int LanesLog2(const PatchPlan& plan) {
+  return kForMma<T, kSize> ? kMmaLanesLog2 : plan.lanes_log2;
+}
+// Of the copies of an operand that fill 128 bytes.
+template <typename T, int kSize>
+DEFORM_CONV_INLINE int CopiesLog2(const PatchPlan& plan) {
+  constexpr int kLineLog2 = sizeof(T) * kSize == kVec16Bytes ? 3 : 0;
+  const int lanes_log2 = LanesLog2<T, kSize>(plan);
+  return lanes_log2 < kLineLog2 ? kLineLog2 - lanes_log2 : 0;
+}
 
 constexpr int kPositionBits = 6, kTapBits = 11, kPixelBits = 12;  // of an entry
 constexpr int kMostSamples = 640;  // of a patch with more than one position
 constexpr int kMostTaps = 1 << kTapBits;
 constexpr int kMostPixels = 1 << kPixelBits;  // of a region
-constexpr int kMargin = 4;                    // of the region, in pixels
+constexpr int kMargin = 3;                    // of the region, in pixels
 
 // A sample of the patch, located.
 template <typename OffsetT>
-struct PatchSample {
+struct alignas(16) PatchSample {
   OffsetT h_fraction, w_fraction;
   OffsetT mask;
-  int32_t corner_bits;   // of all corners; above them, of those outside the region
-  int32_t pixel;         // of the batch, where the top left corner lies
-  int32_t region_pixel;  // the same, of the region
+  CornerPlace place;
 };
 
 // What a sample's corner brings to a pixel of the region.
@@ -57,55 +75,78 @@ struct Entry {
 };
 
 // A thread block's shared memory.
-template <typename OffsetT>
+template <typename T, int kSize>
 struct PatchMemory {
+  using OffsetT = ComputeType<T>;
   using Products = Vector<OffsetT, kCorners>;
 
-  Products* products;             // [positions][taps]: of the columns' gradient with each corner
   PatchSample<OffsetT>* samples;  // [positions][taps]
-  Entry<OffsetT>* entries;        // [positions * taps * corners], sorted by pixel
   int* ends;                      // [pixels]: where each pixel's entries end
+  // Of a chunk of channels. Rows of lanes that read at once read copies of the operands in banks of
+  // their own.
+  Vector<T, kSize>* operands;  // [positions + taps][copies][lanes]: grad_output, then filters
+  Vector<T, kSize>* pixels;    // [pixels][lanes]
+  Entry<OffsetT>* entries;     // [positions * taps * corners], sorted by pixel
+  Products* products;          // [positions][taps]: of the columns' gradient with each corner
 
-  static DEFORM_CONV_INLINE int64_t Bytes(int samples, int pixels) {
-    return samples * int64_t{sizeof(Products) + sizeof(PatchSample<OffsetT>) +
-                             kCorners * sizeof(Entry<OffsetT>)} +
-           pixels * int64_t{sizeof(int)};
+  static int64_t Bytes(const PatchPlan& plan, int64_t taps) {
+    const int64_t samples = plan.positions() * taps;
+    const int64_t entries = samples * kCorners * sizeof(Entry<OffsetT>);
+    return std::max<int64_t>(EntriesBegin(plan, taps) + entries,
+                             ProductsBegin(plan, taps) + samples * sizeof(Products));
   }
-  __device__ PatchMemory(char* shared, int count) {
-    products = reinterpret_cast<Products*>(shared);
-    samples = reinterpret_cast<PatchSample<OffsetT>*>(products + count);
-    entries = reinterpret_cast<Entry<OffsetT>*>(samples + count);
-    ends = reinterpret_cast<int*>(entries + kCorners * count);
+  __device__ PatchMemory(char* shared, const PatchPlan& plan, int taps) {
+    samples = reinterpret_cast<PatchSample<OffsetT>*>(shared);
+    ends = reinterpret_cast<int*>(samples + plan.positions() * taps);
+    operands = reinterpret_cast<Vector<T, kSize>*>(ends + (plan.region.pixels() + 3) / 4 * 4);
+    pixels = operands + Operands(plan, taps);
+    entries = reinterpret_cast<Entry<OffsetT>*>(shared + EntriesBegin(plan, taps));
+    products = reinterpret_cast<Products*>(shared + ProductsBegin(plan, taps));
+  }
+
+ private:
+  template <typename Int>
+  static DEFORM_CONV_INLINE Int Operands(const PatchPlan& plan, Int taps) {
+    const Int operands = plan.stages_operands ? plan.positions() + taps : 0;
+    return operands << (CopiesLog2<T, kSize>(plan) + LanesLog2<T, kSize>(plan));
+  }
+  template <typename Int>
+  static DEFORM_CONV_INLINE Int EntriesBegin(const PatchPlan& plan, Int taps) {
+    const Int pixels = plan.stages_region ? plan.region.pixels() : 0;
+    const Int vectors = Operands(plan, taps) + (pixels << LanesLog2<T, kSize>(plan));
+    const Int bytes = plan.positions() * taps * Int{sizeof(PatchSample<OffsetT>)} +
+                      (plan.region.pixels() + 3) / 4 * 4 * Int{sizeof(int)} +
+                      vectors * Int{sizeof(Vector<T, kSize>)};
+    return (bytes + kVec16Bytes - 1) / kVec16Bytes * kVec16Bytes;
+  }
+  // After the entries, or in their place.
+  template <typename Int>
+  static DEFORM_CONV_INLINE Int ProductsBegin(const PatchPlan& plan, Int taps) {
+    const Int entries = plan.positions() * taps * kCorners * Int{sizeof(Entry<OffsetT>)};
+    return EntriesBegin(plan, taps) + (plan.keeps_entries ? entries : 0);
   }
 };
 
 // Where the patch of a thread block lies.
 struct Patch {
   Position first;
-  int group;          // deformable
-  int top, left;      // the region's first pixel, in the image
-  int bottom, right;  // past the region's last pixel
+  int group;  // deformable
+  Region region;
 
-  __device__ Patch(const FusedSizes& sizes, const PatchPlan& plan) {
-    group = blockIdx.y;
-    first.n = plan.by_patches.Divide(blockIdx.x);
-    const int patch = blockIdx.x - first.n * plan.patches_h * plan.patches_w;
-    const int row = plan.by_patches_w.Divide(patch);
-    first.y = row << plan.height_log2;
-    first.x = (patch - row * plan.patches_w) << plan.width_log2;
-    const int h = first.y * sizes.stride_h - sizes.pad_top - kMargin;
-    const int w = first.x * sizes.stride_w - sizes.pad_left - kMargin;
-    top = min(max(h, 0), sizes.in_h);
-    left = min(max(w, 0), sizes.in_w);
-    bottom = min(max(h + plan.region_h, 0), sizes.in_h);
-    right = min(max(w + plan.region_w, 0), sizes.in_w);
-  }
+  __device__ Patch(const FusedSizes& sizes, const PatchPlan& plan)
+      : first(First(plan)), group(blockIdx.y), region(sizes, plan.region, first, kMargin) {}
 
-  __device__ __forceinline__ int region_w() const { return right - left; }
-  __device__ __forceinline__ int pixels() const { return (bottom - top) * region_w(); }
   __device__ __forceinline__ Position PositionOf(const PatchPlan& plan, int p) const {
     const int row = p >> plan.width_log2;
     return {first.n, first.y + row, first.x + p - (row << plan.width_log2)};
+  }
+
+ private:
+  __device__ static Position First(const PatchPlan& plan) {
+    const int n = plan.by_patches.Divide(blockIdx.x);
+    const int patch = blockIdx.x - n * plan.patches_h * plan.patches_w;
+    const int row = plan.by_patches_w.Divide(patch);
+    return {n, row << plan.height_log2, (patch - row * plan.patches_w) << plan.width_log2};
   }
 };
 
@@ -114,43 +155,41 @@ __device__ __forceinline__ bool Exists(const FusedSizes& sizes, const Position& 
 }
 
 // Locates the patch's samples, and counts the corners of each of the region's pixels.
-template <typename T, typename OffsetT>
+template <typename T, int kSize, typename OffsetT>
 __device__ void LocatePatch(const FusedSizes& sizes, const SampledTensors<T, OffsetT>& tensors,
                             const PatchPlan& plan, const Patch& patch,
-                            const PatchMemory<OffsetT>& memory) {
+                            const PatchMemory<T, kSize>& memory) {
   const int positions = plan.positions();
   for (int s = threadIdx.x; s < positions * sizes.taps; s += kThreadsPerBlock) {
     const int p = sizes.by_taps.Divide(s);
     const int tap = s - p * sizes.taps;
-    PatchSample<OffsetT>& sample = memory.samples[s];
-    sample.corner_bits = 0;
-    memory.products[s] = {};
+    PatchSample<OffsetT> sample = {};
     const Position position = patch.PositionOf(plan, p);
-    if (!Exists(sizes, position)) continue;
-    const int g_tap = patch.group * sizes.taps + tap;
-    const int64_t index = sizes.IndexOf(position) * (sizes.deform_groups * sizes.taps) + g_tap;
-    const auto located = LocateTap(sizes, tensors.offset, position, g_tap, index);
-    if (located.corner_bits == 0) continue;
-    sample.h_fraction = located.h_fraction;
-    sample.w_fraction = located.w_fraction;
-    sample.mask = tensors.mask == nullptr ? OffsetT(1) : tensors.mask[index];
-    sample.pixel = (position.n * sizes.in_h + located.h_low) * sizes.in_w + located.w_low;
-    sample.region_pixel =
-        (located.h_low - patch.top) * patch.region_w() + located.w_low - patch.left;
-    int far_bits = 0;
-    if (plan.want_scatter) {
-#pragma unroll
-      for (int corner = 0; corner < kCorners; ++corner) {
-        if (!(located.corner_bits >> corner & 1)) continue;
-        const int h = located.h_low + corner / 2, w = located.w_low + corner % 2;
-        if (h >= patch.top && h < patch.bottom && w >= patch.left && w < patch.right) {
-          atomicAdd(memory.ends + (h - patch.top) * patch.region_w() + w - patch.left, 1);
-        } else {
-          far_bits |= 1 << corner;
-        }
+    if (Exists(sizes, position)) {
+      const int g_tap = patch.group * sizes.taps + tap;
+      const int64_t index =
+          int64_t{PositionIndex(sizes, position)} * (sizes.deform_groups * sizes.taps) + g_tap;
+      const TapSample<OffsetT> located(sizes, position, Tap::Of(sizes, g_tap),
+                                       __ldg(tensors.offset + 2 * index),
+                                       __ldg(tensors.offset + 2 * index + 1));
+      if (located.inside()) {
+        const int h_low = located.h.low, w_low = located.w.low;
+        const int bits = CornerBits(located.h, located.w, sizes.in_h, sizes.in_w);
+        sample = {located.h.fraction, located.w.fraction,
+                  tensors.mask == nullptr ? OffsetT(1) : __ldg(tensors.mask + index),
+                  patch.region.HasCorners(h_low, w_low)
+                      ? CornerPlace::InRegion(plan.region, patch.region, h_low, w_low, bits)
+                      : CornerPlace::InImage(sizes, h_low, w_low, bits)};
       }
     }
-    sample.corner_bits = located.corner_bits | far_bits << kCorners;
+    memory.samples[s] = sample;
+    if (!plan.want_scatter || !sample.place.in_region()) continue;
+#pragma unroll
+    for (int corner = 0; corner < kCorners; ++corner) {
+      if (!(sample.place.bits() >> corner & 1)) continue;
+      const int pixel = sample.place.region_pixel();
+      atomicAdd(memory.ends + pixel + corner / 2 * plan.region.w + corner % 2, 1);
+    }
   }
 }
 
@@ -173,21 +212,21 @@ __device__ __forceinline__ void BeginEntries(int pixels, int* counts) {
 }
 
 // Writes the entries of each pixel, in an order that is not fixed. Afterwards `ends` are ends.
-template <typename OffsetT>
-__device__ void SortEntries(const FusedSizes& sizes, int positions, const Patch& patch,
-                            const PatchMemory<OffsetT>& memory) {
-  for (int s = threadIdx.x; s < positions * sizes.taps; s += kThreadsPerBlock) {
-    const PatchSample<OffsetT>& sample = memory.samples[s];
-    const int near_bits = sample.corner_bits & ~(sample.corner_bits >> kCorners) & kAllCorners;
-    if (near_bits == 0) continue;
+template <typename T, int kSize>
+__device__ void SortEntries(const FusedSizes& sizes, const PatchPlan& plan,
+                            const PatchMemory<T, kSize>& memory) {
+  using OffsetT = ComputeType<T>;
+  for (int s = threadIdx.x; s < plan.positions() * sizes.taps; s += kThreadsPerBlock) {
+    const PatchSample<OffsetT> sample = memory.samples[s];
+    if (!sample.place.in_region()) continue;
     const int p = sizes.by_taps.Divide(s);
     const int tap = s - p * sizes.taps;
     OffsetT weights[kCorners];
     BilinearWeights(sample.h_fraction, sample.w_fraction, weights);
 #pragma unroll
     for (int corner = 0; corner < kCorners; ++corner) {
-      if (!(near_bits >> corner & 1)) continue;
-      const int pixel = sample.region_pixel + corner / 2 * patch.region_w() + corner % 2;
+      if (!(sample.place.bits() >> corner & 1)) continue;
+      const int pixel = sample.place.region_pixel() + corner / 2 * plan.region.w + corner % 2;
       memory.entries[atomicAdd(memory.ends + pixel, 1)] = {sample.mask * weights[corner],
                                                            Entry<OffsetT>::Pack(p, tap, pixel)};
     }
@@ -203,25 +242,123 @@ struct DepthwiseGradients {
   ComputeType<T>* grad_filters;  // added to
 };
 
-// The columns' gradient of `kSize` channels at a position and a tap: the sum over the outputs of a
-// channel of the gradient times the filter.
+// A thread's lane: its place in a row of lanes, and its channels in the chunk.
+template <typename T, int kSize>
+struct Lane {
+  int lane, row, rows;
+  int channel;
+  bool in_group;  // whether it has channels
+
+  __device__ __forceinline__ Lane(const FusedSizes& sizes, const PatchPlan& plan,
+                                  const Patch& patch, int chunk) {
+    const int lanes_log2 = LanesLog2<T, kSize>(plan);
+    lane = threadIdx.x & ((1 << lanes_log2) - 1);
+    row = threadIdx.x >> lanes_log2;
+    rows = kThreadsPerBlock >> lanes_log2;
+    const int c = ((chunk << lanes_log2) + lane) * kSize;
+    channel = patch.group * sizes.deform_group_channels + c;
+    in_group = c < sizes.deform_group_channels;
+  }
+};
+
+// Reads the gradient of the output and the filters, for the channels of a lane: from shared memory
+// where a channel has one output.
 template <typename T, int kSize, bool kOneOutput>
-__device__ __forceinline__ Vector<T, kSize> ColumnsGradient(const T* grad, const T* filter,
-                                                            int multiplier) {
-  if constexpr (kOneOutput) {
-    return Multiply(Load<T, kSize>(grad), Load<T, kSize>(filter));
-  } else {
-    Vector<T, kSize> gradient;
+struct OperandReader {
+  const Vector<T, kSize>* gradients;  // the lane's of the patch's first position
+  const Vector<T, kSize>* filters;    // the lane's of the first tap
+  int staged_log2;                    // vectors from one operand to the next
+
+  __device__ OperandReader(const FusedSizes&, const DepthwiseGradients<T>&, const PatchPlan& plan,
+                           const Patch&, const PatchMemory<T, kSize>& memory,
+                           const Lane<T, kSize>& lane)
+      : staged_log2(CopiesLog2<T, kSize>(plan) + LanesLog2<T, kSize>(plan)) {
+    const int copy = lane.row & ((1 << CopiesLog2<T, kSize>(plan)) - 1);
+    gradients = memory.operands + (copy << LanesLog2<T, kSize>(plan)) + lane.lane;
+    filters = gradients + (plan.positions() << staged_log2);
+  }
+
+  __device__ __forceinline__ Vector<T, kSize> Gradient(int p) const {
+    return gradients[p << staged_log2];
+  }
+  // The columns' gradient.
+  __device__ __forceinline__ Vector<T, kSize> Columns(int p, int tap) const {
+    return Multiply(Gradient(p), filters[tap << staged_log2]);
+  }
+};
+
+template <typename T, int kSize>
+struct OperandReader<T, kSize, false> {
+  const FusedSizes& sizes;
+  const PatchPlan& plan;
+  const T* gradients;  // at the patch's first position
+  const T* filters;
+
+  __device__ OperandReader(const FusedSizes& sizes, const DepthwiseGradients<T>& gradients,
+                           const PatchPlan& plan, const Patch& patch, const PatchMemory<T, kSize>&,
+                           const Lane<T, kSize>& lane)
+      : sizes(sizes), plan(plan) {
+    const int first = lane.channel * sizes.group_out_channels;
+    this->gradients = gradients.grad_output +
+                      int64_t{PositionIndex(sizes, patch.first)} * sizes.out_channels + first;
+    filters = gradients.filters + first;
+  }
+
+  // Of the first output of each channel; the others follow.
+  __device__ __forceinline__ const T* AtPosition(int p) const {
+    const int y = p >> plan.width_log2;
+    const int64_t position = y * sizes.out_w + p - (y << plan.width_log2);
+    return gradients + position * sizes.out_channels;
+  }
+  __device__ __forceinline__ Vector<T, kSize> Gradient(int p, int m) const {
+    return LoadOutputs<kSize, false>(AtPosition(p) + m, sizes.group_out_channels);
+  }
+  // The columns' gradient: the sum over the outputs of a channel of the gradient times the filter.
+  __device__ __forceinline__ Vector<T, kSize> Columns(int p, int tap) const {
+    const T* const gradient = AtPosition(p);
+    const T* const filter = filters + tap * sizes.out_channels;
+    Vector<T, kSize> columns;
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
       ComputeType<T> sum = 0;
-      for (int m = 0; m < multiplier; ++m) {
-        sum += static_cast<ComputeType<T>>(grad[i * multiplier + m]) *
-               static_cast<ComputeType<T>>(filter[i * multiplier + m]);
+      for (int m = 0; m < sizes.group_out_channels; ++m) {
+        const int output = i * sizes.group_out_channels + m;
+        sum += static_cast<ComputeType<T>>(gradient[output]) *
+               static_cast<ComputeType<T>>(filter[output]);
       }
-      gradient.elements[i] = static_cast<T>(sum);
+      columns.elements[i] = static_cast<T>(sum);
     }
-    return gradient;
+    return columns;
+  }
+};
+
+// Begins to copy what the plan says of a chunk of channels: the region's pixels, the operands.
+template <typename T, int kSize, bool kOneOutput>
+__device__ void StageChunk(const FusedSizes& sizes,
+                           const SampledTensors<T, ComputeType<T>>& tensors,
+                           const DepthwiseGradients<T>& gradients, const PatchPlan& plan,
+                           const Patch& patch, const PatchMemory<T, kSize>& memory, int chunk) {
+  const Lane<T, kSize> lane(sizes, plan, patch, chunk);
+  if (plan.stages_region) {
+    const T* const image =
+        tensors.input + int64_t{ImagePixel(sizes, patch.first.n)} * sizes.in_channels;
+    StageRegion(sizes, plan.region, patch.region, image, lane.in_group ? lane.channel : -1,
+                lane.lane, 1 << LanesLog2<T, kSize>(plan), lane.row, memory.pixels);
+  }
+  if (!kOneOutput) return;
+  const int positions = plan.positions(), copies_log2 = CopiesLog2<T, kSize>(plan);
+#pragma unroll 1  // or registers would spill
+  for (int i = lane.row; i < (positions + sizes.taps) << copies_log2; i += lane.rows) {
+    const int operand = i >> copies_log2;
+    bool valid = lane.in_group;
+    const T* from = gradients.filters + (operand - positions) * sizes.out_channels;
+    if (operand < positions) {
+      const Position position = patch.PositionOf(plan, operand);
+      valid = valid && Exists(sizes, position);
+      from = gradients.grad_output + int64_t{PositionIndex(sizes, position)} * sizes.out_channels;
+    }
+    CopyToShared(memory.operands + (i << LanesLog2<T, kSize>(plan)) + lane.lane,
+                 valid ? from + lane.channel : gradients.filters, valid);
   }
 }
 
@@ -251,9 +388,6 @@ constexpr bool kHasMma = true;
 constexpr bool kHasMma = false;
 #endif
 
-// Lanes of a position where the tensor cores multiply.
-constexpr int kMmaLanesLog2 = 2;
-
 // The products of the columns' gradient with each corner, summed over the channels of a position's
 // lanes. Called by whole warps. Returns whether this lane of the position has them.
 //
@@ -265,7 +399,7 @@ __device__ __forceinline__ bool CornerProducts(const Vector<T, kSize> (&corners)
                                                const Vector<T, kSize>& gradient, int lanes_log2,
                                                ComputeType<T> (&products)[kCorners]) {
   const int lane = threadIdx.x & ((1 << lanes_log2) - 1);
-  if constexpr (kHasMma && sizeof(T) == 2 && kSize == 8) {
+  if constexpr (kHasMma && kForMma<T, kSize>) {
     const auto word = [](const Vector<T, kSize>& vector, int i) {
       return reinterpret_cast<const uint32_t*>(vector.elements)[i];
     };
@@ -301,7 +435,8 @@ __device__ __forceinline__ bool CornerProducts(const Vector<T, kSize> (&corners)
   }
 }
 
-// Adds to the input's gradient what falls outside the region.
+// Adds to the input's gradient what a sample outside the region brings. `grad_input` is the top
+// left corner's.
 template <typename T, int kSize>
 __device__ __forceinline__ void ScatterFar(const FusedSizes& sizes,
                                            const PatchSample<ComputeType<T>>& sample,
@@ -312,7 +447,7 @@ __device__ __forceinline__ void ScatterFar(const FusedSizes& sizes,
   BilinearWeights(sample.h_fraction, sample.w_fraction, weights);
 #pragma unroll
   for (int corner = 0; corner < kCorners; ++corner) {
-    if (!(sample.corner_bits >> (kCorners + corner) & 1)) continue;
+    if (!(sample.place.bits() >> corner & 1)) continue;
     Number terms[kSize];
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
@@ -323,33 +458,25 @@ __device__ __forceinline__ void ScatterFar(const FusedSizes& sizes,
   }
 }
 
-// Adds a sample to `column`.
+// A sample, times its mask.
 template <typename T, int kSize>
-__device__ __forceinline__ void AddColumn(const PatchSample<ComputeType<T>>& sample,
-                                          const Vector<T, kSize> (&corners)[kCorners],
-                                          ComputeType<T> (&column)[kSize]) {
+__device__ __forceinline__ void SampleColumn(const PatchSample<ComputeType<T>>& sample,
+                                             const Vector<T, kSize> (&corners)[kCorners],
+                                             ComputeType<T> (&column)[kSize]) {
   ComputeType<T> weights[kCorners];
-  Weights<T, kInPairs<T, kSize>> rounded;
+  CornerFactors<T, kSize> rounded;
   BilinearWeights(sample.h_fraction, sample.w_fraction, weights);
 #pragma unroll
-  for (int corner = 0; corner < kCorners; ++corner) rounded.Set(corner, weights[corner]);
-  AddProduct(sample.mask, Interpolate<T, kSize>(rounded, corners), column);
-}
-
-// Adds what a sample and the output's gradient at its position bring to the filters' gradient.
-template <typename T, int kSize, bool kOneOutput>
-__device__ __forceinline__ void AddToFilters(const T* grad, int multiplier,
-                                             const ComputeType<T> (&column)[kSize],
-                                             ComputeType<T> (&sums)[kSize]) {
-  const Vector<T, kSize> values = LoadOutputs<kSize, kOneOutput>(grad, multiplier);
+  for (int corner = 0; corner < kCorners; ++corner) rounded.of[corner] = weights[corner];
+  const auto values = Interpolate<T, kSize>(rounded, corners);
 #pragma unroll
   for (int i = 0; i < kSize; ++i) {
-    sums[i] += static_cast<ComputeType<T>>(values.elements[i]) * column[i];
+    column[i] = sample.mask * static_cast<ComputeType<T>>(values.elements[i]);
   }
 }
 
 // The products of the columns' gradient with the corners, which are left in shared memory, and the
-// filters' gradient. Adds to the input's what falls outside the region.
+// filters' gradient. Adds to the input's what samples outside the region bring.
 //
 // A warp has rows of lanes. A row takes one sample at a time, its lanes the channels. The warps
 // have equal parts of the samples, in the order of their taps.
@@ -357,13 +484,15 @@ template <typename T, int kSize, bool kOneOutput>
 __device__ void MultiplySamples(const FusedSizes& sizes,
                                 const SampledTensors<T, ComputeType<T>>& tensors,
                                 const DepthwiseGradients<T>& gradients, const PatchPlan& plan,
-                                const Patch& patch, const PatchMemory<ComputeType<T>>& memory) {
+                                const Patch& patch, const PatchMemory<T, kSize>& memory,
+                                int chunk) {
   using Number = ComputeType<T>;
   constexpr int kWarps = kThreadsPerBlock / kWarp;
+  const Lane<T, kSize> lane(sizes, plan, patch, chunk);
   const int positions = plan.positions();
-  const int lane = threadIdx.x & ((1 << plan.lanes_log2) - 1);
-  const int row = (threadIdx.x % kWarp) >> plan.lanes_log2;
-  const int rows = kWarp >> plan.lanes_log2;
+  const int lanes_log2 = LanesLog2<T, kSize>(plan);
+  const int row = (threadIdx.x % kWarp) >> lanes_log2;
+  const int rows = kWarp >> lanes_log2;
   const int parts = CeilDiv(positions, rows);
   const int warp = threadIdx.x / kWarp;
   const int first = sizes.taps * parts * warp / kWarps;
@@ -371,66 +500,68 @@ __device__ void MultiplySamples(const FusedSizes& sizes,
   const bool want_filters = gradients.grad_filters != nullptr;
   const int multiplier = kOneOutput ? 1 : sizes.group_out_channels;
 
-  const int64_t pixel = sizes.in_channels, in_row = int64_t{sizes.in_w} * pixel;
-  const int64_t first_position = sizes.IndexOf(patch.first);
+  const OperandReader<T, kSize, kOneOutput> operands(sizes, gradients, plan, patch, memory, lane);
+  const int64_t before = int64_t{ImagePixel(sizes, patch.first.n)} * sizes.in_channels;
+  const CornerReader<T, kSize> corner_reader = {plan.stages_region, memory.pixels + lane.lane,
+                                                1 << lanes_log2, tensors.input + before,
+                                                lane.channel};
 
-  for (int c = lane * kSize; c - lane * kSize < sizes.deform_group_channels;
-       c += kSize << plan.lanes_log2) {
-    const int channel = patch.group * sizes.deform_group_channels + c;
-    const bool in_group = c < sizes.deform_group_channels;
-    const T* grad_output =
-        gradients.grad_output + first_position * sizes.out_channels + channel * multiplier;
-    const T* image = tensors.input + channel;
-    asm("" : "+l"(grad_output), "+l"(image));  // as in AddEntries()
-    Number filter_sums[kSize] = {};
-    int tap = first / parts, part = first - tap * parts;
-    for (int unit = first; unit < last; ++unit) {
-      const int p = part * rows + row;
-      const int s = p * sizes.taps + tap;
-      const int y = p >> plan.width_log2, x = p - (y << plan.width_log2);
-      const T* const grad = grad_output + (y * sizes.out_w + x) * sizes.out_channels;
-      const int outputs = tap * sizes.out_channels + channel * multiplier;
-      PatchSample<Number> sample;
-      sample.corner_bits = 0;
-      if (p < positions) sample = memory.samples[s];
-      const bool counts = sample.corner_bits != 0 && in_group;
-      // A sample that is 0 has a part in the filters' gradient where that of the output is
-      // infinite.
-      const bool exists = p < positions && in_group &&
-                          Exists(sizes, {patch.first.n, patch.first.y + y, patch.first.x + x});
-      Vector<T, kSize> corners[kCorners] = {}, gradient = {};
-      Number column[kSize] = {};
-      if (counts) {
-        const int64_t top_left = sample.pixel * pixel;
-        LoadCorners(image + top_left, in_row, pixel, sample.corner_bits, corners);
-        gradient =
-            ColumnsGradient<T, kSize, kOneOutput>(grad, gradients.filters + outputs, multiplier);
-        if (sample.corner_bits >> kCorners) {
-          ScatterFar(sizes, sample, gradient, gradients.sampled.input + top_left + channel);
-        }
-      }
-      if (plan.want_offset_or_mask) {
-        Number products[kCorners];
-        if (CornerProducts(corners, gradient, plan.lanes_log2, products) && p < positions) {
-          auto& sums = memory.products[s].elements;
+  Number filter_sums[kSize] = {};
+  int tap = first / parts, part = first - tap * parts;
+  for (int unit = first; unit < last; ++unit) {
+    const int p = part * rows + row;
+    const int s = p * sizes.taps + tap;
+    // Zeros stand for what does not exist. Staged operands have them already.
+    const bool exists =
+        p < positions && lane.in_group && (kOneOutput || Exists(sizes, patch.PositionOf(plan, p)));
+    PatchSample<Number> sample = {};
+    if (exists) sample = memory.samples[s];
+    Vector<T, kSize> corners[kCorners], gradient = {};
+    corner_reader.Load(sizes, plan.region, patch.region, sample.place, corners);
+    if (exists) {
+      gradient = operands.Columns(p, tap);
+    }
+    if (plan.want_scatter && sample.place.bits() != 0 && !sample.place.in_region()) {
+      ScatterFar(sizes, sample, gradient,
+                 gradients.sampled.input + before + lane.channel +
+                     int64_t{sample.place.image_pixel(sizes)} * sizes.in_channels);
+    }
+    if (plan.want_offset_or_mask) {
+      Number products[kCorners];
+      if (CornerProducts(corners, gradient, lanes_log2, products) && p < positions) {
+        typename PatchMemory<T, kSize>::Products sums = {};
+        if (chunk > 0) sums = memory.products[s];
 #pragma unroll
-          for (int corner = 0; corner < kCorners; ++corner) sums[corner] += products[corner];
-        }
+        for (int corner = 0; corner < kCorners; ++corner) sums.elements[corner] += products[corner];
+        memory.products[s] = sums;
       }
-      if (want_filters) {
-        if (counts) AddColumn(sample, corners, column);
-        const bool last_of_tap = unit + 1 == last || part + 1 == parts;
-        for (int m = 0; m < multiplier; ++m) {
-          if (exists) AddToFilters<T, kSize, kOneOutput>(grad + m, multiplier, column, filter_sums);
-          // With one output a channel, once for all samples of the tap.
-          if (!kOneOutput || last_of_tap) {
-            AddRows<kSize, kOneOutput>(plan.lanes_log2, filter_sums, row == 0 && in_group,
-                                       multiplier, gradients.grad_filters + outputs + m);
+    }
+    if (want_filters) {
+      Number column[kSize];
+      SampleColumn(sample, corners, column);
+      const bool last_of_tap = unit + 1 == last || part + 1 == parts;
+      for (int m = 0; m < multiplier; ++m) {
+        if (exists) {
+          Vector<T, kSize> outputs;
+          if constexpr (kOneOutput) {
+            outputs = operands.Gradient(p);
+          } else {
+            outputs = operands.Gradient(p, m);
+          }
+#pragma unroll
+          for (int i = 0; i < kSize; ++i) {
+            filter_sums[i] += static_cast<Number>(outputs.elements[i]) * column[i];
           }
         }
+        // With one output a channel, once for all samples of the tap.
+        if (!kOneOutput || last_of_tap) {
+          AddRows<kSize, kOneOutput>(
+              lanes_log2, filter_sums, row == 0 && lane.in_group, multiplier,
+              gradients.grad_filters + tap * sizes.out_channels + lane.channel * multiplier + m);
+        }
       }
-      if (++part == parts) part = 0, ++tap;
     }
+    if (++part == parts) part = 0, ++tap;
   }
 }
 
@@ -439,70 +570,55 @@ __device__ void MultiplySamples(const FusedSizes& sizes,
 template <typename T, int kSize, bool kOneOutput>
 __device__ void AddEntries(const FusedSizes& sizes, const DepthwiseGradients<T>& gradients,
                            const PatchPlan& plan, const Patch& patch,
-                           const PatchMemory<ComputeType<T>>& memory) {
+                           const PatchMemory<T, kSize>& memory, int chunk) {
   using Number = ComputeType<T>;
-  const int count = patch.pixels() == 0 ? 0 : memory.ends[patch.pixels() - 1];
-  const int rows = kThreadsPerBlock >> plan.lanes_log2;
-  const int row = threadIdx.x >> plan.lanes_log2;
-  const int begin = count * row / rows, end = count * (row + 1) / rows;
-  const int multiplier = kOneOutput ? 1 : sizes.group_out_channels;
-  const int64_t first_position = sizes.IndexOf(patch.first);
-  const float by_region_w = 1.0f / patch.region_w();
-  const int first_pixel = (patch.first.n * sizes.in_h + patch.top) * sizes.in_w + patch.left;
+  const Lane<T, kSize> lane(sizes, plan, patch, chunk);
+  if (!lane.in_group) return;
+  const int count = memory.ends[plan.region.pixels() - 1];
+  const int begin = count * lane.row / lane.rows, end = count * (lane.row + 1) / lane.rows;
+  if (begin == end) return;
+  const OperandReader<T, kSize, kOneOutput> operands(sizes, gradients, plan, patch, memory, lane);
+  Number* const grad_input = gradients.sampled.input +
+                             int64_t{ImagePixel(sizes, patch.first.n)} * sizes.in_channels +
+                             lane.channel;
 
-  for (int c = (threadIdx.x & ((1 << plan.lanes_log2) - 1)) * kSize;
-       c < sizes.deform_group_channels; c += kSize << plan.lanes_log2) {
-    const int channel = patch.group * sizes.deform_group_channels + c;
-    const T* grad =
-        gradients.grad_output + first_position * sizes.out_channels + channel * multiplier;
-    const T* filter = gradients.filters + channel * multiplier;
-    Number* const grad_input = gradients.sampled.input + channel;
-    // Or the compiler would compute them from the arguments in every round.
-    asm("" : "+l"(grad), "+l"(filter));
-    Number sums[kSize] = {};
-    Entry<Number> entry = {}, next = {};
-    if (begin < end) entry = memory.entries[begin];
-    for (int e = begin; e < end; ++e, entry = next) {
-      const int y = entry.position() >> plan.width_log2;
-      const int position = y * sizes.out_w + entry.position() - (y << plan.width_log2);
-      const auto gradient = ColumnsGradient<T, kSize, kOneOutput>(
-          grad + int64_t{position} * sizes.out_channels, filter + entry.tap() * sizes.out_channels,
-          multiplier);
-      AddProduct(entry.weight, gradient, sums);
-      const int pixel = entry.pixel();
-      if (e + 1 < end) {
-        next = memory.entries[e + 1];
-        if (next.pixel() == pixel) continue;
-      }
-      const int h = static_cast<int>((pixel + 0.5f) * by_region_w);
-      const int at = first_pixel + h * sizes.in_w + pixel - h * patch.region_w();
-      AtomicAdd<kSize>(grad_input + int64_t{at} * sizes.in_channels, sums);
+  Number sums[kSize] = {};
+  Entry<Number> entry = memory.entries[begin];
+  for (int e = begin; e < end;) {
+    AddProduct(entry.weight, operands.Columns(entry.position(), entry.tap()), sums);
+    const int pixel = entry.pixel();
+    Entry<Number> next = {Number(0), ~0u};  // of no pixel
+    if (++e < end) next = memory.entries[e];
+    entry = next;
+    if (entry.pixel() == pixel) continue;
+    const int in_image = patch.region.InImage(sizes, plan.region, pixel);
+    AtomicAdd<kSize>(grad_input + int64_t{in_image} * sizes.in_channels, sums);
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) sums[i] = 0;
-    }
+    for (int i = 0; i < kSize; ++i) sums[i] = 0;
   }
 }
 
-template <typename Number>
+template <typename T, int kSize, typename Number>
 __device__ void WriteOffsetAndMask(const FusedSizes& sizes, const PatchPlan& plan,
-                                   const Patch& patch, const PatchMemory<Number>& memory,
+                                   const Patch& patch, const PatchMemory<T, kSize>& memory,
                                    const SampledGradients<Number>& gradients) {
   for (int s = threadIdx.x; s < plan.positions() * sizes.taps; s += kThreadsPerBlock) {
     const int p = sizes.by_taps.Divide(s);
     const Position position = patch.PositionOf(plan, p);
     if (!Exists(sizes, position)) continue;
-    const int64_t index = sizes.IndexOf(position) * (sizes.deform_groups * sizes.taps) +
-                          patch.group * sizes.taps + s - p * sizes.taps;
+    const int64_t index =
+        int64_t{PositionIndex(sizes, position)} * (sizes.deform_groups * sizes.taps) +
+        patch.group * sizes.taps + s - p * sizes.taps;
     const PatchSample<Number> sample = memory.samples[s];
     auto products = memory.products[s];
     Number weights[kCorners], grad_dy = 0, grad_dx = 0, grad_mask = 0;
     // Where no corner counts every gradient is 0, also beside an infinite mask.
-    if (sample.corner_bits != 0) {
+    if (sample.place.bits() != 0) {
       BilinearWeights(sample.h_fraction, sample.w_fraction, weights);
 #pragma unroll
       for (int corner = 0; corner < kCorners; ++corner) {
         // Those with corners that do not count are 0 times the gradient, which may be infinite.
-        if (!(sample.corner_bits >> corner & 1)) products.elements[corner] = 0;
+        if (!(sample.place.bits() >> corner & 1)) products.elements[corner] = 0;
         grad_mask += weights[corner] * products.elements[corner];
       }
       grad_dy = sample.mask * BilinearDerivativeH(sample.w_fraction, products.elements);
@@ -516,14 +632,27 @@ __device__ void WriteOffsetAndMask(const FusedSizes& sizes, const PatchPlan& pla
   }
 }
 
+// Thread blocks of a multiprocessor that there are registers for: as many as spill none.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr int kBlocksOfSeveralOutputs = 4;
+#else
+constexpr int kBlocksOfSeveralOutputs = 2;
+#endif
 template <typename T, int kSize, bool kOneOutput>
-__global__ void __launch_bounds__(kThreadsPerBlock)
+constexpr int kBlocksOfRegisters = sizeof(T) == 8       ? 3
+                                   : !kForMma<T, kSize> ? 4
+                                   : kOneOutput         ? 3
+                                                        : kBlocksOfSeveralOutputs;
+
+template <typename T, int kSize, bool kOneOutput>
+__global__ void __launch_bounds__(kThreadsPerBlock, kBlocksOfRegisters<T, kSize, kOneOutput>)
     DepthwiseBackwardKernel(FusedSizes sizes, SampledTensors<T, ComputeType<T>> tensors,
                             DepthwiseGradients<T> gradients, PatchPlan plan) {
   extern __shared__ __align__(16) char shared[];
   const Patch patch(sizes, plan);
-  const PatchMemory<ComputeType<T>> memory(shared, sizes.taps * plan.positions());
-  const int pixels = plan.want_scatter ? patch.pixels() : 0;
+  const PatchMemory<T, kSize> memory(shared, plan, sizes.taps);
+  const int pixels = plan.region.pixels();
+  StageChunk<T, kSize, kOneOutput>(sizes, tensors, gradients, plan, patch, memory, 0);
   for (int i = threadIdx.x; i < pixels; i += kThreadsPerBlock) memory.ends[i] = 0;
   __syncthreads();
   LocatePatch(sizes, tensors, plan, patch, memory);
@@ -531,25 +660,30 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
   if (plan.want_scatter) {
     BeginEntries(pixels, memory.ends);
     __syncthreads();
-    SortEntries(sizes, plan.positions(), patch, memory);
-    __syncthreads();
-    AddEntries<T, kSize, kOneOutput>(sizes, gradients, plan, patch, memory);
+    SortEntries(sizes, plan, memory);
   }
-  MultiplySamples<T, kSize, kOneOutput>(sizes, tensors, gradients, plan, patch, memory);
+  const int chunk_channels = kSize << LanesLog2<T, kSize>(plan);
+  for (int chunk = 0; chunk * chunk_channels < sizes.deform_group_channels; ++chunk) {
+    if (chunk > 0) {
+      __syncthreads();
+      StageChunk<T, kSize, kOneOutput>(sizes, tensors, gradients, plan, patch, memory, chunk);
+    }
+    FinishCopies();
+    __syncthreads();
+    if (plan.want_scatter) {
+      AddEntries<T, kSize, kOneOutput>(sizes, gradients, plan, patch, memory, chunk);
+    }
+    __syncthreads();
+    MultiplySamples<T, kSize, kOneOutput>(sizes, tensors, gradients, plan, patch, memory, chunk);
+  }
   if (!plan.want_offset_or_mask) return;
   __syncthreads();
   WriteOffsetAndMask(sizes, plan, patch, memory, gradients.sampled);
 }
 
-// The side of a patch along one axis, or that of a region.
-int64_t RegionSide(int64_t patch, int64_t stride, int64_t kernel, int64_t dilation) {
-  return (patch - 1) * stride + (kernel - 1) * dilation + 1 + 2 * kMargin;
-}
-
-int LanesLog2(const DeformConvParams& params, int vector_size, int element_bytes) {
-  if (element_bytes == 2 && vector_size > 1) return kMmaLanesLog2;
-  // As many as leave at most one in eight without channels.
-  const int64_t vectors = CeilDiv<int64_t>(params.deform_group_channels(), vector_size);
+// Of a position, where the tensor cores do not multiply: as many as leave at most one in eight
+// without channels.
+int ChooseLanesLog2(int64_t vectors) {
   int lanes_log2 = 0;
   for (int log2 = 1; 1 << log2 <= kWarp; ++log2) {
     if ((CeilDiv<int64_t>(vectors, 1 << log2) << log2) * 8 <= vectors * 9) lanes_log2 = log2;
@@ -557,7 +691,14 @@ int LanesLog2(const DeformConvParams& params, int vector_size, int element_bytes
   return lanes_log2;
 }
 
-PatchPlan PlanPatches(const DeformConvParams& params, int vector_size, int element_bytes) {
+constexpr int kBlocksTogether = 4;  // on a multiprocessor
+
+template <typename T, int kSize>
+int64_t SharedBytes(const DeformConvParams& params, const PatchPlan& plan) {
+  return PatchMemory<CudaType<T>, kSize>::Bytes(plan, params.taps());
+}
+
+PatchPlan PlanPatches(const DeformConvParams& params) {
   PatchPlan plan = {};
   plan.height_log2 = plan.width_log2 = 3;
   while (plan.height_log2 > 0 && int64_t{1} << (plan.height_log2 - 1) >= params.out_h) {
@@ -572,17 +713,27 @@ PatchPlan PlanPatches(const DeformConvParams& params, int vector_size, int eleme
   const int64_t height = int64_t{1} << plan.height_log2, width = int64_t{1} << plan.width_log2;
   plan.patches_h = static_cast<int>(CeilDiv(params.out_h, height));
   plan.patches_w = static_cast<int>(CeilDiv(params.out_w, width));
-  const int64_t region_w =
-      std::min({RegionSide(width, params.stride_w, params.kernel_w, params.dilation_w), params.in_w,
-                int64_t{kMostPixels}});
-  const int64_t region_h =
-      std::min({RegionSide(height, params.stride_h, params.kernel_h, params.dilation_h),
-                params.in_h, kMostPixels / std::max<int64_t>(region_w, 1)});
   plan.by_patches = Divisor(plan.patches_h * plan.patches_w);
   plan.by_patches_w = Divisor(plan.patches_w);
-  plan.region_w = static_cast<int>(region_w);
-  plan.region_h = static_cast<int>(region_h);
-  plan.lanes_log2 = LanesLog2(params, vector_size, element_bytes);
+  plan.region = RegionSize(params, height, width, kMargin, kMostPixels);
+  return plan;
+}
+
+// Lays the lanes over the channels, and chooses what is staged.
+template <typename T, int kSize, bool kOneOutput>
+PatchPlan PlanBackward(const DeformConvParams& params) {
+  PatchPlan plan = PlanPatches(params);
+  const int64_t vectors = CeilDiv<int64_t>(params.deform_group_channels(), kSize);
+  plan.lanes_log2 = ChooseLanesLog2(vectors);
+  const int lanes_log2 = LanesLog2<T, kSize>(plan);
+  plan.keeps_entries = vectors > 1 << lanes_log2;
+  plan.stages_operands = kOneOutput;
+  plan.region.LayOver(kThreadsPerBlock >> lanes_log2);
+  // Four pixels are read for each sample.
+  plan.stages_region = plan.region.pixels() <= 2 * plan.positions() * params.taps();
+  if (SharedBytes<T, kSize>(params, plan) > SharedBytesOfBlock(kBlocksTogether)) {
+    plan.stages_region = false;
+  }
   return plan;
 }
 
@@ -590,19 +741,17 @@ template <typename T, int kSize, bool kOneOutput>
 std::string Launch(const DeformConvParams& params, const SampledTensors<T, ComputeType<T>>& tensors,
                    const DepthwiseGradients<CudaType<T>>& gradients, void* stream) {
   using Element = CudaType<T>;
-  PatchPlan plan = PlanPatches(params, kSize, sizeof(T));
+  PatchPlan plan = PlanBackward<T, kSize, kOneOutput>(params);
   plan.want_scatter = gradients.sampled.input != nullptr;
   plan.want_offset_or_mask =
       gradients.sampled.offset != nullptr || gradients.sampled.mask != nullptr;
-  const int64_t bytes = PatchMemory<ComputeType<T>>::Bytes(
-      static_cast<int>(plan.positions() * params.taps()), plan.pixels());
+  const int64_t bytes = PatchMemory<Element, kSize>::Bytes(plan, static_cast<int>(params.taps()));
   const auto kernel = DepthwiseBackwardKernel<Element, kSize, kOneOutput>;
   DEFORM_CONV_RETURN_IF_ERROR(AllowSharedBytes("DepthwiseBackwardKernel", kernel, bytes));
   const dim3 blocks(static_cast<unsigned>(params.batch * plan.patches_h * plan.patches_w),
                     static_cast<unsigned>(params.deform_groups));
-  kernel<<<blocks, kThreadsPerBlock, bytes, StreamOf(stream)>>>(FusedSizes(params), AsCuda(tensors),
-                                                                gradients, plan);
-  return LaunchError("DepthwiseBackwardKernel");
+  return LaunchKernel("DepthwiseBackwardKernel", kernel, blocks, kThreadsPerBlock, bytes, stream,
+                      FusedSizes(params), AsCuda(tensors), gradients, plan);
 }
 
 }  // namespace
@@ -610,7 +759,13 @@ std::string Launch(const DeformConvParams& params, const SampledTensors<T, Compu
 template <typename T>
 std::string DepthwiseBackwardMisfit(const DeformConvParams& params) {
   DEFORM_CONV_RETURN_IF_ERROR(SizesOfImageMisfit(params));
-  if (params.taps() > kMostTaps) return "the kernel has too many taps";
+  if (params.out_positions() * params.in_channels == 0) return "";
+  const int64_t bytes =
+      std::max(SharedBytes<T, kVec16Size<T>>(params, PlanBackward<T, kVec16Size<T>, true>(params)),
+               SharedBytes<T, 1>(params, PlanBackward<T, 1, true>(params)));
+  if (params.taps() > kMostTaps || bytes > SharedBytesOf(cudaDevAttrMaxSharedMemoryPerBlockOptin)) {
+    return "the kernel has too many taps";
+  }
   if (params.deform_groups > 65535) return "there are too many deformable groups";
   if ((params.out_w + 1) * params.out_channels >= int64_t{1} << 31 >> kPositionBits) {
     return "a row of the output has too many numbers";

@@ -29,7 +29,7 @@ struct alignas(2 * sizeof(OffsetT)) PixelAndMask {
 // A thread block's located samples: [groups][taps][stride], a position each.
 template <typename T, int kSize>
 struct DepthwiseTable {
-  using SampleWeights = Weights<T, kInPairs<T, kSize>>;
+  using SampleWeights = CornerFactors<T, kSize>;
   using Pixel = PixelAndMask<ComputeType<T>>;
   static constexpr int kEntryBytes = sizeof(SampleWeights) + sizeof(Pixel);
 
@@ -44,18 +44,23 @@ struct DepthwiseTable {
                                          const SampledTensors<T, ComputeType<T>>& tensors,
                                          const Position& position, int g_tap, int entry) const {
     const int64_t index = sizes.IndexOf(position) * (sizes.deform_groups * sizes.taps) + g_tap;
-    const auto sample = LocateTap(sizes, tensors.offset, position, g_tap, index);
-    const bool counts = sample.corner_bits != 0;
+    const TapSample<ComputeType<T>> sample(sizes, position, Tap::Of(sizes, g_tap),
+                                           tensors.offset[2 * index],
+                                           tensors.offset[2 * index + 1]);
+    const bool counts = sample.inside();
+    ComputeType<T> of_corners[kCorners];
+    BilinearWeights(sample.h.fraction, sample.w.fraction, of_corners);
 #pragma unroll
     for (int corner = 0; corner < kCorners; ++corner) {
-      weights[entry].Set(corner, counts ? sample.weights[corner] : ComputeType<T>(0));
+      weights[entry].of[corner] = counts ? of_corners[corner] : ComputeType<T>(0);
     }
     // What lies outside is 0, whatever the mask.
     const ComputeType<T> mask = !counts                   ? ComputeType<T>(0)
                                 : tensors.mask == nullptr ? ComputeType<T>(1)
                                                           : tensors.mask[index];
-    const int32_t pixel = (position.n * sizes.in_h + sample.h_low) * sizes.in_w + sample.w_low;
-    pixels[entry] = {mask, counts ? pixel * (1 << kCornerBits) + sample.corner_bits : 0};
+    const int32_t pixel = (position.n * sizes.in_h + sample.h.low) * sizes.in_w + sample.w.low;
+    const int32_t bits = CornerBits(sample.h, sample.w, sizes.in_h, sizes.in_w);
+    pixels[entry] = {mask, counts ? pixel * (1 << kCornerBits) + bits : 0};
   }
 };
 
@@ -161,10 +166,9 @@ std::string Launch(const DeformConvParams& params, const SampledTensors<T, Compu
   const int64_t bytes = int64_t{DepthwiseTable<Element, kSize>::kEntryBytes} * plan.stride *
                         plan.groups * params.taps();
   const dim3 blocks(Blocks(params.out_positions(), plan.positions), plan.slices);
-  DepthwiseForwardKernel<Element, kSize, kOneOutput>
-      <<<blocks, kThreadsPerBlock, bytes, StreamOf(stream)>>>(
-          FusedSizes(params), AsCuda(tensors), AsCuda(filters), plan, AsCuda(output));
-  return LaunchError("DepthwiseForwardKernel");
+  return LaunchKernel("DepthwiseForwardKernel", DepthwiseForwardKernel<Element, kSize, kOneOutput>,
+                      blocks, kThreadsPerBlock, bytes, stream, FusedSizes(params), AsCuda(tensors),
+                      AsCuda(filters), plan, AsCuda(output));
 }
 
 }  // namespace

@@ -35,6 +35,25 @@ std::string Col2ImAtomic(const DeformConvParams& params,
                          int64_t end, bool replace, T* columns,
                          const SampledGradients<ComputeType<T>>& gradients, void* stream);
 
+// Adds to grad_input what Col2ImAtomic adds, in an order that is not fixed either. What a patch of
+// positions brings to a region of pixels is summed up in shared memory first.
+template <typename T>
+std::string Col2ImRegions(const DeformConvParams& params,
+                          const SampledTensors<T, ComputeType<T>>& tensors, int64_t begin,
+                          int64_t end, const T* columns, ComputeType<T>* grad_input, void* stream);
+// Writes what Col2ImAtomic writes besides: gradients.offset, gradients.mask, and with `replace` the
+// columns. The input's region of a patch is read from shared memory.
+template <typename T>
+std::string Col2ImProducts(const DeformConvParams& params,
+                           const SampledTensors<T, ComputeType<T>>& tensors, int64_t begin,
+                           int64_t end, bool replace, T* columns,
+                           const SampledGradients<ComputeType<T>>& gradients, void* stream);
+// Why they cannot, or an empty string.
+template <typename T>
+std::string Col2ImRegionsMisfit(const DeformConvParams& params);
+template <typename T>
+std::string Col2ImProductsMisfit(const DeformConvParams& params);
+
 // Adds to grad_input what Col2ImAtomic adds, but in an order that is always the same: the corners
 // of all samples are sorted by pixel, and each pixel gathers its own. `columns` is left as it is.
 template <typename T>
@@ -54,6 +73,18 @@ std::string DepthwiseForward(const DeformConvParams& params,
 // Why it cannot, or an empty string.
 template <typename T>
 std::string DepthwiseForwardMisfit(const DeformConvParams& params);
+
+// Likewise, from regions of the input in shared memory, with one output channel to an input
+// channel.
+template <typename T>
+std::string StagedDepthwiseForward(const DeformConvParams& params,
+                                   const SampledTensors<T, ComputeType<T>>& tensors,
+                                   const T* filters, T* output, void* stream);
+// Why it cannot, or is no faster, or an empty string.
+template <typename T>
+std::string StagedDepthwiseForwardMisfit(const DeformConvParams& params,
+                                         const SampledTensors<T, ComputeType<T>>& tensors,
+                                         const T* filters, const T* output);
 
 // A depthwise layer's gradients: adds to gradients.input and grad_filters, in an order that is not
 // fixed, and writes those of offset and mask; null where one is not wanted. At most FusedImages()

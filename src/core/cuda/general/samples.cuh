@@ -75,6 +75,36 @@ __device__ __forceinline__ int LocateThreadBlock(
   return count;
 }
 
+// Writes a sample's gradients of offset and mask, given the products of the columns' gradient with
+// each corner, summed over channels. `index` is that of its mask. With kInPairs, gradients.offset
+// begins at a multiple of two numbers' bytes.
+template <bool kInPairs, typename OffsetT, typename Int>
+__device__ __forceinline__ void WriteGradients(const ImageSample<OffsetT, Int>& sample,
+                                               OffsetT mask, int64_t index,
+                                               const OffsetT (&products)[kCorners],
+                                               const SampledGradients<OffsetT>& gradients) {
+  // Where no corner counts every gradient is 0, also beside an infinite mask.
+  OffsetT grad_dy = 0, grad_dx = 0, grad_mask = 0;
+  if (sample.corner_bits != 0) {
+    grad_dy = mask * BilinearDerivativeH(sample.w_fraction, products);
+    grad_dx = mask * BilinearDerivativeW(sample.h_fraction, products);
+#pragma unroll
+    for (int corner = 0; corner < kCorners; ++corner) {
+      grad_mask += sample.weights[corner] * products[corner];
+    }
+  }
+  if (gradients.offset != nullptr) {
+    if constexpr (kInPairs) {
+      const OffsetT pair[] = {grad_dy, grad_dx};
+      Store(gradients.offset + 2 * index, pair);
+    } else {
+      gradients.offset[2 * index] = grad_dy;
+      gradients.offset[2 * index + 1] = grad_dx;
+    }
+  }
+  if (gradients.mask != nullptr) gradients.mask[index] = grad_mask;
+}
+
 // Where channel `channel` of a sample's tap stands among the columns.
 __device__ __forceinline__ int64_t ColumnOf(const DeformConvParams& params, int64_t tap_column,
                                             int channel) {
@@ -87,6 +117,28 @@ __device__ __forceinline__ int64_t ColumnOf(const DeformConvParams& params, int6
 // Distance of each corner from the top left one, in pixels.
 __device__ __forceinline__ int64_t CornerDistance(const DeformConvParams& params, int corner) {
   return (corner >= kBottomLeft ? params.in_w : 0) + (corner & 1);
+}
+
+// Loads the corners of a sample that count; the others are 0. Elements lie `pixel` apart from one
+// pixel to the next, `row` from one row.
+template <typename T, int kSize>
+__device__ __forceinline__ void LoadCorners(const T* top_left, int64_t row, int64_t pixel,
+                                            int corner_bits,
+                                            Vector<T, kSize> (&corners)[kCorners]) {
+  if ((corner_bits & kAllCorners) == kAllCorners) {
+    corners[kTopLeft] = Load<T, kSize>(top_left);
+    corners[kTopRight] = Load<T, kSize>(top_left + pixel);
+    corners[kBottomLeft] = Load<T, kSize>(top_left + row);
+    corners[kBottomRight] = Load<T, kSize>(top_left + row + pixel);
+    return;
+  }
+#pragma unroll
+  for (int corner = 0; corner < kCorners; ++corner) {
+    corners[corner] = {};
+    if (corner_bits >> corner & 1) {
+      corners[corner] = Load<T, kSize>(top_left + (corner / 2) * row + (corner % 2) * pixel);
+    }
+  }
 }
 
 // How a thread block is laid over samples and channels: rows of count() lanes. A row works on one

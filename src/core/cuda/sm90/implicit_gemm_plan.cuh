@@ -102,7 +102,7 @@ template <typename T, typename Shape>
 Parts ChooseParts(const DeformConvParams& params, int64_t width, int64_t n_tiles, int64_t k_blocks,
                   int64_t multiprocessors) {
   // Microseconds.
-  constexpr double kLeastBlock = 0.6, kOfUnit = (Shape::kWide ? 0.1 : 0.075), kOfTile = 2.5;
+  constexpr double kLeastBlock = 0.8, kOfUnit = (Shape::kWide ? 0.1 : 0.075), kOfTile = 1.5;
   constexpr double kSum = 3, kBytesPerMicrosecond = 2.5e6;
   const int64_t sums_bytes = params.out_positions() * params.out_channels * int64_t{sizeof(float)};
   const int64_t columns_bytes =
