@@ -49,7 +49,7 @@ class Backward {
     size_t most_rounds = 0;
     for (const ChannelSlice& part : channel_parts_) {
       rounds.push_back(
-          Rounds(CutForColumns<T>(params_, part), kPartialBytes, [&](const ChannelSlice& slice) {
+          Rounds(CutForCache<T>(params_, part), kPartialBytes, [&](const ChannelSlice& slice) {
             return std::max<int64_t>(PartialSize(slice) * sizeof(T), packed.BytesOf(slice));
           }));
       most_rounds = std::max(most_rounds, rounds.back().size());
@@ -115,7 +115,7 @@ class Backward {
     }
 
     std::vector<PackedFilters<T>> packed(parts, PackedFilters<T>(params_, GemmForm::kTransposeB));
-    if (gradients_.sampled.any()) {
+    if (gradients_.sampled.any() || IsDepthwise(params_)) {
       for (int64_t p = 0; p < parts; ++p) packed[p].Pack(slices[p], filters_, threads_);
     }
     std::vector<Worker> workers;
@@ -174,6 +174,13 @@ class Backward {
       for (size_t i = 0; i < slices.size(); ++i) {
         const ChannelSlice& slice = slices[i];
         worker.tile.Take(slice);
+        if (IsDepthwise(params_)) {
+          T* grad_filters = gradients_.filters == nullptr ? nullptr : sum;
+          worker.tile.DepthwiseBackward(packed.Group(slice, i, 0), grad_output_, sampled,
+                                        grad_filters);
+          sum += PartialSize(slice);
+          continue;
+        }
         if (sampled.any()) BackpropSamples(slice, i, packed, sampled, worker.tile);
         if (gradients_.filters == nullptr) continue;
         if (!sampled.any()) worker.tile.Im2Col();
@@ -218,6 +225,10 @@ class Backward {
       for (int64_t w = part; w < static_cast<int64_t>(workers.size()); w += parts) {
         if (workers[w].filters.empty()) continue;
         const T* from = workers[w].filters.data() + begins[i];
+        if (IsDepthwise(params_)) {
+          AddDepthwiseFilters(params_, slices[i], from, gradients_.filters);
+          continue;
+        }
         for (int64_t j = 0; j < slices[i].groups; ++j) {
           const int64_t group = slices[i].first_group + j;
           for (int64_t tap = 0; tap < params_.taps(); ++tap) {

@@ -63,6 +63,20 @@ struct ChannelRuns {
   const ChannelRun* end;
 };
 
+// The filters of some neighbouring channels of a depthwise layer, or their gradient, in the order in
+// which vectors over channels read them: [taps, multiplier, channels].
+template <typename T>
+struct DepthwiseFilters {
+  T* data;             // null where a gradient is not wanted
+  int64_t multiplier;  // output channels for each input channel
+  int64_t channels;
+
+  // Where those of a channel, counted from the first, begin for a tap.
+  DEFORM_CONV_INLINE T* At(int64_t tap, int64_t channel) const {
+    return data + tap * multiplier * channels + channel;
+  }
+};
+
 // Inner loops for tensors in native form.
 template <typename T>
 struct CpuKernels {
@@ -98,6 +112,22 @@ struct CpuKernels {
   // c = a * b, or c += a * b, with `a` transposed if `form` is kTransposeA, and b packed.
   void (*gemm)(GemmForm form, const Matrix<const T>& a, const T* packed, const Matrix<T>& c,
                bool accumulate);
+
+  // Depthwise layers, without columns: a run's `column` is where its channels are in `filters`.
+  //   row  workspace [multiplier, channels of the filters], null if the multiplier is 1
+
+  // Writes the tile's output of the runs' channels.
+  void (*depthwise_forward)(const DeformConvParams& params, const ChannelRuns& runs,
+                            const TileSamples<T>& tile, const SampledTensors<T>& tensors,
+                            const T* zeros, const DepthwiseFilters<const T>& filters, T* row,
+                            T* output);
+
+  // Adds to `gradients` as col2im does, and to `grad_filters`.
+  void (*depthwise_backward)(const DeformConvParams& params, const ChannelRuns& runs,
+                             const TileSamples<T>& tile, const SampledTensors<T>& tensors,
+                             const T* zeros, T* ignored, const DepthwiseFilters<const T>& filters,
+                             const T* grad_output, T* row, const SampledGradients<T>& gradients,
+                             const DepthwiseFilters<T>& grad_filters);
 };
 
 // Conversion of tensors of T in either format from and to native form.

@@ -28,8 +28,21 @@ Matrix<T> SliceFilters(const DeformConvParams& params, const ChannelSlice& slice
                 tap * params.group_in_channels() + first_channel, slice.width);
 }
 
+// Adds the gradient of the filters that a depthwise layer's slice meets to that of all filters.
+template <typename T>
+void AddDepthwiseFilters(const DeformConvParams& params, const ChannelSlice& slice, const T* sum,
+                         T* grad_filters) {
+  const int64_t multiplier = params.group_out_channels();
+  for (int64_t tap = 0; tap < params.taps(); ++tap) {
+    T* to = grad_filters + tap * params.out_channels + slice.begin * multiplier;
+    for (int64_t m = 0; m < multiplier; ++m) {
+      for (int64_t c = 0; c < slice.width; ++c) to[c * multiplier + m] += *sum++;
+    }
+  }
+}
+
 // Slices that are worked on together, and their filters, packed for a GEMM as they are or, to give
-// the columns' gradient, transposed.
+// the columns' gradient, transposed; or those of a depthwise layer as its kernels read them.
 template <typename T>
 class PackedFilters {
  public:
@@ -60,12 +73,14 @@ class PackedFilters {
  private:
   int64_t GroupSize(const ChannelSlice& slice) const {
     const int64_t rows = params_.taps() * slice.width, cols = params_.group_out_channels();
+    if (depthwise_) return RoundUp(rows * cols, kSliceAlignment);
     return form_ == GemmForm::kTransposeB ? RoundUp(rows, kernels_.gemm_panel) * cols
                                           : rows * RoundUp(cols, kernels_.gemm_panel);
   }
 
   void PackGroup(const ChannelSlice& slice, int64_t i, int64_t j, const T* filters) {
     T* packed = packed_.data() + begins_[i] + j * GroupSize(slice);
+    if (depthwise_) return PackDepthwise(slice, filters, packed);
     for (int64_t tap = 0; tap < params_.taps(); ++tap) {
       const Matrix<const T> rows =
           SliceFilters(params_, slice, slice.first_group + j, tap, filters);
@@ -78,9 +93,20 @@ class PackedFilters {
     }
   }
 
+  void PackDepthwise(const ChannelSlice& slice, const T* filters, T* packed) const {
+    const int64_t multiplier = params_.group_out_channels();
+    for (int64_t tap = 0; tap < params_.taps(); ++tap) {
+      const T* from = filters + tap * params_.out_channels + slice.begin * multiplier;
+      for (int64_t m = 0; m < multiplier; ++m) {
+        for (int64_t c = 0; c < slice.width; ++c) *packed++ = from[c * multiplier + m];
+      }
+    }
+  }
+
   const CpuKernels<T>& kernels_ = SelectCpuKernels<T>();
   const DeformConvParams& params_;
   const GemmForm form_;
+  const bool depthwise_ = IsDepthwise(params_);
   WorkspaceVector<T> packed_;
   std::vector<int64_t> begins_;
 };

@@ -16,9 +16,26 @@ constexpr int64_t kMostTilePositions = 96;
 // second-level cache. Slices are wide enough for the work per sample to outweigh locating it.
 constexpr int64_t kColumnsRowSize = 1152;
 
+// About as many filters' elements does a slice of a depthwise layer have: with their gradient, they
+// leave room in a first-level cache.
+constexpr int64_t kDepthwiseFilters = 4096;
+// More outputs for each channel leave too few channels for vectors over them to pay.
+constexpr int64_t kMostMultiplier = 8;
+
+// Elements of the filters that one input channel meets.
+int64_t ChannelFilters(const DeformConvParams& params) {
+  return params.taps() * params.group_out_channels();
+}
+
 }  // namespace
 
+bool IsDepthwise(const DeformConvParams& params) {
+  return params.group_in_channels() == 1 && params.groups > 1 &&
+         params.group_out_channels() <= kMostMultiplier;
+}
+
 ChannelSlice AllChannels(const DeformConvParams& params) {
+  if (IsDepthwise(params)) return {0, params.in_channels, 0, 1, params.in_channels};
   return {0, params.in_channels, 0, params.groups, params.group_in_channels()};
 }
 
@@ -46,10 +63,14 @@ std::vector<ChannelSlice> Cut(const ChannelSlice& slice, int64_t count) {
 }
 
 template <typename T>
-std::vector<ChannelSlice> CutForColumns(const DeformConvParams& params, const ChannelSlice& whole) {
-  const int64_t filter_bytes = params.taps() * params.group_out_channels() * sizeof(T);
-  const int64_t channels = std::max(
-      std::min(kColumnsRowSize / params.taps(), kPartialBytes / filter_bytes), kSliceAlignment);
+std::vector<ChannelSlice> CutForCache(const DeformConvParams& params, const ChannelSlice& whole) {
+  const int64_t filters = ChannelFilters(params);
+  const int64_t wanted =
+      IsDepthwise(params)
+          ? kDepthwiseFilters / filters
+          : std::min<int64_t>(kColumnsRowSize / params.taps(),
+                              kPartialBytes / (filters * static_cast<int64_t>(sizeof(T))));
+  const int64_t channels = std::max(wanted, kSliceAlignment);
   const auto cuts = [&](int64_t size) {
     return std::max<int64_t>((size + channels / 2) / channels, 1);
   };
@@ -80,12 +101,13 @@ int64_t TilePositions(const DeformConvParams& params, const std::vector<ChannelS
                       int64_t positions, int64_t wanted) {
   constexpr int64_t kSampleBytes = sizeof(SampleBlock<T>) / SampleBlock<T>::kSize;
   const int64_t deform_width = params.deform_group_channels();
+  const bool has_columns = !IsDepthwise(params);
   // Of what a tile holds for each position: output channels, columns, samples.
   int64_t position_bytes = params.group_out_channels() * sizeof(T);
   for (const ChannelSlice& slice : slices) {
     const int64_t deform_groups = (slice.end - 1) / deform_width - slice.begin / deform_width + 1;
     position_bytes =
-        std::max({position_bytes, params.taps() * slice.channels() * int64_t{sizeof(T)},
+        std::max({position_bytes, has_columns * params.taps() * slice.channels() * int64_t{sizeof(T)},
                   params.taps() * deform_groups * kSampleBytes});
   }
   const int64_t most = std::clamp<int64_t>(kTileBytes / position_bytes, 1, kMostTilePositions);
@@ -94,7 +116,7 @@ int64_t TilePositions(const DeformConvParams& params, const std::vector<ChannelS
 }
 
 #define DEFORM_CONV_INSTANTIATE(T)                                                             \
-  template std::vector<ChannelSlice> CutForColumns<T>(const DeformConvParams&,                 \
+  template std::vector<ChannelSlice> CutForCache<T>(const DeformConvParams&,                 \
                                                       const ChannelSlice&);                    \
   template int64_t TilePositions<T>(const DeformConvParams&, const std::vector<ChannelSlice>&, \
                                     int64_t, int64_t);

@@ -21,12 +21,20 @@ constexpr int64_t kPackedBytes = int64_t{3} << 20;
 constexpr int64_t kPartialBytes = int64_t{3} << 20;
 constexpr int64_t kTileBytes = int64_t{1} << 19;
 
+// --- The choice between two ways ---
+
+// Whether a layer goes through the depthwise kernels, rather than through columns and GEMMs: whether
+// that is faster. All of its groups are then treated as one, of which each channel has outputs of its
+// own.
+bool IsDepthwise(const DeformConvParams& params);
+
 // --- Channels ---
 
 // Channels are cut into slices at multiples of so many: a cache line.
 constexpr int64_t kSliceAlignment = 16;
 
-// A range of input channels to work on: whole convolution groups, or a part of one group.
+// A range of input channels to work on: whole convolution groups, or a part of one group. Those of a
+// depthwise layer are a part of one group, number 0.
 struct ChannelSlice {
   int64_t begin, end;
   int64_t first_group, groups;
@@ -41,13 +49,13 @@ ChannelSlice AllChannels(const DeformConvParams& params);
 // within its one group; otherwise into fewer.
 std::vector<ChannelSlice> Cut(const ChannelSlice& slice, int64_t count);
 
-// Cuts a slice so that a tile's columns fit the second-level cache. Large filters give narrower
-// slices. Cuts between groups if the groups are narrow, within them otherwise. T is the type of the
-// columns.
+// Cuts a slice so that a tile's columns fit the second-level cache, or the filters of a depthwise
+// layer the first-level one. Large filters give narrower slices. Cuts between groups if the groups
+// are narrow, within them otherwise. T is the type of the columns.
 template <typename T>
-std::vector<ChannelSlice> CutForColumns(const DeformConvParams& params, const ChannelSlice& whole);
+std::vector<ChannelSlice> CutForCache(const DeformConvParams& params, const ChannelSlice& whole);
 
-// The runs that im2col and col2im read for a slice.
+// The runs that im2col, col2im and the depthwise kernels read for a slice.
 std::vector<ChannelRun> RunsOf(const DeformConvParams& params, const ChannelSlice& slice);
 
 // Puts `slices` into rounds, in order, so that `bytes_of` adds up to at most `bound` in each that

@@ -17,7 +17,8 @@
 
 namespace deform_conv {
 
-// What a worker needs for a tile: its samples, and the columns of one slice.
+// What a worker needs for a tile: its samples, and the columns of one slice, unless the layer is
+// depthwise.
 template <typename T>
 class Tile {
  public:
@@ -31,7 +32,7 @@ class Tile {
     located_.end = end;
   }
 
-  // Makes room for the columns of `slice`, and locates what it samples.
+  // Makes room for what `slice` needs, and locates what it samples.
   void Take(const ChannelSlice& slice) {
     slice_ = slice;
     runs_ = RunsOf(params_, slice);
@@ -41,12 +42,7 @@ class Tile {
       zeros_.assign(longest, T(0));
       ignored_.assign(longest, T(0));
     }
-    // Rows an odd number of cache lines apart use all sets of the cache.
-    stride_ = RoundUp(params_.taps() * slice.channels(), kSliceAlignment);
-    if (stride_ / kSliceAlignment % 2 == 0) stride_ += kSliceAlignment;
-    if (static_cast<int64_t>(columns_.size()) < positions_ * stride_) {
-      columns_.resize(positions_ * stride_);
-    }
+    depthwise_ ? MakeRoomForRow() : MakeRoomForColumns();
     const int64_t first = runs_.front().deform_group, end = runs_.back().deform_group + 1;
     if (located_.first_deform_group == first && located_.end_deform_group == end) return;
     MakeRoomForSamples(first, end);
@@ -56,11 +52,31 @@ class Tile {
   void Im2Col() { kernels_.im2col(params_, Runs(), located_, tensors_, zeros_.data(), Columns()); }
 
   void Col2Im(bool replace, const SampledGradients<T>& gradients) {
-    located_.pixel_sums = {};
-    if (gradients.input != nullptr) PlanSums();
+    PlanSumsFor(gradients);
     kernels_.col2im(params_, Runs(), located_, tensors_, zeros_.data(), ignored_.data(), replace,
                     Columns(), gradients);
-    if (located_.pixel_sums.sums != nullptr) AddSumsTo(gradients.input);
+    AddSumsTo(gradients.input);
+  }
+
+  // Writes the output of a depthwise layer's slice.
+  void DepthwiseForward(const T* filters, T* output) {
+    kernels_.depthwise_forward(params_, Runs(), located_, tensors_, zeros_.data(),
+                               Depthwise(filters), row_.data(), output);
+  }
+
+  // Adds to the gradients of a depthwise layer, those of the slice's filters to `grad_filters`, if
+  // that is not null.
+  void DepthwiseBackward(const T* filters, const T* grad_output,
+                         const SampledGradients<T>& gradients, T* grad_filters) {
+    PlanSumsFor(gradients);
+    // The tile's sum first, so that no sum has very many terms, whose rounding errors would add up.
+    const int64_t size = grad_filters == nullptr ? 0 : FiltersSize();
+    filter_sums_.assign(size, T(0));
+    kernels_.depthwise_backward(params_, Runs(), located_, tensors_, zeros_.data(), ignored_.data(),
+                                Depthwise(filters), grad_output, row_.data(), gradients,
+                                Depthwise(size > 0 ? filter_sums_.data() : nullptr));
+    for (int64_t i = 0; i < size; ++i) grad_filters[i] += filter_sums_[i];
+    AddSumsTo(gradients.input);
   }
 
   int64_t begin() const { return located_.begin; }
@@ -73,6 +89,11 @@ class Tile {
   }
 
  private:
+  void PlanSumsFor(const SampledGradients<T>& gradients) {
+    located_.pixel_sums = {};
+    if (gradients.input != nullptr) PlanSums();
+  }
+
   // Where many samples share few pixels, each pixel's gradient is the sum of many terms. One after
   // the other, the rounding errors of so many additions add up. So a tile sums up its own terms
   // first. Where samples lie apart, as they nearly always do, the loop ends soon.
@@ -104,6 +125,7 @@ class Tile {
 
   void AddSumsTo(T* grad_input) const {
     const PixelSums<T>& from = located_.pixel_sums;
+    if (from.sums == nullptr) return;
     const int64_t channels = params_.in_channels;
     const T* sums = from.sums;
     for (int64_t row = 0; sums < pixel_sums_.data() + pixel_sums_.size(); ++row) {
@@ -120,6 +142,28 @@ class Tile {
 
   Matrix<T> Columns() {
     return {columns_.data(), end() - begin(), params_.taps() * slice_.channels(), stride_};
+  }
+
+  int64_t FiltersSize() const {
+    return params_.taps() * params_.group_out_channels() * slice_.channels();
+  }
+  template <typename Element>
+  DepthwiseFilters<Element> Depthwise(Element* filters) const {
+    return {filters, params_.group_out_channels(), slice_.channels()};
+  }
+
+  void MakeRoomForColumns() {
+    // Rows an odd number of cache lines apart use all sets of the cache.
+    stride_ = RoundUp(params_.taps() * slice_.channels(), kSliceAlignment);
+    if (stride_ / kSliceAlignment % 2 == 0) stride_ += kSliceAlignment;
+    if (static_cast<int64_t>(columns_.size()) < positions_ * stride_) {
+      columns_.resize(positions_ * stride_);
+    }
+  }
+  void MakeRoomForRow() {
+    const int64_t multiplier = params_.group_out_channels();
+    const int64_t size = multiplier == 1 ? 0 : multiplier * slice_.channels();
+    if (static_cast<int64_t>(row_.size()) < size) row_.resize(size);
   }
   void MakeRoomForSamples(int64_t first_deform_group, int64_t end_deform_group) {
     const int64_t count = positions_ * (end_deform_group - first_deform_group) * params_.taps();
@@ -140,13 +184,14 @@ class Tile {
   const DeformConvParams& params_;
   const SampledTensors<T>& tensors_;
   const int64_t positions_;
+  const bool depthwise_ = IsDepthwise(params_);
   TileSamples<T> located_{};
   ChannelSlice slice_{};
   int64_t stride_ = 0;
   std::vector<ChannelRun> runs_;
   WorkspaceVector<int32_t> bases_;
   WorkspaceVector<SampleBlock<T>> blocks_;
-  WorkspaceVector<T> columns_, zeros_, ignored_, pixel_sums_;
+  WorkspaceVector<T> columns_, row_, filter_sums_, zeros_, ignored_, pixel_sums_;
 };
 
 }  // namespace deform_conv

@@ -55,20 +55,19 @@ class InputPrefetcher {
   int64_t channels_, pixels_, step_, wanted_, pixel_, size_;
 };
 
-// Calls visit(run, row, tap, block, lane, n, top_left) for all that a tile reads: `row` is the
-// position's, counted from the tile's first; the sample is the block's lane; `n` is the image; and
-// `top_left` is where the run's channels at its top left corner are in the input, in elements.
+// Calls visit(run, row, n, image, first_sample) for each run at each position of a tile: `row` is the
+// position's, counted from the tile's first; `n` is the image, and `image` where the run's channels of
+// its first pixel are in the input, in elements; and from `first_sample` on lie the samples of the
+// position's taps.
 template <typename T, typename Visit>
-DEFORM_CONV_INLINE void ForEachRead(const DeformConvParams& params, const ChannelRuns& runs,
-                                    const TileSamples<T>& tile, const T* input,
-                                    const Visit& visit) {
+DEFORM_CONV_INLINE void ForEachRunAtPosition(const DeformConvParams& params,
+                                             const ChannelRuns& runs, const TileSamples<T>& tile,
+                                             const T* input, const Visit& visit) {
   InputPrefetcher<T> prefetcher(params, runs, tile, input);
-  constexpr uint64_t kSize = SampleBlock<T>::kSize;
-  const int64_t taps = params.taps(), channels = params.in_channels, in_w = params.in_w;
+  const int64_t taps = params.taps(), image_size = params.in_h * params.in_w * params.in_channels;
   const int64_t image_positions = params.out_h * params.out_w;
   const int64_t groups = tile.end_deform_group - tile.first_deform_group;
   const int64_t rows = tile.end - tile.begin;
-  const SampleBlock<T>* const blocks = tile.blocks;
   int64_t n = tile.begin / image_positions;
   int64_t rows_begin = 0;
   while (rows_begin < rows) {  // image by image
@@ -76,21 +75,52 @@ DEFORM_CONV_INLINE void ForEachRead(const DeformConvParams& params, const Channe
     const int64_t rows_end = image_end < rows ? image_end : rows;
     for (const ChannelRun* next = runs.begin; next < runs.end; ++next) {
       const ChannelRun run = *next;
-      const int64_t image = n * params.in_h * in_w * channels + run.channel;
+      const int64_t image = n * image_size + run.channel;
       for (int64_t row = rows_begin; row < rows_end; ++row) {
         if (next == runs.begin) prefetcher.Next();
-        uint64_t sample = (row * groups + run.deform_group - tile.first_deform_group) * taps;
-        for (int64_t tap = 0; tap < taps; ++tap, ++sample) {
-          const SampleBlock<T>& block = blocks[sample / kSize];
-          const uint64_t lane = sample % kSize;
-          const int64_t pixel = block.h_low[lane] * in_w + block.w_low[lane];
-          visit(run, row, tap, block, lane, n, image + pixel * channels);
-        }
+        visit(run, row, n, image,
+              static_cast<uint64_t>(
+                  (row * groups + run.deform_group - tile.first_deform_group) * taps));
       }
     }
     rows_begin = rows_end;
     ++n;
   }
+}
+
+// Calls visit(tap, block, lane, top_left) for the samples of a position's taps: the sample is the
+// block's lane, and `top_left` is where its top left corner is, from `image` on, in elements.
+template <typename T, typename Visit>
+DEFORM_CONV_INLINE void ForEachTap(const SampleBlock<T>* blocks, uint64_t first_sample,
+                                   int64_t taps, int64_t image, int64_t in_w, int64_t channels,
+                                   const Visit& visit) {
+  constexpr uint64_t kSize = SampleBlock<T>::kSize;
+  uint64_t sample = first_sample;
+  for (int64_t tap = 0; tap < taps; ++tap, ++sample) {
+    const SampleBlock<T>& block = blocks[sample / kSize];
+    const uint64_t lane = sample % kSize;
+    const int64_t pixel = block.h_low[lane] * in_w + block.w_low[lane];
+    visit(tap, block, lane, image + pixel * channels);
+  }
+}
+
+// Calls visit(run, row, tap, block, lane, n, top_left) for all that a tile reads.
+template <typename T, typename Visit>
+DEFORM_CONV_INLINE void ForEachRead(const DeformConvParams& params, const ChannelRuns& runs,
+                                    const TileSamples<T>& tile, const T* input,
+                                    const Visit& visit) {
+  const SampleBlock<T>* const blocks = tile.blocks;
+  const int64_t taps = params.taps(), channels = params.in_channels, in_w = params.in_w;
+  ForEachRunAtPosition(
+      params, runs, tile, input,
+      [=](const ChannelRun& run, int64_t row, int64_t n, int64_t image, uint64_t first_sample)
+          DEFORM_CONV_INLINE_LAMBDA {
+            ForEachTap(blocks, first_sample, taps, image, in_w, channels,
+                       [&](int64_t tap, const SampleBlock<T>& block, uint64_t lane,
+                           int64_t at) DEFORM_CONV_INLINE_LAMBDA {
+                         visit(run, row, tap, block, lane, n, at);
+                       });
+          });
 }
 
 // Pointers to each corner of a sample, `outside` for those that lie outside the image.
