@@ -115,7 +115,7 @@ class Backward {
     }
 
     std::vector<PackedFilters<T>> packed(parts, PackedFilters<T>(params_, GemmForm::kTransposeB));
-    if (gradients_.sampled.any() || IsDepthwise(params_)) {
+    if (gradients_.sampled.any() || IsDirect(params_)) {
       for (int64_t p = 0; p < parts; ++p) packed[p].Pack(slices[p], filters_, threads_);
     }
     std::vector<Worker> workers;
@@ -174,10 +174,9 @@ class Backward {
       for (size_t i = 0; i < slices.size(); ++i) {
         const ChannelSlice& slice = slices[i];
         worker.tile.Take(slice);
-        if (IsDepthwise(params_)) {
+        if (IsDirect(params_)) {
           T* grad_filters = gradients_.filters == nullptr ? nullptr : sum;
-          worker.tile.DepthwiseBackward(packed.Group(slice, i, 0), grad_output_, sampled,
-                                        grad_filters);
+          worker.tile.DirectBackward(packed.Direct(i), grad_output_, sampled, grad_filters);
           sum += PartialSize(slice);
           continue;
         }
@@ -225,8 +224,9 @@ class Backward {
       for (int64_t w = part; w < static_cast<int64_t>(workers.size()); w += parts) {
         if (workers[w].filters.empty()) continue;
         const T* from = workers[w].filters.data() + begins[i];
-        if (IsDepthwise(params_)) {
-          AddDepthwiseFilters(params_, slices[i], from, gradients_.filters);
+        if (IsDirect(params_)) {
+          ForEachDirectFilter(params_, slices[i],
+                              [&](int64_t index) { gradients_.filters[index] += *from++; });
           continue;
         }
         for (int64_t j = 0; j < slices[i].groups; ++j) {

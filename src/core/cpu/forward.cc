@@ -1,5 +1,5 @@
 // Forward on the CPU: threads take tiles of positions, and for each slice of channels im2col and
-// GEMM, or the depthwise kernel.
+// GEMM, or the direct kernel.
 
 #include <algorithm>
 #include <atomic>
@@ -24,8 +24,8 @@ void ForwardTile(const DeformConvParams& params, const CpuKernels<T>& kernels,
   for (size_t i = 0; i < slices.size(); ++i) {
     const ChannelSlice& slice = slices[i];
     tile.Take(slice);
-    if (IsDepthwise(params)) {
-      tile.DepthwiseForward(packed.Group(slice, i, 0), output);
+    if (IsDirect(params)) {
+      tile.DirectForward(packed.Direct(i), output);
       continue;
     }
     tile.Im2Col();

@@ -63,18 +63,14 @@ struct ChannelRuns {
   const ChannelRun* end;
 };
 
-// The filters of some neighbouring channels of a depthwise layer, or their gradient, in the order in
-// which vectors over channels read them: [taps, multiplier, channels].
+// The filters of some neighbouring whole groups, or their gradient, in the order in which vectors over
+// input channels read them: [taps, group_out, channels], so that each input channel has the filters
+// to all output channels of its own group.
 template <typename T>
-struct DepthwiseFilters {
-  T* data;             // null where a gradient is not wanted
-  int64_t multiplier;  // output channels for each input channel
-  int64_t channels;
-
-  // Where those of a channel, counted from the first, begin for a tap.
-  DEFORM_CONV_INLINE T* At(int64_t tap, int64_t channel) const {
-    return data + tap * multiplier * channels + channel;
-  }
+struct DirectFilters {
+  T* data;  // null where a gradient is not wanted
+  int64_t group_in, group_out;
+  int64_t channels;  // of the input, in all groups
 };
 
 // Inner loops for tensors in native form.
@@ -113,21 +109,21 @@ struct CpuKernels {
   void (*gemm)(GemmForm form, const Matrix<const T>& a, const T* packed, const Matrix<T>& c,
                bool accumulate);
 
-  // Depthwise layers, without columns: a run's `column` is where its channels are in `filters`.
-  //   row  workspace [multiplier, channels of the filters], null if the multiplier is 1
+  // Narrow groups, without columns and GEMMs. The runs have whole groups, and their `column` is where
+  // their channels begin in the filters.
+  //   row  workspace [group_out, channels of the longest run]; unused where groups are 1 channel each
 
-  // Writes the tile's output of the runs' channels.
-  void (*depthwise_forward)(const DeformConvParams& params, const ChannelRuns& runs,
-                            const TileSamples<T>& tile, const SampledTensors<T>& tensors,
-                            const T* zeros, const DepthwiseFilters<const T>& filters, T* row,
-                            T* output);
+  // Writes the tile's output of the runs' groups.
+  void (*direct_forward)(const DeformConvParams& params, const ChannelRuns& runs,
+                         const TileSamples<T>& tile, const SampledTensors<T>& tensors,
+                         const T* zeros, const DirectFilters<const T>& filters, T* row, T* output);
 
-  // Adds to `gradients` as col2im does, and to `grad_filters`.
-  void (*depthwise_backward)(const DeformConvParams& params, const ChannelRuns& runs,
-                             const TileSamples<T>& tile, const SampledTensors<T>& tensors,
-                             const T* zeros, T* ignored, const DepthwiseFilters<const T>& filters,
-                             const T* grad_output, T* row, const SampledGradients<T>& gradients,
-                             const DepthwiseFilters<T>& grad_filters);
+  // Adds to `gradients`, as col2im does, and to `grad_filters`.
+  void (*direct_backward)(const DeformConvParams& params, const ChannelRuns& runs,
+                          const TileSamples<T>& tile, const SampledTensors<T>& tensors,
+                          const T* zeros, T* ignored, const DirectFilters<const T>& filters,
+                          const T* grad_output, T* row, const SampledGradients<T>& gradients,
+                          const DirectFilters<T>& grad_filters);
 };
 
 // Conversion of tensors of T in either format from and to native form.

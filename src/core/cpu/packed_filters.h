@@ -28,21 +28,26 @@ Matrix<T> SliceFilters(const DeformConvParams& params, const ChannelSlice& slice
                 tap * params.group_in_channels() + first_channel, slice.width);
 }
 
-// Adds the gradient of the filters that a depthwise layer's slice meets to that of all filters.
-template <typename T>
-void AddDepthwiseFilters(const DeformConvParams& params, const ChannelSlice& slice, const T* sum,
-                         T* grad_filters) {
-  const int64_t multiplier = params.group_out_channels();
+// Calls visit(index) with where each of a slice's filters lies within all filters, in the order of
+// DirectFilters.
+template <typename Visit>
+void ForEachDirectFilter(const DeformConvParams& params, const ChannelSlice& slice,
+                         const Visit& visit) {
+  const int64_t group_in = params.group_in_channels(), group_out = params.group_out_channels();
   for (int64_t tap = 0; tap < params.taps(); ++tap) {
-    T* to = grad_filters + tap * params.out_channels + slice.begin * multiplier;
-    for (int64_t m = 0; m < multiplier; ++m) {
-      for (int64_t c = 0; c < slice.width; ++c) to[c * multiplier + m] += *sum++;
+    for (int64_t k = 0; k < group_out; ++k) {
+      int64_t out_channel = slice.first_group * group_out + k;
+      for (int64_t j = 0; j < slice.groups; ++j, out_channel += group_out) {
+        for (int64_t i = 0; i < group_in; ++i) {
+          visit((tap * group_in + i) * params.out_channels + out_channel);
+        }
+      }
     }
   }
 }
 
 // Slices that are worked on together, and their filters, packed for a GEMM as they are or, to give
-// the columns' gradient, transposed; or those of a depthwise layer as its kernels read them.
+// the columns' gradient, transposed; or in the order of DirectFilters.
 template <typename T>
 class PackedFilters {
  public:
@@ -61,9 +66,17 @@ class PackedFilters {
     }
     packed_.resize(begins_.back());
     ForEachOn(threads, static_cast<int64_t>(slices.size()), [&](int64_t i) {
+      if (direct_) {
+        T* packed = packed_.data() + begins_[i];
+        ForEachDirectFilter(params_, slices[i], [&](int64_t index) { *packed++ = filters[index]; });
+        return;
+      }
       for (int64_t j = 0; j < slices[i].groups; ++j) PackGroup(slices[i], i, j, filters);
     });
   }
+
+  // The packed filters of the i-th slice, in the order of DirectFilters.
+  const T* Direct(int64_t i) const { return packed_.data() + begins_[i]; }
 
   // The packed filters of the i-th slice's j-th group.
   const T* Group(const ChannelSlice& slice, int64_t i, int64_t j) const {
@@ -73,14 +86,13 @@ class PackedFilters {
  private:
   int64_t GroupSize(const ChannelSlice& slice) const {
     const int64_t rows = params_.taps() * slice.width, cols = params_.group_out_channels();
-    if (depthwise_) return RoundUp(rows * cols, kSliceAlignment);
+    if (direct_) return rows * cols;
     return form_ == GemmForm::kTransposeB ? RoundUp(rows, kernels_.gemm_panel) * cols
                                           : rows * RoundUp(cols, kernels_.gemm_panel);
   }
 
   void PackGroup(const ChannelSlice& slice, int64_t i, int64_t j, const T* filters) {
     T* packed = packed_.data() + begins_[i] + j * GroupSize(slice);
-    if (depthwise_) return PackDepthwise(slice, filters, packed);
     for (int64_t tap = 0; tap < params_.taps(); ++tap) {
       const Matrix<const T> rows =
           SliceFilters(params_, slice, slice.first_group + j, tap, filters);
@@ -93,20 +105,10 @@ class PackedFilters {
     }
   }
 
-  void PackDepthwise(const ChannelSlice& slice, const T* filters, T* packed) const {
-    const int64_t multiplier = params_.group_out_channels();
-    for (int64_t tap = 0; tap < params_.taps(); ++tap) {
-      const T* from = filters + tap * params_.out_channels + slice.begin * multiplier;
-      for (int64_t m = 0; m < multiplier; ++m) {
-        for (int64_t c = 0; c < slice.width; ++c) *packed++ = from[c * multiplier + m];
-      }
-    }
-  }
-
   const CpuKernels<T>& kernels_ = SelectCpuKernels<T>();
   const DeformConvParams& params_;
   const GemmForm form_;
-  const bool depthwise_ = IsDepthwise(params_);
+  const bool direct_ = IsDirect(params_);
   WorkspaceVector<T> packed_;
   std::vector<int64_t> begins_;
 };

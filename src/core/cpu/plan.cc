@@ -1,6 +1,7 @@
 #include "core/cpu/plan.h"
 
 #include <algorithm>
+#include <numeric>
 
 #include "core/cpu/threads.h"
 #include "core/integer_math.h"
@@ -16,26 +17,30 @@ constexpr int64_t kMostTilePositions = 96;
 // second-level cache. Slices are wide enough for the work per sample to outweigh locating it.
 constexpr int64_t kColumnsRowSize = 1152;
 
-// About as many filters' elements does a slice of a depthwise layer have: with their gradient, they
-// leave room in a first-level cache.
-constexpr int64_t kDepthwiseFilters = 4096;
-// More outputs for each channel leave too few channels for vectors over them to pay.
-constexpr int64_t kMostMultiplier = 8;
+// About as many filters does a slice of the direct kernels have: with their gradient, they leave room
+// in a first-level cache.
+constexpr int64_t kDirectFilters = 4096;
+// Groups for which the direct kernels are faster: input and output channels, and output channels of
+// groups that have few input channels.
+constexpr int64_t kDirectGroupIn = 16, kDirectGroupOut = 8;
+constexpr int64_t kDirectFewIn = 2, kDirectOutOfFew = 16;
 
-// Elements of the filters that one input channel meets.
+// Filters that one input channel meets.
 int64_t ChannelFilters(const DeformConvParams& params) {
   return params.taps() * params.group_out_channels();
 }
 
 }  // namespace
 
-bool IsDepthwise(const DeformConvParams& params) {
-  return params.group_in_channels() == 1 && params.groups > 1 &&
-         params.group_out_channels() <= kMostMultiplier;
+bool IsDirect(const DeformConvParams& params) {
+  const int64_t in = params.group_in_channels(), out = params.group_out_channels();
+  const bool faster = (in <= kDirectGroupIn && out <= kDirectGroupOut) ||
+                      (in <= kDirectFewIn && out <= kDirectOutOfFew);
+  // The kernels want whole convolution groups in each deformable group.
+  return params.groups > 1 && faster && params.deform_group_channels() % in == 0;
 }
 
 ChannelSlice AllChannels(const DeformConvParams& params) {
-  if (IsDepthwise(params)) return {0, params.in_channels, 0, 1, params.in_channels};
   return {0, params.in_channels, 0, params.groups, params.group_in_channels()};
 }
 
@@ -43,9 +48,14 @@ std::vector<ChannelSlice> Cut(const ChannelSlice& slice, int64_t count) {
   std::vector<ChannelSlice> slices;
   if (slice.groups > 1) {
     count = std::clamp<int64_t>(count, 1, slice.groups);
+    // So many groups end at a multiple of the alignment.
+    int64_t unit = kSliceAlignment / std::gcd(slice.width, kSliceAlignment);
+    if (slice.groups / unit < count) unit = 1;
+    const auto begin_of = [&](int64_t i) {
+      return i == count ? slice.groups : PartBegin(slice.groups / unit, i, count) * unit;
+    };
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t first = PartBegin(slice.groups, i, count);
-      const int64_t last = PartBegin(slice.groups, i + 1, count);
+      const int64_t first = begin_of(i), last = begin_of(i + 1);
       slices.push_back({slice.begin + first * slice.width, slice.begin + last * slice.width,
                         slice.first_group + first, last - first, slice.width});
     }
@@ -66,8 +76,8 @@ template <typename T>
 std::vector<ChannelSlice> CutForCache(const DeformConvParams& params, const ChannelSlice& whole) {
   const int64_t filters = ChannelFilters(params);
   const int64_t wanted =
-      IsDepthwise(params)
-          ? kDepthwiseFilters / filters
+      IsDirect(params)
+          ? kDirectFilters / filters
           : std::min<int64_t>(kColumnsRowSize / params.taps(),
                               kPartialBytes / (filters * static_cast<int64_t>(sizeof(T))));
   const int64_t channels = std::max(wanted, kSliceAlignment);
@@ -82,8 +92,13 @@ std::vector<ChannelSlice> CutForCache(const DeformConvParams& params, const Chan
   return slices;
 }
 
-std::vector<ChannelRun> RunsOf(const DeformConvParams& params, const ChannelSlice& slice) {
+std::vector<ChannelRun> RunsOf(const DeformConvParams& params, const ChannelSlice& whole) {
   std::vector<ChannelRun> runs;
+  ChannelSlice slice = whole;
+  if (IsDirect(params)) {  // across groups
+    slice.groups = 1;
+    slice.width = slice.channels();
+  }
   const int64_t deform_width = params.deform_group_channels();
   for (int64_t channel = slice.begin; channel < slice.end; channel += runs.back().count) {
     const int64_t group = (channel - slice.begin) / slice.width;
@@ -101,7 +116,7 @@ int64_t TilePositions(const DeformConvParams& params, const std::vector<ChannelS
                       int64_t positions, int64_t wanted) {
   constexpr int64_t kSampleBytes = sizeof(SampleBlock<T>) / SampleBlock<T>::kSize;
   const int64_t deform_width = params.deform_group_channels();
-  const bool has_columns = !IsDepthwise(params);
+  const bool has_columns = !IsDirect(params);
   // Of what a tile holds for each position: output channels, columns, samples.
   int64_t position_bytes = params.group_out_channels() * sizeof(T);
   for (const ChannelSlice& slice : slices) {

@@ -23,18 +23,16 @@ constexpr int64_t kTileBytes = int64_t{1} << 19;
 
 // --- The choice between two ways ---
 
-// Whether a layer goes through the depthwise kernels, rather than through columns and GEMMs: whether
-// that is faster. All of its groups are then treated as one, of which each channel has outputs of its
-// own.
-bool IsDepthwise(const DeformConvParams& params);
+// Whether a layer goes through the direct kernels, for narrow groups, rather than through columns and
+// GEMMs: whether they can, and are faster.
+bool IsDirect(const DeformConvParams& params);
 
 // --- Channels ---
 
 // Channels are cut into slices at multiples of so many: a cache line.
 constexpr int64_t kSliceAlignment = 16;
 
-// A range of input channels to work on: whole convolution groups, or a part of one group. Those of a
-// depthwise layer are a part of one group, number 0.
+// A range of input channels to work on: whole convolution groups, or a part of one group.
 struct ChannelSlice {
   int64_t begin, end;
   int64_t first_group, groups;
@@ -46,16 +44,17 @@ struct ChannelSlice {
 ChannelSlice AllChannels(const DeformConvParams& params);
 
 // Cuts a slice into `count` nearly equal ones if it has enough groups, or enough aligned channels
-// within its one group; otherwise into fewer.
+// within its one group; otherwise into fewer. Cuts between groups are aligned too, if there are enough
+// such places.
 std::vector<ChannelSlice> Cut(const ChannelSlice& slice, int64_t count);
 
-// Cuts a slice so that a tile's columns fit the second-level cache, or the filters of a depthwise
-// layer the first-level one. Large filters give narrower slices. Cuts between groups if the groups
+// Cuts a slice so that a tile's columns fit the second-level cache, or the filters of the direct
+// kernels the first-level one. Large filters give narrower slices. Cuts between groups if the groups
 // are narrow, within them otherwise. T is the type of the columns.
 template <typename T>
 std::vector<ChannelSlice> CutForCache(const DeformConvParams& params, const ChannelSlice& whole);
 
-// The runs that im2col, col2im and the depthwise kernels read for a slice.
+// The runs that im2col, col2im and the direct kernels read for a slice.
 std::vector<ChannelRun> RunsOf(const DeformConvParams& params, const ChannelSlice& slice);
 
 // Puts `slices` into rounds, in order, so that `bytes_of` adds up to at most `bound` in each that

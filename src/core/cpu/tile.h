@@ -17,8 +17,8 @@
 
 namespace deform_conv {
 
-// What a worker needs for a tile: its samples, and the columns of one slice, unless the layer is
-// depthwise.
+// What a worker needs for a tile: its samples, and the columns of one slice, unless that goes through
+// the direct kernels.
 template <typename T>
 class Tile {
  public:
@@ -42,7 +42,7 @@ class Tile {
       zeros_.assign(longest, T(0));
       ignored_.assign(longest, T(0));
     }
-    depthwise_ ? MakeRoomForRow() : MakeRoomForColumns();
+    direct_ ? MakeRoomForRow(longest) : MakeRoomForColumns();
     const int64_t first = runs_.front().deform_group, end = runs_.back().deform_group + 1;
     if (located_.first_deform_group == first && located_.end_deform_group == end) return;
     MakeRoomForSamples(first, end);
@@ -58,23 +58,23 @@ class Tile {
     AddSumsTo(gradients.input);
   }
 
-  // Writes the output of a depthwise layer's slice.
-  void DepthwiseForward(const T* filters, T* output) {
-    kernels_.depthwise_forward(params_, Runs(), located_, tensors_, zeros_.data(),
-                               Depthwise(filters), row_.data(), output);
+  // Writes the output of the slice, with the direct kernels.
+  void DirectForward(const T* filters, T* output) {
+    kernels_.direct_forward(params_, Runs(), located_, tensors_, zeros_.data(),
+                               Direct(filters), row_.data(), output);
   }
 
-  // Adds to the gradients of a depthwise layer, those of the slice's filters to `grad_filters`, if
-  // that is not null.
-  void DepthwiseBackward(const T* filters, const T* grad_output,
+  // Adds to the gradients, with the direct kernels; that of the slice's filters to `grad_filters`, in
+  // the form of DirectFilters, if that is not null.
+  void DirectBackward(const T* filters, const T* grad_output,
                          const SampledGradients<T>& gradients, T* grad_filters) {
     PlanSumsFor(gradients);
     // The tile's sum first, so that no sum has very many terms, whose rounding errors would add up.
     const int64_t size = grad_filters == nullptr ? 0 : FiltersSize();
     filter_sums_.assign(size, T(0));
-    kernels_.depthwise_backward(params_, Runs(), located_, tensors_, zeros_.data(), ignored_.data(),
-                                Depthwise(filters), grad_output, row_.data(), gradients,
-                                Depthwise(size > 0 ? filter_sums_.data() : nullptr));
+    kernels_.direct_backward(params_, Runs(), located_, tensors_, zeros_.data(), ignored_.data(),
+                                Direct(filters), grad_output, row_.data(), gradients,
+                                Direct(size > 0 ? filter_sums_.data() : nullptr));
     for (int64_t i = 0; i < size; ++i) grad_filters[i] += filter_sums_[i];
     AddSumsTo(gradients.input);
   }
@@ -148,8 +148,8 @@ class Tile {
     return params_.taps() * params_.group_out_channels() * slice_.channels();
   }
   template <typename Element>
-  DepthwiseFilters<Element> Depthwise(Element* filters) const {
-    return {filters, params_.group_out_channels(), slice_.channels()};
+  DirectFilters<Element> Direct(Element* filters) const {
+    return {filters, params_.group_in_channels(), params_.group_out_channels(), slice_.channels()};
   }
 
   void MakeRoomForColumns() {
@@ -160,9 +160,8 @@ class Tile {
       columns_.resize(positions_ * stride_);
     }
   }
-  void MakeRoomForRow() {
-    const int64_t multiplier = params_.group_out_channels();
-    const int64_t size = multiplier == 1 ? 0 : multiplier * slice_.channels();
+  void MakeRoomForRow(int64_t longest_run) {
+    const int64_t size = params_.group_out_channels() * longest_run;
     if (static_cast<int64_t>(row_.size()) < size) row_.resize(size);
   }
   void MakeRoomForSamples(int64_t first_deform_group, int64_t end_deform_group) {
@@ -184,7 +183,7 @@ class Tile {
   const DeformConvParams& params_;
   const SampledTensors<T>& tensors_;
   const int64_t positions_;
-  const bool depthwise_ = IsDepthwise(params_);
+  const bool direct_ = IsDirect(params_);
   TileSamples<T> located_{};
   ChannelSlice slice_{};
   int64_t stride_ = 0;

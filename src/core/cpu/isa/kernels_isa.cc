@@ -14,7 +14,7 @@
 #define Eigen DEFORM_CONV_CONCAT(Eigen_, DEFORM_CONV_ISA)
 
 #include "core/cpu/isa/col2im.h"
-#include "core/cpu/isa/depthwise.h"
+#include "core/cpu/isa/direct.h"
 #include "core/cpu/isa/gemm.h"
 #include "core/cpu/isa/im2col.h"
 #include "core/cpu/isa/layout.h"
@@ -26,8 +26,8 @@ namespace DEFORM_CONV_ISA {
 
 template <typename T>
 constexpr CpuKernels<T> kKernels = {
-    kRows,   kPanel<T>,         Locate<T>, Im2Col<T>,           Col2Im<T>,
-    Pack<T>, PackTransposed<T>, Gemm<T>,   DepthwiseForward<T>, DepthwiseBackward<T>};
+    kRows,   kPanel<T>,         Locate<T>, Im2Col<T>,        Col2Im<T>,
+    Pack<T>, PackTransposed<T>, Gemm<T>,   DirectForward<T>, DirectBackward<T>};
 extern const CpuKernels<float> kFloatKernels = kKernels<float>;
 extern const CpuKernels<double> kDoubleKernels = kKernels<double>;
 extern const CpuLayoutKernels<float> kFloatLayout = {ToNative<float, float>,
