@@ -2,7 +2,9 @@
 //
 // Positions that lie near each other add to the same pixels of the input's gradient. So the work
 // is divided by what it adds to: a worker has a part of the channels of some images, and no other
-// adds to those. No lock is needed, and the order of additions is fixed.
+// adds to those. Or, for the direct kernels and small images, a worker has some positions, and sums of
+// its own for the image that it shares with the worker before. No lock is needed, and the order of
+// additions is fixed.
 
 #include <algorithm>
 #include <numeric>
@@ -76,8 +78,11 @@ class Backward {
   void PlanParts() {
     constexpr int64_t kImagesPerThread = 4;
     const int64_t threads = threads_.count, batch = params_.batch;
-    const int64_t wanted =
-        batch >= kImagesPerThread * threads ? 1 : threads / std::gcd(threads, batch);
+    int64_t wanted = batch >= kImagesPerThread * threads ? 1 : threads / std::gcd(threads, batch);
+    const int64_t image_bytes = params_.image_size() * static_cast<int64_t>(sizeof(T));
+    by_positions_ = IsDirect(params_) && wanted > 1 &&
+                    (gradients_.sampled.input == nullptr || image_bytes <= kImageBytes);
+    if (by_positions_) wanted = 1;
     channel_parts_ = Cut(AllChannels(params_), wanted);
     image_ranges_ = std::min(batch, threads / static_cast<int64_t>(channel_parts_.size()));
   }
@@ -95,13 +100,20 @@ class Backward {
     WorkspaceVector<T> packed_output;  // the tile's, of one group
     WorkspaceVector<T> filters;        // sums, slice after slice, group after group
     std::vector<T> offset, mask;       // sums of a band, unless the worker has the first part
+    WorkspaceVector<T> image;          // sums of the image that it shares with the worker before
     int64_t begin = 0, end = 0;        // positions of its images
   };
 
   void RunRound(const std::vector<std::vector<ChannelSlice>>& slices) {
     const int64_t parts = static_cast<int64_t>(channel_parts_.size());
     const int64_t image_positions = params_.image_positions();
-    const int64_t most_positions = CeilDiv(params_.batch, image_ranges_) * image_positions;
+    const int64_t ranges = by_positions_ ? std::min<int64_t>(threads_.count, params_.out_positions())
+                                         : image_ranges_;
+    const auto range_begin = [&](int64_t i) {
+      return by_positions_ ? PartBegin(params_.out_positions(), i, ranges)
+                           : PartBegin(params_.batch, i, ranges) * image_positions;
+    };
+    const int64_t most_positions = range_begin(1);  // the first is the largest
     std::vector<ChannelSlice> all;
     for (const auto& of_part : slices) all.insert(all.end(), of_part.begin(), of_part.end());
     int64_t tile_positions = TilePositions<T>(params_, all, most_positions, 1);
@@ -119,11 +131,10 @@ class Backward {
       for (int64_t p = 0; p < parts; ++p) packed[p].Pack(slices[p], filters_, threads_);
     }
     std::vector<Worker> workers;
-    for (int64_t w = 0; w < parts * image_ranges_; ++w) {
+    for (int64_t w = 0; w < parts * ranges; ++w) {
       workers.emplace_back(params_, tensors_, tile_positions);
-      const int64_t i = w / parts;
-      workers.back().begin = PartBegin(params_.batch, i, image_ranges_) * image_positions;
-      workers.back().end = PartBegin(params_.batch, i + 1, image_ranges_) * image_positions;
+      workers.back().begin = range_begin(w / parts);
+      workers.back().end = range_begin(w / parts + 1);
     }
     for (int64_t step = 0; step * band < most_positions; ++step) {
       RunOn(threads_, static_cast<int64_t>(workers.size()), [&](int64_t w) {
@@ -141,6 +152,7 @@ class Backward {
         AddTo(gradients_.sampled.mask, begin * params_.mask_channels(), workers[w].mask);
       }
     }
+    AddImages(workers);
     if (gradients_.filters == nullptr) return;
     for (int64_t p = 0; p < parts; ++p) AddFilters(slices[p], p, workers);
   }
@@ -166,9 +178,21 @@ class Backward {
       for (const ChannelSlice& slice : slices) size += PartialSize(slice);
       worker.filters.assign(size, T(0));
     }
+    // The image that is shared ends there.
+    int64_t shared_end = begin;
+    if (by_positions_ && sampled.input && begin < end) {
+      shared_end = std::min(RoundUp(begin, params_.image_positions()), end);
+    }
+    if (begin < shared_end) {
+      worker.image.assign(params_.image_size(), T(0));
+      // Addressed as the whole gradient is.
+      sampled.input = worker.image.data() - ImageOf(begin) * params_.image_size();
+    }
     const int64_t panels = CeilDiv(params_.group_out_channels(), kernels_.gemm_panel);
-    for (int64_t at = begin; at < end; at += tile_positions) {
-      worker.tile.MoveTo(at, std::min(at + tile_positions, end));
+    for (int64_t at = begin, tile_end; at < end; at = tile_end) {
+      if (at == shared_end) sampled.input = gradients_.sampled.input;
+      tile_end = std::min(at + tile_positions, at < shared_end ? shared_end : end);
+      worker.tile.MoveTo(at, tile_end);
       int64_t packed_group = -1;
       T* sum = worker.filters.data();
       for (size_t i = 0; i < slices.size(); ++i) {
@@ -214,6 +238,22 @@ class Backward {
     tile.Col2Im(/*replace=*/gradients_.filters != nullptr, sampled);
   }
 
+  int64_t ImageOf(int64_t position) const { return position / params_.image_positions(); }
+
+  // Adds the workers' sums of images to the input's gradient.
+  void AddImages(const std::vector<Worker>& workers) {
+    if (!by_positions_ || gradients_.sampled.input == nullptr) return;
+    RunOn(threads_, threads_.count, [&](int64_t i) {
+      const int64_t begin = PartBegin(params_.image_size(), i, threads_.count);
+      const int64_t end = PartBegin(params_.image_size(), i + 1, threads_.count);
+      for (const Worker& worker : workers) {
+        if (worker.image.empty()) continue;
+        T* gradient = gradients_.sampled.input + ImageOf(worker.begin) * params_.image_size();
+        for (int64_t j = begin; j < end; ++j) gradient[j] += worker.image[j];
+      }
+    });
+  }
+
   // Adds the workers' sums for a part's slices to the filters' gradient.
   void AddFilters(const std::vector<ChannelSlice>& slices, int64_t part,
                   const std::vector<Worker>& workers) {
@@ -252,6 +292,7 @@ class Backward {
   const CpuThreads& threads_;
   std::vector<ChannelSlice> channel_parts_;
   int64_t image_ranges_ = 1;
+  bool by_positions_ = false;  // whether workers have ranges of positions, rather than of images
 };
 
 }  // namespace

@@ -100,7 +100,8 @@ struct GroupSizes {
   }
 };
 
-// Calls run(GroupSizes) for those of a layer.
+// Calls run(GroupSizes) for those of a layer that forward is compiled for. Backward has the first and
+// the last: it gains little by others.
 template <typename T, typename Run>
 DEFORM_CONV_INLINE void WithGroupSizes(const DirectFilters<const T>& filters, const Run& run) {
   const int64_t size = filters.group_in == filters.group_out ? filters.group_in : 0;
@@ -276,7 +277,6 @@ void DirectBackwardFor(const DeformConvParams& params, const ChannelRuns& runs,
                       [=](int64_t i, auto lanes) DEFORM_CONV_INLINE_LAMBDA {
                         constexpr int n = lanes();
                         Vector<T, n> grad = Load<n>(grads + i) * Load<n>(filter + i);
-#pragma GCC unroll 8
                         for (int64_t k = 1; k < group_out; ++k) {
                           grad += Load<n>(grads + k * count + i) *
                                   Load<n>(filter + k * out_stride + i);
@@ -285,7 +285,6 @@ void DirectBackwardFor(const DeformConvParams& params, const ChannelRuns& runs,
                       },
                       [=](int64_t i, auto lanes, const auto& sample) DEFORM_CONV_INLINE_LAMBDA {
                         constexpr int n = lanes();
-#pragma GCC unroll 8
                         for (int64_t k = 0; k < group_out; ++k) {
                           T* to = grad_filter + k * out_stride + i;
                           Store<n>(to, Load<n>(to) + Load<n>(grads + k * count + i) * sample);
@@ -303,11 +302,13 @@ void DirectBackward(const DeformConvParams& params, const ChannelRuns& runs,
   const SampleBackprop<T> backprop(params, tile, tensors, zeros, ignored, gradients);
   WithWanted(gradients, grad_filters.data != nullptr,
              [&](auto want_input, auto want_offset_or_mask, auto want_filters) {
-               WithGroupSizes(filters, [&](auto sizes) {
-                 DirectBackwardFor<want_input(), want_offset_or_mask(), want_filters(),
-                                   decltype(sizes)>(params, runs, tile, backprop, filters,
-                                                    grad_output, row, grad_filters);
-               });
+               const bool depthwise = filters.group_in == 1 && filters.group_out == 1;
+               const auto backward =
+                   depthwise ? DirectBackwardFor<want_input(), want_offset_or_mask(),
+                                                 want_filters(), GroupSizes<1, 1>, T>
+                             : DirectBackwardFor<want_input(), want_offset_or_mask(),
+                                                 want_filters(), GroupSizes<0, 0>, T>;
+               backward(params, runs, tile, backprop, filters, grad_output, row, grad_filters);
              });
 }
 
