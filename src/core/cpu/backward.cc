@@ -2,9 +2,9 @@
 //
 // Positions that lie near each other add to the same pixels of the input's gradient. So the work
 // is divided by what it adds to: a worker has a part of the channels of some images, and no other
-// adds to those. Or, for the direct kernels and small images, a worker has some positions, and sums of
-// its own for the image that it shares with the worker before. No lock is needed, and the order of
-// additions is fixed.
+// adds to those. Or, for the direct kernels and small images, a worker has some positions, and sums
+// of its own for the image that it shares with the worker before. No lock is needed, and the order
+// of additions is fixed.
 
 #include <algorithm>
 #include <numeric>
@@ -107,8 +107,8 @@ class Backward {
   void RunRound(const std::vector<std::vector<ChannelSlice>>& slices) {
     const int64_t parts = static_cast<int64_t>(channel_parts_.size());
     const int64_t image_positions = params_.image_positions();
-    const int64_t ranges = by_positions_ ? std::min<int64_t>(threads_.count, params_.out_positions())
-                                         : image_ranges_;
+    const int64_t ranges =
+        by_positions_ ? std::min<int64_t>(threads_.count, params_.out_positions()) : image_ranges_;
     const auto range_begin = [&](int64_t i) {
       return by_positions_ ? PartBegin(params_.out_positions(), i, ranges)
                            : PartBegin(params_.batch, i, ranges) * image_positions;

@@ -63,9 +63,9 @@ struct ChannelRuns {
   const ChannelRun* end;
 };
 
-// The filters of some neighbouring whole groups, or their gradient, in the order in which vectors over
-// input channels read them: [taps, group_out, channels], so that each input channel has the filters
-// to all output channels of its own group.
+// The filters of some neighbouring whole groups, or their gradient, in the order in which vectors
+// over input channels read them: [taps, group_out, channels], so that each input channel has the
+// filters to all output channels of its own group.
 template <typename T>
 struct DirectFilters {
   T* data;  // null where a gradient is not wanted
@@ -109,9 +109,10 @@ struct CpuKernels {
   void (*gemm)(GemmForm form, const Matrix<const T>& a, const T* packed, const Matrix<T>& c,
                bool accumulate);
 
-  // Narrow groups, without columns and GEMMs. The runs have whole groups, and their `column` is where
-  // their channels begin in the filters.
-  //   row  workspace [group_out, channels of the longest run]; unused where groups are 1 channel each
+  // Narrow groups, without columns and GEMMs. The runs have whole groups, and their `column` is
+  // where their channels begin in the filters.
+  //   row  workspace [group_out, channels of the longest run]; unused where groups are 1 channel
+  //   each
 
   // Writes the tile's output of the runs' groups.
   void (*direct_forward)(const DeformConvParams& params, const ChannelRuns& runs,

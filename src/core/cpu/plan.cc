@@ -17,8 +17,8 @@ constexpr int64_t kMostTilePositions = 96;
 // second-level cache. Slices are wide enough for the work per sample to outweigh locating it.
 constexpr int64_t kColumnsRowSize = 1152;
 
-// About as many filters does a slice of the direct kernels have: with their gradient, they leave room
-// in a first-level cache.
+// About as many filters does a slice of the direct kernels have: with their gradient, they leave
+// room in a first-level cache.
 constexpr int64_t kDirectFilters = 4096;
 // Groups for which the direct kernels are faster: input and output channels, and output channels of
 // groups that have few input channels.
@@ -121,19 +121,18 @@ int64_t TilePositions(const DeformConvParams& params, const std::vector<ChannelS
   int64_t position_bytes = params.group_out_channels() * sizeof(T);
   for (const ChannelSlice& slice : slices) {
     const int64_t deform_groups = (slice.end - 1) / deform_width - slice.begin / deform_width + 1;
-    position_bytes =
-        std::max({position_bytes, has_columns * params.taps() * slice.channels() * int64_t{sizeof(T)},
-                  params.taps() * deform_groups * kSampleBytes});
+    position_bytes = std::max({position_bytes,
+                               has_columns * params.taps() * slice.channels() * int64_t{sizeof(T)},
+                               params.taps() * deform_groups * kSampleBytes});
   }
   const int64_t most = std::clamp<int64_t>(kTileBytes / position_bytes, 1, kMostTilePositions);
   const int64_t tiles = RoundUp(CeilDiv(positions, most), wanted);
   return std::min(RoundUp(CeilDiv(positions, tiles), SelectCpuKernels<T>().gemm_rows), most);
 }
 
-#define DEFORM_CONV_INSTANTIATE(T)                                                             \
-  template std::vector<ChannelSlice> CutForCache<T>(const DeformConvParams&,                 \
-                                                      const ChannelSlice&);                    \
-  template int64_t TilePositions<T>(const DeformConvParams&, const std::vector<ChannelSlice>&, \
+#define DEFORM_CONV_INSTANTIATE(T)                                                                 \
+  template std::vector<ChannelSlice> CutForCache<T>(const DeformConvParams&, const ChannelSlice&); \
+  template int64_t TilePositions<T>(const DeformConvParams&, const std::vector<ChannelSlice>&,     \
                                     int64_t, int64_t);
 DEFORM_CONV_FOR_COMPUTE_TYPES(DEFORM_CONV_INSTANTIATE)
 #undef DEFORM_CONV_INSTANTIATE

@@ -17,8 +17,8 @@
 
 namespace deform_conv {
 
-// What a worker needs for a tile: its samples, and the columns of one slice, unless that goes through
-// the direct kernels.
+// What a worker needs for a tile: its samples, and the columns of one slice, unless that goes
+// through the direct kernels.
 template <typename T>
 class Tile {
  public:
@@ -60,21 +60,21 @@ class Tile {
 
   // Writes the output of the slice, with the direct kernels.
   void DirectForward(const T* filters, T* output) {
-    kernels_.direct_forward(params_, Runs(), located_, tensors_, zeros_.data(),
-                               Direct(filters), row_.data(), output);
+    kernels_.direct_forward(params_, Runs(), located_, tensors_, zeros_.data(), Direct(filters),
+                            row_.data(), output);
   }
 
-  // Adds to the gradients, with the direct kernels; that of the slice's filters to `grad_filters`, in
-  // the form of DirectFilters, if that is not null.
-  void DirectBackward(const T* filters, const T* grad_output,
-                         const SampledGradients<T>& gradients, T* grad_filters) {
+  // Adds to the gradients, with the direct kernels; that of the slice's filters to `grad_filters`,
+  // in the form of DirectFilters, if that is not null.
+  void DirectBackward(const T* filters, const T* grad_output, const SampledGradients<T>& gradients,
+                      T* grad_filters) {
     PlanSumsFor(gradients);
     // The tile's sum first, so that no sum has very many terms, whose rounding errors would add up.
     const int64_t size = grad_filters == nullptr ? 0 : FiltersSize();
     filter_sums_.assign(size, T(0));
     kernels_.direct_backward(params_, Runs(), located_, tensors_, zeros_.data(), ignored_.data(),
-                                Direct(filters), grad_output, row_.data(), gradients,
-                                Direct(size > 0 ? filter_sums_.data() : nullptr));
+                             Direct(filters), grad_output, row_.data(), gradients,
+                             Direct(size > 0 ? filter_sums_.data() : nullptr));
     for (int64_t i = 0; i < size; ++i) grad_filters[i] += filter_sums_[i];
     AddSumsTo(gradients.input);
   }

@@ -71,8 +71,8 @@ DEFORM_CONV_INLINE void AddOffsetAndMaskGradients(const CornerProducts<T>& produ
   }
 }
 
-// What backpropagation of a tile's samples reads and writes beside the gradient of what was sampled.
-// Copies: nothing that is written through a pointer can change them.
+// What backpropagation of a tile's samples reads and writes beside the gradient of what was
+// sampled. Copies: nothing that is written through a pointer can change them.
 template <typename T>
 struct SampleBackprop {
   const T* input;
@@ -98,8 +98,8 @@ struct SampleBackprop {
         deform_groups(params.deform_groups) {}
 };
 
-// Backpropagates a run's channels of one sample, whose top left corner is at `at`. grad(i, lanes) is
-// the gradient of `lanes` channels from the i-th on, and take_sample(i, lanes, sample), with
+// Backpropagates a run's channels of one sample, whose top left corner is at `at`. grad(i, lanes)
+// is the gradient of `lanes` channels from the i-th on, and take_sample(i, lanes, sample), with
 // `want_samples`, receives the channels themselves.
 template <bool want_input, bool want_offset_or_mask, bool want_samples, typename T, typename Grad,
           typename TakeSample>

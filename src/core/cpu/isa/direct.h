@@ -2,10 +2,10 @@
 // once, and no columns exist. The contracts are in cpu/kernels.h. Included only by kernels_isa.cc,
 // which is compiled once per instruction set.
 //
-// With the filters as DirectFilters has them, each input channel has a sum of its own for each output
-// channel of its group, and only at last are those of a group's channels added up, once for all taps.
-// Backward goes the same way in reverse: the output's gradient is spread over the group's channels,
-// once for all taps.
+// With the filters as DirectFilters has them, each input channel has a sum of its own for each
+// output channel of its group, and only at last are those of a group's channels added up, once for
+// all taps. Backward goes the same way in reverse: the output's gradient is spread over the group's
+// channels, once for all taps.
 
 #ifndef DEFORM_CONV_CORE_CPU_ISA_DIRECT_H_
 #define DEFORM_CONV_CORE_CPU_ISA_DIRECT_H_
@@ -23,9 +23,9 @@ namespace DEFORM_CONV_ISA {
 // The most sums that forward keeps in registers.
 constexpr int kBlockVectors = 8;
 
-// Calls body(i, lanes, vectors), the last two a std::integral_constant<int, ...>, so that the ranges
-// [i, i + lanes * vectors) cover [0, count): as many full vectors at a time as may be, and then
-// narrower ones.
+// Calls body(i, lanes, vectors), the last two a std::integral_constant<int, ...>, so that the
+// ranges [i, i + lanes * vectors) cover [0, count): as many full vectors at a time as may be, and
+// then narrower ones.
 template <typename T, int n = kLanes<T>, int vectors = kBlockVectors, typename Body>
 DEFORM_CONV_INLINE void ForEachBlock(int64_t count, const Body& body, int64_t i = 0) {
   constexpr int kSize = n * vectors;
@@ -56,32 +56,32 @@ struct PositionSamples {
   const T* zeros;
   int64_t image, taps, in_w, channels;
 
-  // Calls visit(tap, v, sample) with the masked sample of channels [i + v * n, i + (v + 1) * n), for
-  // each v in [0, vectors).
+  // Calls visit(tap, v, sample) with the masked sample of channels [i + v * n, i + (v + 1) * n),
+  // for each v in [0, vectors).
   template <int n, int vectors, bool has_mask, typename Visit>
   DEFORM_CONV_INLINE void ForEach(int64_t i, const Visit& visit) const {
     const T* const first_channel = input + i;
     const T* const outside = zeros;
     const int64_t right = channels, down = in_w * channels;
     ForEachTap(blocks, first, taps, image, in_w, channels,
-               [&](int64_t tap, const SampleBlock<T>& block, uint64_t lane,
-                   int64_t at) DEFORM_CONV_INLINE_LAMBDA {
-                 const T top_left = block.weights[kTopLeft][lane];
-                 const T top_right = block.weights[kTopRight][lane];
-                 const T bottom_left = block.weights[kBottomLeft][lane];
-                 const T bottom_right = block.weights[kBottomRight][lane];
-                 const T mask = block.mask[lane];
-                 const Corners<const T> from(first_channel + at, right, down,
-                                             block.corner_bits[lane], outside);
-                 Unrolled<vectors>([&](int v) DEFORM_CONV_INLINE_LAMBDA {
-                   const Vector<T, n> sample =
-                       top_left * Load<n>(from.at[kTopLeft] + v * n) +
-                       top_right * Load<n>(from.at[kTopRight] + v * n) +
-                       bottom_left * Load<n>(from.at[kBottomLeft] + v * n) +
-                       bottom_right * Load<n>(from.at[kBottomRight] + v * n);
-                   visit(tap, v, has_mask ? mask * sample : sample);
-                 });
-               });
+               [&](int64_t tap, const SampleBlock<T>& block, uint64_t lane, int64_t at)
+                   DEFORM_CONV_INLINE_LAMBDA {
+                     const T top_left = block.weights[kTopLeft][lane];
+                     const T top_right = block.weights[kTopRight][lane];
+                     const T bottom_left = block.weights[kBottomLeft][lane];
+                     const T bottom_right = block.weights[kBottomRight][lane];
+                     const T mask = block.mask[lane];
+                     const Corners<const T> from(first_channel + at, right, down,
+                                                 block.corner_bits[lane], outside);
+                     Unrolled<vectors>([&](int v) DEFORM_CONV_INLINE_LAMBDA {
+                       const Vector<T, n> sample =
+                           top_left * Load<n>(from.at[kTopLeft] + v * n) +
+                           top_right * Load<n>(from.at[kTopRight] + v * n) +
+                           bottom_left * Load<n>(from.at[kBottomLeft] + v * n) +
+                           bottom_right * Load<n>(from.at[kBottomRight] + v * n);
+                       visit(tap, v, has_mask ? mask * sample : sample);
+                     });
+                   });
   }
 };
 
@@ -100,8 +100,8 @@ struct GroupSizes {
   }
 };
 
-// Calls run(GroupSizes) for those of a layer that forward is compiled for. Backward has the first and
-// the last: it gains little by others.
+// Calls run(GroupSizes) for those of a layer that forward is compiled for. Backward has the first
+// and the last: it gains little by others.
 template <typename T, typename Run>
 DEFORM_CONV_INLINE void WithGroupSizes(const DirectFilters<const T>& filters, const Run& run) {
   const int64_t size = filters.group_in == filters.group_out ? filters.group_in : 0;
@@ -119,8 +119,8 @@ DEFORM_CONV_INLINE void WithGroupSizes(const DirectFilters<const T>& filters, co
   }
 }
 
-// Sums over the taps for `lanes * vectors` input channels and each output channel of their groups, in
-// registers. They are written `sums_stride` apart.
+// Sums over the taps for `lanes * vectors` input channels and each output channel of their groups,
+// in registers. They are written `sums_stride` apart.
 template <int n, int vectors, int group_out, bool has_mask, typename T>
 DEFORM_CONV_INLINE void SumInRegisters(const PositionSamples<T>& samples, int64_t i,
                                        const DirectFilters<const T>& filters, const T* filter,
@@ -141,26 +141,25 @@ DEFORM_CONV_INLINE void SumInRegisters(const PositionSamples<T>& samples, int64_
   });
 }
 
-// The same in memory, for any number of output channels.
-template <int n, int vectors, bool has_mask, typename T>
+// The same in memory, for `lanes` input channels and any number of output channels.
+template <int n, bool has_mask, typename T>
 DEFORM_CONV_INLINE void SumInMemory(const PositionSamples<T>& samples, int64_t i,
                                     const DirectFilters<const T>& filters, const T* filter, T* to,
                                     int64_t sums_stride) {
   const int64_t group_out = filters.group_out, out_stride = filters.channels;
-  for (int64_t k = 0; k < group_out; ++k) {
-    for (int64_t c = 0; c < n * vectors; ++c) to[k * sums_stride + c] = 0;
-  }
-  samples.template ForEach<n, vectors, has_mask>(
-      i, [&](int64_t tap, int v, const Vector<T, n>& sample) DEFORM_CONV_INLINE_LAMBDA {
-        const T* from = filter + tap * group_out * out_stride + v * n;
-        T* sum = to + v * n;
+  for (int64_t k = 0; k < group_out; ++k) Store<n>(to + k * sums_stride, Vector<T, n>{});
+  samples.template ForEach<n, 1, has_mask>(
+      i, [&](int64_t tap, int /*v*/, const Vector<T, n>& sample) DEFORM_CONV_INLINE_LAMBDA {
+        const T* from = filter + tap * group_out * out_stride;
+        T* sum = to;
         for (int64_t k = 0; k < group_out; ++k, sum += sums_stride, from += out_stride) {
           Store<n>(sum, Load<n>(sum) + sample * Load<n>(from));
         }
       });
 }
 
-// output [channels of the groups] = the sums [group_out, count], added up over each group's channels.
+// output [channels of the groups] = the sums [group_out, count], added up over each group's
+// channels.
 template <typename Sizes, typename T>
 DEFORM_CONV_INLINE void AddUpGroups(const DirectFilters<const T>& filters, const T* sums,
                                     int64_t count, T* output) {
@@ -181,7 +180,8 @@ DEFORM_CONV_INLINE void AddUpGroups(const DirectFilters<const T>& filters, const
   }
 }
 
-// The reverse: grads [group_out, count], each output channel's gradient for each channel of its group.
+// The reverse: grads [group_out, count], each output channel's gradient for each channel of its
+// group.
 template <typename Sizes, typename T>
 DEFORM_CONV_INLINE void SpreadOverGroups(const DirectFilters<const T>& filters,
                                          const T* grad_output, int64_t count, T* grads) {
@@ -206,7 +206,6 @@ void DirectForwardFor(const DeformConvParams& params, const ChannelRuns& runs,
   const T* const input = tensors.input;
   const int64_t taps = params.taps(), in_w = params.in_w, channels = params.in_channels;
   const int64_t out_channels = params.out_channels;
-  constexpr int kVectors = Sizes::kOut > 1 ? kBlockVectors / Sizes::kOut : kBlockVectors;
   ForEachRunAtPosition(
       params, runs, tile, input,
       [=](const ChannelRun& run, int64_t row, int64_t /*n*/, int64_t image, uint64_t first_sample)
@@ -216,17 +215,18 @@ void DirectForwardFor(const DeformConvParams& params, const ChannelRuns& runs,
             T* result = output + (tile.begin + row) * out_channels +
                         run.channel / Sizes::In(filters) * Sizes::Out(filters);
             T* to = Sizes::kOut == 1 ? result : sums;
-            ForEachBlock<T, kLanes<T>, kVectors>(
-                run.count, [&](int64_t i, auto lanes, auto vectors) DEFORM_CONV_INLINE_LAMBDA {
-                  const T* filter = filters.data + run.column + i;
-                  if constexpr (Sizes::kOut > 0) {
+            const T* const filter = filters.data + run.column;
+            if constexpr (Sizes::kOut > 0) {
+              ForEachBlock<T, kLanes<T>, kBlockVectors / Sizes::kOut>(
+                  run.count, [&](int64_t i, auto lanes, auto vectors) DEFORM_CONV_INLINE_LAMBDA {
                     SumInRegisters<lanes(), vectors(), Sizes::kOut, has_mask>(
-                        samples, i, filters, filter, to + i, run.count);
-                  } else {
-                    SumInMemory<lanes(), vectors(), has_mask>(samples, i, filters, filter, to + i,
-                                                              run.count);
-                  }
-                });
+                        samples, i, filters, filter + i, to + i, run.count);
+                  });
+            } else {
+              ForEachVector<T>(run.count, [&](int64_t i, auto lanes) DEFORM_CONV_INLINE_LAMBDA {
+                SumInMemory<lanes(), has_mask>(samples, i, filters, filter + i, to + i, run.count);
+              });
+            }
             if (Sizes::kOut != 1) AddUpGroups<Sizes>(filters, sums, run.count, result);
           });
 }
@@ -236,8 +236,11 @@ void DirectForward(const DeformConvParams& params, const ChannelRuns& runs,
                    const TileSamples<T>& tile, const SampledTensors<T>& tensors, const T* zeros,
                    const DirectFilters<const T>& filters, T* row, T* output) {
   WithGroupSizes(filters, [&](auto sizes) {
-    const auto forward = tensors.mask == nullptr ? DirectForwardFor<false, decltype(sizes), T>
-                                                 : DirectForwardFor<true, decltype(sizes), T>;
+    auto* forward = DirectForwardFor<true, decltype(sizes), T>;
+    // Elsewhere, multiplying by masks of 1 takes a small part of the time.
+    if constexpr (sizes.kOut == 1) {
+      if (tensors.mask == nullptr) forward = DirectForwardFor<false, decltype(sizes), T>;
+    }
     forward(params, runs, tile, tensors, zeros, filters, row, output);
   });
 }
@@ -266,31 +269,31 @@ void DirectBackwardFor(const DeformConvParams& params, const ChannelRuns& runs,
             }
             ForEachTap(
                 tile.blocks, first_sample, taps, image, in_w, channels,
-                [&](int64_t tap, const SampleBlock<T>& block, uint64_t lane,
-                    int64_t at) DEFORM_CONV_INLINE_LAMBDA {
-                  const int64_t out_stride = filters.channels;
-                  const int64_t first = tap * group_out * out_stride + run.column;
-                  const T* filter = filters.data + first;
-                  T* grad_filter = want_filters ? grad_filters.data + first : nullptr;
-                  BackpropSample<want_input, want_offset_or_mask, want_filters>(
-                      copy, run, row, tap, block, lane, n, at,
-                      [=](int64_t i, auto lanes) DEFORM_CONV_INLINE_LAMBDA {
-                        constexpr int n = lanes();
-                        Vector<T, n> grad = Load<n>(grads + i) * Load<n>(filter + i);
-                        for (int64_t k = 1; k < group_out; ++k) {
-                          grad += Load<n>(grads + k * count + i) *
-                                  Load<n>(filter + k * out_stride + i);
-                        }
-                        return grad;
-                      },
-                      [=](int64_t i, auto lanes, const auto& sample) DEFORM_CONV_INLINE_LAMBDA {
-                        constexpr int n = lanes();
-                        for (int64_t k = 0; k < group_out; ++k) {
-                          T* to = grad_filter + k * out_stride + i;
-                          Store<n>(to, Load<n>(to) + Load<n>(grads + k * count + i) * sample);
-                        }
-                      });
-                });
+                [&](int64_t tap, const SampleBlock<T>& block, uint64_t lane, int64_t at)
+                    DEFORM_CONV_INLINE_LAMBDA {
+                      const int64_t out_stride = filters.channels;
+                      const int64_t first = tap * group_out * out_stride + run.column;
+                      const T* filter = filters.data + first;
+                      T* grad_filter = want_filters ? grad_filters.data + first : nullptr;
+                      BackpropSample<want_input, want_offset_or_mask, want_filters>(
+                          copy, run, row, tap, block, lane, n, at,
+                          [=](int64_t i, auto lanes) DEFORM_CONV_INLINE_LAMBDA {
+                            constexpr int n = lanes();
+                            Vector<T, n> grad = Load<n>(grads + i) * Load<n>(filter + i);
+                            for (int64_t k = 1; k < group_out; ++k) {
+                              grad += Load<n>(grads + k * count + i) *
+                                      Load<n>(filter + k * out_stride + i);
+                            }
+                            return grad;
+                          },
+                          [=](int64_t i, auto lanes, const auto& sample) DEFORM_CONV_INLINE_LAMBDA {
+                            constexpr int n = lanes();
+                            for (int64_t k = 0; k < group_out; ++k) {
+                              T* to = grad_filter + k * out_stride + i;
+                              Store<n>(to, Load<n>(to) + Load<n>(grads + k * count + i) * sample);
+                            }
+                          });
+                    });
           });
 }
 
@@ -303,11 +306,11 @@ void DirectBackward(const DeformConvParams& params, const ChannelRuns& runs,
   WithWanted(gradients, grad_filters.data != nullptr,
              [&](auto want_input, auto want_offset_or_mask, auto want_filters) {
                const bool depthwise = filters.group_in == 1 && filters.group_out == 1;
-               const auto backward =
-                   depthwise ? DirectBackwardFor<want_input(), want_offset_or_mask(),
-                                                 want_filters(), GroupSizes<1, 1>, T>
-                             : DirectBackwardFor<want_input(), want_offset_or_mask(),
-                                                 want_filters(), GroupSizes<0, 0>, T>;
+               const auto backward = depthwise
+                                         ? DirectBackwardFor<want_input(), want_offset_or_mask(),
+                                                             want_filters(), GroupSizes<1, 1>, T>
+                                         : DirectBackwardFor<want_input(), want_offset_or_mask(),
+                                                             want_filters(), GroupSizes<0, 0>, T>;
                backward(params, runs, tile, backprop, filters, grad_output, row, grad_filters);
              });
 }

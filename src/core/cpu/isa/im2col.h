@@ -55,10 +55,10 @@ class InputPrefetcher {
   int64_t channels_, pixels_, step_, wanted_, pixel_, size_;
 };
 
-// Calls visit(run, row, n, image, first_sample) for each run at each position of a tile: `row` is the
-// position's, counted from the tile's first; `n` is the image, and `image` where the run's channels of
-// its first pixel are in the input, in elements; and from `first_sample` on lie the samples of the
-// position's taps.
+// Calls visit(run, row, n, image, first_sample) for each run at each position of a tile: `row` is
+// the position's, counted from the tile's first; `n` is the image, and `image` where the run's
+// channels of its first pixel are in the input, in elements; and from `first_sample` on lie the
+// samples of the position's taps.
 template <typename T, typename Visit>
 DEFORM_CONV_INLINE void ForEachRunAtPosition(const DeformConvParams& params,
                                              const ChannelRuns& runs, const TileSamples<T>& tile,
@@ -79,8 +79,8 @@ DEFORM_CONV_INLINE void ForEachRunAtPosition(const DeformConvParams& params,
       for (int64_t row = rows_begin; row < rows_end; ++row) {
         if (next == runs.begin) prefetcher.Next();
         visit(run, row, n, image,
-              static_cast<uint64_t>(
-                  (row * groups + run.deform_group - tile.first_deform_group) * taps));
+              static_cast<uint64_t>((row * groups + run.deform_group - tile.first_deform_group) *
+                                    taps));
       }
     }
     rows_begin = rows_end;
@@ -116,10 +116,8 @@ DEFORM_CONV_INLINE void ForEachRead(const DeformConvParams& params, const Channe
       [=](const ChannelRun& run, int64_t row, int64_t n, int64_t image, uint64_t first_sample)
           DEFORM_CONV_INLINE_LAMBDA {
             ForEachTap(blocks, first_sample, taps, image, in_w, channels,
-                       [&](int64_t tap, const SampleBlock<T>& block, uint64_t lane,
-                           int64_t at) DEFORM_CONV_INLINE_LAMBDA {
-                         visit(run, row, tap, block, lane, n, at);
-                       });
+                       [&](int64_t tap, const SampleBlock<T>& block, uint64_t lane, int64_t at)
+                           DEFORM_CONV_INLINE_LAMBDA { visit(run, row, tap, block, lane, n, at); });
           });
 }
 
