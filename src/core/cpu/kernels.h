@@ -25,14 +25,15 @@ struct ChannelRun {
 };
 
 // Samples as LocateSample() gives them, and their masks, 1 where there is none. Where no corner
-// counts, the mask, h_low and w_low are 0. The mask is kept apart from the weights, since the
-// product of the two may overflow where a sample times its mask does not. Sixteen samples lie side
-// by side, for vector code to write them, and close together, for one pointer to reach them.
+// counts, the mask, h_low, w_low and `pixel` are 0. The mask is kept apart from the weights, since
+// the product of the two may overflow where a sample times its mask does not. Sixteen samples lie
+// side by side, for vector code to write them, and close together, for one pointer to reach them.
 template <typename T>
 struct SampleBlock {
   static constexpr int kSize = 16;
   T weights[kCorners][kSize];
   T h_fraction[kSize], w_fraction[kSize], mask[kSize];
+  int64_t pixel[kSize];  // h_low * in_w + w_low
   int32_t corner_bits[kSize], h_low[kSize], w_low[kSize];
 };
 
@@ -54,6 +55,10 @@ struct TileSamples {
   int64_t first_deform_group, end_deform_group;
   int32_t *h_bases, *w_bases;  // coordinates without offsets; workspace of locate
   SampleBlock<T>* blocks;
+  // A sample's products with each corner, summed over channels: [samples of whole blocks,
+  // kCorners]. Workspace of backward, zeros before; null where neither offset nor mask has a
+  // gradient.
+  T* corner_products;
   PixelSums<T> pixel_sums;
 };
 

@@ -52,7 +52,7 @@ class Tile {
   void Im2Col() { kernels_.im2col(params_, Runs(), located_, tensors_, zeros_.data(), Columns()); }
 
   void Col2Im(bool replace, const SampledGradients<T>& gradients) {
-    PlanSumsFor(gradients);
+    PrepareFor(gradients);
     kernels_.col2im(params_, Runs(), located_, tensors_, zeros_.data(), ignored_.data(), replace,
                     Columns(), gradients);
     AddSumsTo(gradients.input);
@@ -68,7 +68,7 @@ class Tile {
   // in the form of DirectFilters, if that is not null.
   void DirectBackward(const T* filters, const T* grad_output, const SampledGradients<T>& gradients,
                       T* grad_filters) {
-    PlanSumsFor(gradients);
+    PrepareFor(gradients);
     // The tile's sum first, so that no sum has very many terms, whose rounding errors would add up.
     const int64_t size = grad_filters == nullptr ? 0 : FiltersSize();
     filter_sums_.assign(size, T(0));
@@ -89,9 +89,19 @@ class Tile {
   }
 
  private:
-  void PlanSumsFor(const SampledGradients<T>& gradients) {
+  void PrepareFor(const SampledGradients<T>& gradients) {
     located_.pixel_sums = {};
     if (gradients.input != nullptr) PlanSums();
+    located_.corner_products = nullptr;
+    if (gradients.offset == nullptr && gradients.mask == nullptr) return;
+    corner_products_.assign(
+        CeilDiv<SampleBlock<T>::kSize>(Samples()) * SampleBlock<T>::kSize * kCorners, T(0));
+    located_.corner_products = corner_products_.data();
+  }
+
+  int64_t Samples() const {
+    return (located_.end - located_.begin) * params_.taps() *
+           (located_.end_deform_group - located_.first_deform_group);
   }
 
   // Where many samples share few pixels, each pixel's gradient is the sum of many terms. One after
@@ -101,8 +111,7 @@ class Tile {
     constexpr int64_t kManySamples = 64;  // for each pixel and channel
     const int64_t first_image = located_.begin / params_.image_positions();
     const int64_t images = (located_.end - 1) / params_.image_positions() + 1 - first_image;
-    const int64_t samples = (located_.end - located_.begin) * params_.taps() *
-                            (located_.end_deform_group - located_.first_deform_group);
+    const int64_t samples = Samples();
     // A deformable group adds to its own channels only.
     const int64_t most_pixels =
         (located_.end - located_.begin) * params_.taps() / (kManySamples * images);
@@ -190,7 +199,7 @@ class Tile {
   std::vector<ChannelRun> runs_;
   WorkspaceVector<int32_t> bases_;
   WorkspaceVector<SampleBlock<T>> blocks_;
-  WorkspaceVector<T> columns_, row_, filter_sums_, zeros_, ignored_, pixel_sums_;
+  WorkspaceVector<T> columns_, row_, filter_sums_, zeros_, ignored_, corner_products_, pixel_sums_;
 };
 
 }  // namespace deform_conv

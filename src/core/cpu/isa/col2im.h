@@ -7,68 +7,88 @@
 #include <type_traits>
 
 #include "core/cpu/isa/im2col.h"
+#include "core/cpu/isa/locate.h"
 #include "core/cpu/isa/vector.h"
 #include "core/cpu/kernels.h"
 
 namespace deform_conv {
 namespace DEFORM_CONV_ISA {
 
-// Products of a sample's gradient with each corner, summed over channels. The gradients of offset
-// and mask are combinations of those four sums, and so of four vectors that are summed up later.
+// Products of a sample's gradient with each corner, which are summed over channels in `totals`
+// [kCorners]. The gradients of offset and mask are combinations of those sums.
 template <typename T>
 struct CornerProducts {
   // A template argument loses the type's own alignment.
   alignas(kVectorBytes) Vector<T> vectors[kCorners] = {};
-  T numbers[kCorners] = {};  // what did not fill a vector
+  T* totals;
 
-  // Corners outside the image have no part in a sample, but 0 times an infinite gradient is NaN.
-  DEFORM_CONV_INLINE void DropUncounted(int32_t corner_bits) {
-    for (int corner = 0; corner < kCorners; ++corner) {
-      if (corner_bits >> corner & 1) continue;
-      vectors[corner] = Vector<T>{};
-      numbers[corner] = 0;
+  template <int n>
+  DEFORM_CONV_INLINE void Add(const Vector<T, n> (&products)[kCorners]) {
+    if constexpr (n == kLanes<T>) {
+      for (int corner = 0; corner < kCorners; ++corner) vectors[corner] += products[corner];
+    } else {
+      AddSums<n, T>(products, totals);
     }
   }
 
-  template <int n>
-  DEFORM_CONV_INLINE void Add(int corner, const Vector<T, n>& product) {
-    if constexpr (n == kLanes<T>) {
-      vectors[corner] += product;
-    } else {
-      numbers[corner] += Sum<n, T>(product);
-    }
+  // `has_vectors` tells whether any was full.
+  DEFORM_CONV_INLINE void Finish(bool has_vectors) const {
+    if (has_vectors) AddSums<kLanes<T>, T>(vectors, totals);
   }
 };
 
-// Adds what a sample brings to the gradients of its offset and mask. `has_vectors` tells whether
-// there are any in `products`; `index` numbers the samples of the batch.
+// Adds to the gradients of offset and mask what samples [first, first + count) of a tile bring,
+// whose products are complete; the first is the index-th of the batch.
 template <typename T>
-DEFORM_CONV_INLINE void AddOffsetAndMaskGradients(const CornerProducts<T>& products,
-                                                  bool has_vectors, T h_fraction, T w_fraction,
-                                                  T mask, int64_t index,
-                                                  const SampledGradients<T>& gradients) {
-  constexpr int n = kLanes<T>;
-  if (gradients.offset != nullptr) {
-    T h = BilinearDerivativeH(w_fraction, products.numbers);
-    T w = BilinearDerivativeW(h_fraction, products.numbers);
-    if (has_vectors) {
-      h += Sum<n, T>(BilinearDerivativeH(w_fraction, products.vectors));
-      w += Sum<n, T>(BilinearDerivativeW(h_fraction, products.vectors));
-    }
-    gradients.offset[2 * index] += mask * h;
-    gradients.offset[2 * index + 1] += mask * w;
-  }
-  if (gradients.mask != nullptr) {
-    T weights[kCorners];
-    BilinearWeights(h_fraction, w_fraction, weights);
-    Vector<T> vector = {};
-    T sum = 0;
+void AddOffsetAndMaskGradients(const TileSamples<T>& tile, int64_t first, int64_t count,
+                               int64_t index, const SampledGradients<T>& gradients) {
+  constexpr int64_t kSize = SampleBlock<T>::kSize;
+  const int64_t end = first + count;
+  while (first < end) {
+    const SampleBlock<T>& block = tile.blocks[first / kSize];
+    const int64_t begin_lane = first % kSize;
+    const int64_t lanes = kSize - begin_lane < end - first ? kSize - begin_lane : end - first;
+    const T* const of_block = tile.corner_products + (first - begin_lane) * kCorners;
+    T values[kCorners][kSize];
     for (int corner = 0; corner < kCorners; ++corner) {
-      vector += weights[corner] * products.vectors[corner];
-      sum += weights[corner] * products.numbers[corner];
+      for (int64_t lane = 0; lane < kSize; ++lane) {
+        // Corners outside have no part in a sample, but 0 times an infinite gradient is NaN.
+        const bool counts = block.corner_bits[lane] >> corner & 1;
+        const T product = of_block[lane * kCorners + corner];
+        values[corner][lane] = counts ? product : T(0);
+      }
     }
-    gradients.mask[index] += has_vectors ? sum + Sum<n, T>(vector) : sum;
+    T h[kSize], w[kSize], sample[kSize];
+#pragma omp simd
+    for (int64_t lane = 0; lane < kSize; ++lane) {
+      const T of_lane[kCorners] = {values[0][lane], values[1][lane], values[2][lane],
+                                   values[3][lane]};
+      const T mask = block.mask[lane];
+      h[lane] = mask * BilinearDerivativeH(block.w_fraction[lane], of_lane);
+      w[lane] = mask * BilinearDerivativeW(block.h_fraction[lane], of_lane);
+      sample[lane] = block.weights[0][lane] * of_lane[0] + block.weights[1][lane] * of_lane[1] +
+                     block.weights[2][lane] * of_lane[2] + block.weights[3][lane] * of_lane[3];
+    }
+    for (int64_t i = 0; i < lanes && gradients.offset != nullptr; ++i) {
+      gradients.offset[2 * (index + i)] += h[begin_lane + i];
+      gradients.offset[2 * (index + i) + 1] += w[begin_lane + i];
+    }
+    for (int64_t i = 0; i < lanes && gradients.mask != nullptr; ++i) {
+      gradients.mask[index + i] += sample[begin_lane + i];
+    }
+    first += lanes;
+    index += lanes;
   }
+}
+
+// The same for all samples of a tile.
+template <typename T>
+void AddOffsetAndMaskGradients(const DeformConvParams& params, const TileSamples<T>& tile,
+                               const SampledGradients<T>& gradients) {
+  if (tile.corner_products == nullptr) return;
+  ForEachSampleRange(params, tile, [&](int64_t first, int64_t count, int64_t index) {
+    AddOffsetAndMaskGradients(tile, first, count, index, gradients);
+  });
 }
 
 // What backpropagation of a tile's samples reads and writes beside the gradient of what was
@@ -78,10 +98,10 @@ struct SampleBackprop {
   const T* input;
   const T* zeros;
   T* ignored;
-  SampledGradients<T> gradients;
+  T* grad_input;
+  T* corner_products;
   PixelSums<T> pixel_sums;
   int64_t right, down;  // from a pixel to its neighbours, in elements
-  int64_t begin, taps, deform_groups;
 
   SampleBackprop(const DeformConvParams& params, const TileSamples<T>& tile,
                  const SampledTensors<T>& tensors, const T* zeros, T* ignored,
@@ -89,13 +109,11 @@ struct SampleBackprop {
       : input(tensors.input),
         zeros(zeros),
         ignored(ignored),
-        gradients(gradients),
+        grad_input(gradients.input),
+        corner_products(tile.corner_products),
         pixel_sums(tile.pixel_sums),
         right(params.in_channels),
-        down(params.in_w * params.in_channels),
-        begin(tile.begin),
-        taps(params.taps()),
-        deform_groups(params.deform_groups) {}
+        down(params.in_w * params.in_channels) {}
 };
 
 // Backpropagates a run's channels of one sample, whose top left corner is at `at`. grad(i, lanes)
@@ -104,13 +122,15 @@ struct SampleBackprop {
 template <bool want_input, bool want_offset_or_mask, bool want_samples, typename T, typename Grad,
           typename TakeSample>
 DEFORM_CONV_INLINE void BackpropSample(const SampleBackprop<T>& backprop, const ChannelRun& run,
-                                       int64_t row, int64_t tap, const SampleBlock<T>& block,
-                                       uint64_t lane, int64_t n, int64_t at, const Grad& grad,
+                                       int64_t count, const TileSample<T>& tile_sample, int64_t n,
+                                       int64_t at, const Grad& grad,
                                        const TakeSample& take_sample) {
+  const SampleBlock<T>& block = tile_sample.block;
+  const uint64_t lane = tile_sample.lane;
   const int32_t corner_bits = block.corner_bits[lane];
   if (corner_bits == 0) {
     if (want_samples) {
-      ForEachVector<T>(run.count, [&](int64_t i, auto lanes) DEFORM_CONV_INLINE_LAMBDA {
+      ForEachVector<T>(count, [&](int64_t i, auto lanes) DEFORM_CONV_INLINE_LAMBDA {
         take_sample(i, lanes, Vector<T, lanes()>{});
       });
     }
@@ -122,7 +142,7 @@ DEFORM_CONV_INLINE void BackpropSample(const SampleBackprop<T>& backprop, const 
   const int64_t right = backprop.right, down = backprop.down;
   const Corners<const T> from(backprop.input + at, right, down, corner_bits, backprop.zeros);
   // Corners are different pixels, or the one whose content is ignored.
-  T* to_first = want_input ? backprop.gradients.input + at : backprop.ignored;
+  T* to_first = want_input ? backprop.grad_input + at : backprop.ignored;
   int64_t to_down = down;
   const PixelSums<T>& pixel_sums = backprop.pixel_sums;
   if (want_input && pixel_sums.sums != nullptr) {
@@ -134,16 +154,18 @@ DEFORM_CONV_INLINE void BackpropSample(const SampleBackprop<T>& backprop, const 
   }
   const Corners<T> to(to_first, right, to_down, corner_bits, backprop.ignored);
   CornerProducts<T> products;
-  ForEachVector<T>(run.count, [&](int64_t i, auto lanes) DEFORM_CONV_INLINE_LAMBDA {
+  products.totals = backprop.corner_products + tile_sample.index * kCorners;
+  ForEachVector<T>(count, [&](int64_t i, auto lanes) DEFORM_CONV_INLINE_LAMBDA {
     constexpr int n = lanes();
     const Vector<T, n> sample_grad = grad(i, lanes);
     const Vector<T, n> masked_grad = mask * sample_grad;
     Vector<T, n> sum = {};
+    alignas(kVectorBytes) Vector<T, n> corner_products[kCorners];
 #pragma GCC unroll 4
     for (int corner = 0; corner < kCorners; ++corner) {
       if (want_offset_or_mask || want_samples) {
         const Vector<T, n> pixel = Load<n>(from.at[corner] + i);
-        if (want_offset_or_mask) products.template Add<n>(corner, sample_grad * pixel);
+        if (want_offset_or_mask) corner_products[corner] = sample_grad * pixel;
         if (want_samples) sum += weights[corner] * pixel;
       }
       if (want_input) {
@@ -151,28 +173,24 @@ DEFORM_CONV_INLINE void BackpropSample(const SampleBackprop<T>& backprop, const 
         Store<n>(pixel, Load<n>(pixel) + weights[corner] * masked_grad);
       }
     }
+    if (want_offset_or_mask) products.template Add<n>(corner_products);
     if (want_samples) take_sample(i, lanes, mask * sum);
   });
   if (!want_offset_or_mask) return;
-  if (corner_bits != kAllCorners) products.DropUncounted(corner_bits);
-  const int64_t position = backprop.begin + row;
-  AddOffsetAndMaskGradients(
-      products, run.count >= kLanes<T>, block.h_fraction[lane], block.w_fraction[lane], mask,
-      (position * backprop.deform_groups + run.deform_group) * backprop.taps + tap,
-      backprop.gradients);
+  products.Finish(count >= kLanes<T>);
 }
 
-template <bool want_input, bool want_offset_or_mask, bool replace, typename T>
+template <int channels, bool want_input, bool want_offset_or_mask, bool replace, typename T>
 void Col2ImFor(const DeformConvParams& params, const ChannelRuns& runs, const TileSamples<T>& tile,
                const SampleBackprop<T>& backprop, const Matrix<T>& columns_matrix) {
   const Matrix<T> columns = columns_matrix;
   const SampleBackprop<T> copy = backprop;
   ForEachRead(params, runs, tile, backprop.input,
-              [=](const ChannelRun& run, int64_t row, int64_t tap, const SampleBlock<T>& block,
-                  uint64_t lane, int64_t n, int64_t at) DEFORM_CONV_INLINE_LAMBDA {
+              [=](const ChannelRun& run, int64_t row, int64_t tap, const TileSample<T>& sample,
+                  int64_t n, int64_t at) DEFORM_CONV_INLINE_LAMBDA {
                 T* column = columns.data + row * columns.stride + run.column + tap * run.tap_stride;
                 BackpropSample<want_input, want_offset_or_mask, replace>(
-                    copy, run, row, tap, block, lane, n, at,
+                    copy, run, channels > 0 ? channels : run.count, sample, n, at,
                     [=](int64_t i, auto lanes)
                         DEFORM_CONV_INLINE_LAMBDA { return Load<lanes()>(column + i); },
                     [=](int64_t i, auto lanes, const auto& sample)
@@ -205,9 +223,18 @@ void Col2Im(const DeformConvParams& params, const ChannelRuns& runs, const TileS
             const Matrix<T>& columns, const SampledGradients<T>& gradients) {
   const SampleBackprop<T> backprop(params, tile, tensors, zeros, ignored, gradients);
   WithWanted(gradients, replace, [&](auto want_input, auto want_offset_or_mask, auto want_samples) {
-    Col2ImFor<want_input(), want_offset_or_mask(), want_samples()>(params, runs, tile, backprop,
-                                                                   columns);
+    const auto run = [&](auto channels) {
+      Col2ImFor<channels(), want_input(), want_offset_or_mask(), want_samples()>(params, runs, tile,
+                                                                                 backprop, columns);
+    };
+    // Training as usual; others do without.
+    if constexpr (want_input() && want_offset_or_mask() && want_samples()) {
+      WithChannels<8, 16>(runs, run);
+    } else {
+      WithChannels<>(runs, run);
+    }
   });
+  AddOffsetAndMaskGradients(params, tile, gradients);
 }
 
 }  // namespace DEFORM_CONV_ISA

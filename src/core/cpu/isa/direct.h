@@ -63,25 +63,25 @@ struct PositionSamples {
     const T* const first_channel = input + i;
     const T* const outside = zeros;
     const int64_t right = channels, down = in_w * channels;
-    ForEachTap(blocks, first, taps, image, in_w, channels,
-               [&](int64_t tap, const SampleBlock<T>& block, uint64_t lane, int64_t at)
-                   DEFORM_CONV_INLINE_LAMBDA {
-                     const T top_left = block.weights[kTopLeft][lane];
-                     const T top_right = block.weights[kTopRight][lane];
-                     const T bottom_left = block.weights[kBottomLeft][lane];
-                     const T bottom_right = block.weights[kBottomRight][lane];
-                     const T mask = block.mask[lane];
-                     const Corners<const T> from(first_channel + at, right, down,
-                                                 block.corner_bits[lane], outside);
-                     Unrolled<vectors>([&](int v) DEFORM_CONV_INLINE_LAMBDA {
-                       const Vector<T, n> sample =
-                           top_left * Load<n>(from.at[kTopLeft] + v * n) +
-                           top_right * Load<n>(from.at[kTopRight] + v * n) +
-                           bottom_left * Load<n>(from.at[kBottomLeft] + v * n) +
-                           bottom_right * Load<n>(from.at[kBottomRight] + v * n);
-                       visit(tap, v, has_mask ? mask * sample : sample);
-                     });
-                   });
+    ForEachTap(blocks, first, taps, image, channels,
+               [&](int64_t tap, const TileSample<T>& sample, int64_t at) DEFORM_CONV_INLINE_LAMBDA {
+                 const SampleBlock<T>& block = sample.block;
+                 const uint64_t lane = sample.lane;
+                 const T top_left = block.weights[kTopLeft][lane];
+                 const T top_right = block.weights[kTopRight][lane];
+                 const T bottom_left = block.weights[kBottomLeft][lane];
+                 const T bottom_right = block.weights[kBottomRight][lane];
+                 const T mask = block.mask[lane];
+                 const Corners<const T> from(first_channel + at, right, down,
+                                             block.corner_bits[lane], outside);
+                 Unrolled<vectors>([&](int v) DEFORM_CONV_INLINE_LAMBDA {
+                   const Vector<T, n> sum = top_left * Load<n>(from.at[kTopLeft] + v * n) +
+                                            top_right * Load<n>(from.at[kTopRight] + v * n) +
+                                            bottom_left * Load<n>(from.at[kBottomLeft] + v * n) +
+                                            bottom_right * Load<n>(from.at[kBottomRight] + v * n);
+                   visit(tap, v, has_mask ? mask * sum : sum);
+                 });
+               });
   }
 };
 
@@ -254,47 +254,45 @@ void DirectBackwardFor(const DeformConvParams& params, const ChannelRuns& runs,
   const SampleBackprop<T> copy = backprop;
   const DirectFilters<const T> filters = slice_filters;
   const DirectFilters<T> grad_filters = slice_grad_filters;
-  const int64_t taps = params.taps(), in_w = params.in_w, channels = params.in_channels;
+  const int64_t taps = params.taps(), channels = params.in_channels;
   const int64_t out_channels = params.out_channels;
   ForEachRunAtPosition(
       params, runs, tile, backprop.input,
-      [=](const ChannelRun& run, int64_t row, int64_t n, int64_t image, uint64_t first_sample)
-          DEFORM_CONV_INLINE_LAMBDA {
-            const int64_t group_out = Sizes::Out(filters), count = run.count;
-            const T* grads = grad_output + (tile.begin + row) * out_channels +
-                             run.channel / Sizes::In(filters) * group_out;
-            if (Sizes::kOut != 1) {
-              SpreadOverGroups<Sizes>(filters, grads, count, grad_row);
-              grads = grad_row;
-            }
-            ForEachTap(
-                tile.blocks, first_sample, taps, image, in_w, channels,
-                [&](int64_t tap, const SampleBlock<T>& block, uint64_t lane, int64_t at)
-                    DEFORM_CONV_INLINE_LAMBDA {
-                      const int64_t out_stride = filters.channels;
-                      const int64_t first = tap * group_out * out_stride + run.column;
-                      const T* filter = filters.data + first;
-                      T* grad_filter = want_filters ? grad_filters.data + first : nullptr;
-                      BackpropSample<want_input, want_offset_or_mask, want_filters>(
-                          copy, run, row, tap, block, lane, n, at,
-                          [=](int64_t i, auto lanes) DEFORM_CONV_INLINE_LAMBDA {
-                            constexpr int n = lanes();
-                            Vector<T, n> grad = Load<n>(grads + i) * Load<n>(filter + i);
-                            for (int64_t k = 1; k < group_out; ++k) {
-                              grad += Load<n>(grads + k * count + i) *
-                                      Load<n>(filter + k * out_stride + i);
-                            }
-                            return grad;
-                          },
-                          [=](int64_t i, auto lanes, const auto& sample) DEFORM_CONV_INLINE_LAMBDA {
-                            constexpr int n = lanes();
-                            for (int64_t k = 0; k < group_out; ++k) {
-                              T* to = grad_filter + k * out_stride + i;
-                              Store<n>(to, Load<n>(to) + Load<n>(grads + k * count + i) * sample);
-                            }
-                          });
-                    });
-          });
+      [=](const ChannelRun& run, int64_t row, int64_t n, int64_t image,
+          uint64_t first_sample) DEFORM_CONV_INLINE_LAMBDA {
+        const int64_t group_out = Sizes::Out(filters), count = run.count;
+        const T* grads = grad_output + (tile.begin + row) * out_channels +
+                         run.channel / Sizes::In(filters) * group_out;
+        if (Sizes::kOut != 1) {
+          SpreadOverGroups<Sizes>(filters, grads, count, grad_row);
+          grads = grad_row;
+        }
+        ForEachTap(
+            tile.blocks, first_sample, taps, image, channels,
+            [&](int64_t tap, const TileSample<T>& sample, int64_t at) DEFORM_CONV_INLINE_LAMBDA {
+              const int64_t out_stride = filters.channels;
+              const int64_t first = tap * group_out * out_stride + run.column;
+              const T* filter = filters.data + first;
+              T* grad_filter = want_filters ? grad_filters.data + first : nullptr;
+              BackpropSample<want_input, want_offset_or_mask, want_filters>(
+                  copy, run, run.count, sample, n, at,
+                  [=](int64_t i, auto lanes) DEFORM_CONV_INLINE_LAMBDA {
+                    constexpr int n = lanes();
+                    Vector<T, n> grad = Load<n>(grads + i) * Load<n>(filter + i);
+                    for (int64_t k = 1; k < group_out; ++k) {
+                      grad += Load<n>(grads + k * count + i) * Load<n>(filter + k * out_stride + i);
+                    }
+                    return grad;
+                  },
+                  [=](int64_t i, auto lanes, const auto& sample) DEFORM_CONV_INLINE_LAMBDA {
+                    constexpr int n = lanes();
+                    for (int64_t k = 0; k < group_out; ++k) {
+                      T* to = grad_filter + k * out_stride + i;
+                      Store<n>(to, Load<n>(to) + Load<n>(grads + k * count + i) * sample);
+                    }
+                  });
+            });
+      });
 }
 
 template <typename T>
@@ -313,6 +311,7 @@ void DirectBackward(const DeformConvParams& params, const ChannelRuns& runs,
                                                              want_filters(), GroupSizes<0, 0>, T>;
                backward(params, runs, tile, backprop, filters, grad_output, row, grad_filters);
              });
+  AddOffsetAndMaskGradients(params, tile, gradients);
 }
 
 }  // namespace DEFORM_CONV_ISA

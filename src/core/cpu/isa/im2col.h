@@ -13,10 +13,6 @@
 namespace deform_conv {
 namespace DEFORM_CONV_ISA {
 
-// Lambdas that are handed to an inlined function must be inlined too, or their captures would go
-// through memory.
-#define DEFORM_CONV_INLINE_LAMBDA __attribute__((always_inline))
-
 // Prefetches the pixels that coming positions will be the first to sample, if offsets are small.
 // Hardware prefetchers see no pattern in samples.
 template <typename T>
@@ -88,36 +84,45 @@ DEFORM_CONV_INLINE void ForEachRunAtPosition(const DeformConvParams& params,
   }
 }
 
-// Calls visit(tap, block, lane, top_left) for the samples of a position's taps: the sample is the
-// block's lane, and `top_left` is where its top left corner is, from `image` on, in elements.
+// A tile's index-th sample: the lane of a block.
+template <typename T>
+struct TileSample {
+  uint64_t index;
+  const SampleBlock<T>& block;
+  uint64_t lane;
+
+  DEFORM_CONV_INLINE TileSample(const SampleBlock<T>* blocks, uint64_t index)
+      : index(index),
+        block(blocks[index / SampleBlock<T>::kSize]),
+        lane(index % SampleBlock<T>::kSize) {}
+};
+
+// Calls visit(tap, sample, top_left) for the samples of a position's taps: `top_left` is where the
+// sample's top left corner is, from `image` on, in elements.
 template <typename T, typename Visit>
 DEFORM_CONV_INLINE void ForEachTap(const SampleBlock<T>* blocks, uint64_t first_sample,
-                                   int64_t taps, int64_t image, int64_t in_w, int64_t channels,
+                                   int64_t taps, int64_t image, int64_t channels,
                                    const Visit& visit) {
-  constexpr uint64_t kSize = SampleBlock<T>::kSize;
-  uint64_t sample = first_sample;
-  for (int64_t tap = 0; tap < taps; ++tap, ++sample) {
-    const SampleBlock<T>& block = blocks[sample / kSize];
-    const uint64_t lane = sample % kSize;
-    const int64_t pixel = block.h_low[lane] * in_w + block.w_low[lane];
-    visit(tap, block, lane, image + pixel * channels);
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    const TileSample<T> sample(blocks, first_sample + tap);
+    visit(tap, sample, image + sample.block.pixel[sample.lane] * channels);
   }
 }
 
-// Calls visit(run, row, tap, block, lane, n, top_left) for all that a tile reads.
+// Calls visit(run, row, tap, sample, n, top_left) for all that a tile reads.
 template <typename T, typename Visit>
 DEFORM_CONV_INLINE void ForEachRead(const DeformConvParams& params, const ChannelRuns& runs,
                                     const TileSamples<T>& tile, const T* input,
                                     const Visit& visit) {
   const SampleBlock<T>* const blocks = tile.blocks;
-  const int64_t taps = params.taps(), channels = params.in_channels, in_w = params.in_w;
+  const int64_t taps = params.taps(), channels = params.in_channels;
   ForEachRunAtPosition(
       params, runs, tile, input,
       [=](const ChannelRun& run, int64_t row, int64_t n, int64_t image, uint64_t first_sample)
           DEFORM_CONV_INLINE_LAMBDA {
-            ForEachTap(blocks, first_sample, taps, image, in_w, channels,
-                       [&](int64_t tap, const SampleBlock<T>& block, uint64_t lane, int64_t at)
-                           DEFORM_CONV_INLINE_LAMBDA { visit(run, row, tap, block, lane, n, at); });
+            ForEachTap(blocks, first_sample, taps, image, channels,
+                       [&](int64_t tap, const TileSample<T>& sample, int64_t at)
+                           DEFORM_CONV_INLINE_LAMBDA { visit(run, row, tap, sample, n, at); });
           });
 }
 
@@ -129,13 +134,26 @@ struct Corners {
   DEFORM_CONV_INLINE Corners(Element* top_left, int64_t right, int64_t down, int32_t corner_bits,
                              Element* outside)
       : at{top_left, top_left + right, top_left + down, top_left + down + right} {
+    if (__builtin_expect(corner_bits == kAllCorners, 1)) return;
     for (int corner = 0; corner < kCorners; ++corner) {
       at[corner] = corner_bits >> corner & 1 ? at[corner] : outside;
     }
   }
 };
 
-// With `channels` > 0, every run has that many, known to the compiler.
+// Calls run(channels), a std::integral_constant<int, ...>: the number of channels that every run
+// has if that is among `of`, for the compiler to know it, and otherwise 0.
+template <int... of, typename Run>
+DEFORM_CONV_INLINE void WithChannels(const ChannelRuns& runs, const Run& run) {
+  int64_t count = runs.begin->count;
+  for (const ChannelRun* other = runs.begin; other < runs.end; ++other) {
+    if (other->count != count) count = 0;
+  }
+  const bool known = ((count == of && (run(std::integral_constant<int, of>()), true)) || ...);
+  if (!known) run(std::integral_constant<int, 0>());
+}
+
+// With `channels` > 0, every run has that many.
 template <int channels, bool has_mask, typename T>
 void Im2ColFor(const DeformConvParams& params, const ChannelRuns& runs,
                const TileSamples<T>& tile_samples, const T* input, const T* zeros,
@@ -145,8 +163,10 @@ void Im2ColFor(const DeformConvParams& params, const ChannelRuns& runs,
   const Matrix<T> columns = columns_matrix;
   const int64_t right = params.in_channels, down = params.in_w * params.in_channels;
   ForEachRead(params, runs, tile, input,
-              [=](const ChannelRun& run, int64_t row, int64_t tap, const SampleBlock<T>& block,
-                  uint64_t lane, int64_t /*n*/, int64_t at) DEFORM_CONV_INLINE_LAMBDA {
+              [=](const ChannelRun& run, int64_t row, int64_t tap, const TileSample<T>& from_tile,
+                  int64_t /*n*/, int64_t at) DEFORM_CONV_INLINE_LAMBDA {
+                const SampleBlock<T>& block = from_tile.block;
+                const uint64_t lane = from_tile.lane;
                 T* to = columns.data + row * columns.stride + run.column + tap * run.tap_stride;
                 const int32_t corner_bits = block.corner_bits[lane];
                 const T top_left = block.weights[kTopLeft][lane];
@@ -175,15 +195,7 @@ void Im2Col(const DeformConvParams& params, const ChannelRuns& runs, const TileS
         tensors.mask == nullptr ? Im2ColFor<channels(), false, T> : Im2ColFor<channels(), true, T>;
     im2col(params, runs, tile, tensors.input, zeros, columns);
   };
-  // Grey and colour images: too few channels for the general loops to pay.
-  const int64_t count = runs.end - runs.begin == 1 ? runs.begin->count : 0;
-  if (count == 1) {
-    run(std::integral_constant<int, 1>());
-  } else if (count == 3) {
-    run(std::integral_constant<int, 3>());
-  } else {
-    run(std::integral_constant<int, 0>());
-  }
+  WithChannels<1, 3, 4, 8, 16, 32, 64, 128>(runs, run);
 }
 
 }  // namespace DEFORM_CONV_ISA
