@@ -507,8 +507,14 @@ def test_any_channel_count(channels, rng):
         # Filters that are packed and summed up in several rounds.
         {"batch": 1, "size": (3, 4), "channels": 400, "out_channels": 800},
         {"batch": 5, "size": (2, 3), "channels": 256, "out_channels": 512, "mask": False},
-        # An image whose offset gradients are summed up in several bands.
+        # An image whose positions are divided, with few and with many pixels that several workers
+        # sample; or whose channels are, with offset gradients that are summed up in several bands.
         {"batch": 1, "size": (90, 80), "channels": 32, "out_channels": 3},
+        {"batch": 1, "size": (90, 80), "channels": 128, "out_channels": 3, "offset_scale": 60.0},
+        {"batch": 1, "size": (50, 50), "channels": 32, "out_channels": 400},
+        # Workers whose positions begin in one image and end in another.
+        {"batch": 3, "size": (30, 7), "channels": 5, "out_channels": 3, "strides": (3, 1)},
+        {"batch": 5, "size": (1, 1), "channels": 3, "out_channels": 2, "offset_scale": 0.5},
         # Tiles that begin and end anywhere in rows and images.
         {"batch": 7, "size": (11, 5), "channels": 3, "out_channels": 4, "strides": (2, 1)},
         # Taps so far away that positions are computed in 64 bits.

@@ -1,10 +1,11 @@
 // Backward on the CPU.
 //
 // Positions that lie near each other add to the same pixels of the input's gradient. So the work
-// is divided by what it adds to: a worker has a part of the channels of some images, and no other
-// adds to those. Or, for the direct kernels and small images, a worker has some positions, and sums
-// of its own for the image that it shares with the worker before. No lock is needed, and the order
-// of additions is fixed.
+// is divided by what it adds to. A worker has some positions, and owns the rows of pixels around
+// them: it alone adds to those. What its samples bring to other rows, it sums up apart, in borrowed
+// rows, which are added when all workers are done. Or, where those would be too many, or the
+// filters' gradient large, a worker has a part of the channels of some images. No lock is needed,
+// and the order of additions is fixed.
 
 #include <algorithm>
 #include <numeric>
@@ -66,6 +67,8 @@ class Backward {
   }
 
  private:
+  static constexpr int64_t kLeastAdditions = 1 << 14;  // for a thread
+
   // Zeroes the i-th thread's part.
   void Zero(T* data, int64_t size, int64_t i) const {
     if (data == nullptr) return;
@@ -73,18 +76,108 @@ class Backward {
               data + PartBegin(size, i + 1, threads_.count), T(0));
   }
 
-  // Divides the images among workers, and the channels too unless the images alone keep every
-  // thread busy: channels cost sums of the positions' gradients, and samples located repeatedly.
+  // The positions of a worker. Of the rows of all images, one after the other, it owns [first_row,
+  // end_row), and its samples lie in [first_sampled, end_sampled).
+  struct PositionRange {
+    int64_t begin = 0, end = 0;
+    int64_t first_row = 0, end_row = 0;
+    int64_t first_sampled = 0, end_sampled = 0;
+
+    int64_t rows_above() const { return first_row - first_sampled; }
+    int64_t borrowed_rows() const { return rows_above() + end_sampled - end_row; }
+  };
+
+  // Divides the images among workers, and unless the images alone keep every thread busy, their
+  // positions or else the channels too.
   void PlanParts() {
     constexpr int64_t kImagesPerThread = 4;
     const int64_t threads = threads_.count, batch = params_.batch;
     int64_t wanted = batch >= kImagesPerThread * threads ? 1 : threads / std::gcd(threads, batch);
-    const int64_t image_bytes = params_.image_size() * static_cast<int64_t>(sizeof(T));
-    by_positions_ = IsDirect(params_) && wanted > 1 &&
-                    (gradients_.sampled.input == nullptr || image_bytes <= kImageBytes);
-    if (by_positions_) wanted = 1;
+    if (wanted > 1 && PositionsCostLess() && PlanPositions()) wanted = 1;
     channel_parts_ = Cut(AllChannels(params_), wanted);
-    image_ranges_ = std::min(batch, threads / static_cast<int64_t>(channel_parts_.size()));
+    if (!by_positions_) {
+      const int64_t ranges = std::min(batch, threads / static_cast<int64_t>(channel_parts_.size()));
+      for (int64_t i = 0; i < ranges; ++i) {
+        ranges_.push_back({PartBegin(batch, i, ranges) * params_.image_positions(),
+                           PartBegin(batch, i + 1, ranges) * params_.image_positions()});
+      }
+    }
+  }
+
+  // Workers of positions each have a sum of the filters' gradient. Workers of channels each locate
+  // all samples, and sum up the gradients of offset and mask. A sample costs about as much as so
+  // many filters.
+  bool PositionsCostLess() const {
+    constexpr int64_t kFiltersPerSample = 4;
+    const int64_t samples = params_.out_positions() * params_.deform_groups * params_.taps();
+    return IsDirect(params_) || gradients_.filters == nullptr ||
+           params_.filters_size() <= kFiltersPerSample * samples;
+  }
+
+  // Divides the positions among workers, if an image's rows are not too many, nor those that one
+  // would borrow. Returns whether it did.
+  bool PlanPositions() {
+    if (params_.in_h > kTileBytes / static_cast<int64_t>(sizeof(T*))) return false;
+    const int64_t count = std::min<int64_t>(threads_.count, params_.out_positions());
+    ranges_.resize(count);
+    for (int64_t i = 0; i < count; ++i) {
+      PositionRange& range = ranges_[i];
+      range.begin = PartBegin(params_.out_positions(), i, count);
+      range.end = PartBegin(params_.out_positions(), i + 1, count);
+      range.first_row = i == 0 ? 0 : FirstRowAt(range.begin);
+      range.end_row = i + 1 == count ? params_.batch * params_.in_h : FirstRowAt(range.end);
+    }
+    by_positions_ = true;
+    if (gradients_.sampled.input == nullptr) return true;
+    const std::vector<int32_t> tap_rows = TapRows();
+    RunOn(threads_, count, [&](int64_t i) { FindSampledRows(tap_rows, ranges_[i]); });
+    const int64_t row_bytes = RowSize() * static_cast<int64_t>(sizeof(T));
+    for (const PositionRange& range : ranges_) {
+      if (range.borrowed_rows() * row_bytes > kBorrowedBytes) by_positions_ = false;
+    }
+    if (!by_positions_) ranges_.clear();
+    return by_positions_;
+  }
+
+  int64_t RowSize() const { return params_.in_w * params_.in_channels; }
+
+  // The row, of the rows of all images, in the middle of what a position's samples read without
+  // offsets; the image's first for its first position.
+  int64_t FirstRowAt(int64_t position) const {
+    const int64_t image = position / params_.image_positions();
+    const int64_t in_image = position - image * params_.image_positions();
+    const int64_t row = in_image / params_.out_w * params_.stride_h - params_.pad_top +
+                        (params_.kernel_h - 1) * params_.dilation_h / 2;
+    return image * params_.in_h + (in_image == 0 ? 0 : std::clamp<int64_t>(row, 0, params_.in_h));
+  }
+
+  // What each offset's tap adds to its position's row, for some positions: enough for vector code.
+  std::vector<int32_t> TapRows() const {
+    constexpr int64_t kWanted = 1024;
+    const int64_t offsets = params_.offset_channels();
+    std::vector<int32_t> rows(RoundUp(kWanted, offsets) + kSliceAlignment);
+    for (size_t i = 0; i < rows.size(); ++i) {
+      const int64_t tap = i % offsets / 2 % params_.taps();
+      rows[i] = static_cast<int32_t>(tap / params_.kernel_w * params_.dilation_h);
+    }
+    return rows;
+  }
+
+  // Only the first and the last image are shared with other workers.
+  void FindSampledRows(const std::vector<int32_t>& tap_rows, PositionRange& range) const {
+    range.first_sampled = range.first_row;
+    range.end_sampled = range.end_row;
+    const int64_t positions = (tap_rows.size() - kSliceAlignment) / params_.offset_channels();
+    for (const int64_t image : {ImageOf(range.begin), ImageOf(range.end - 1)}) {
+      const int64_t first = image * params_.image_positions();
+      const int64_t begin = std::max(range.begin, first);
+      const int64_t end = std::min(range.end, first + params_.image_positions());
+      const RowRange rows =
+          kernels_.sampled_rows(params_, tensors_.offset, begin, end, tap_rows.data(), positions);
+      if (rows.begin == rows.end) continue;
+      range.first_sampled = std::min(range.first_sampled, image * params_.in_h + rows.begin);
+      range.end_sampled = std::max(range.end_sampled, image * params_.in_h + rows.end);
+    }
   }
 
   // Elements of the sum of a slice's filters' gradients.
@@ -100,20 +193,14 @@ class Backward {
     WorkspaceVector<T> packed_output;  // the tile's, of one group
     WorkspaceVector<T> filters;        // sums, slice after slice, group after group
     std::vector<T> offset, mask;       // sums of a band, unless the worker has the first part
-    WorkspaceVector<T> image;          // sums of the image that it shares with the worker before
-    int64_t begin = 0, end = 0;        // positions of its images
+    WorkspaceVector<T> borrowed;       // rows, those above its own first
+    std::vector<T*> grad_rows;         // where those of an image begin, from row -1 on
+    PositionRange range;
   };
 
   void RunRound(const std::vector<std::vector<ChannelSlice>>& slices) {
     const int64_t parts = static_cast<int64_t>(channel_parts_.size());
-    const int64_t image_positions = params_.image_positions();
-    const int64_t ranges =
-        by_positions_ ? std::min<int64_t>(threads_.count, params_.out_positions()) : image_ranges_;
-    const auto range_begin = [&](int64_t i) {
-      return by_positions_ ? PartBegin(params_.out_positions(), i, ranges)
-                           : PartBegin(params_.batch, i, ranges) * image_positions;
-    };
-    const int64_t most_positions = range_begin(1);  // the first is the largest
+    const int64_t most_positions = ranges_[0].end;  // the first is the largest
     std::vector<ChannelSlice> all;
     for (const auto& of_part : slices) all.insert(all.end(), of_part.begin(), of_part.end());
     int64_t tile_positions = TilePositions<T>(params_, all, most_positions, 1);
@@ -131,34 +218,44 @@ class Backward {
       for (int64_t p = 0; p < parts; ++p) packed[p].Pack(slices[p], filters_, threads_);
     }
     std::vector<Worker> workers;
-    for (int64_t w = 0; w < parts * ranges; ++w) {
-      workers.emplace_back(params_, tensors_, tile_positions);
-      workers.back().begin = range_begin(w / parts);
-      workers.back().end = range_begin(w / parts + 1);
+    for (const PositionRange& range : ranges_) {
+      for (int64_t p = 0; p < parts; ++p) {
+        workers.emplace_back(params_, tensors_, tile_positions);
+        workers.back().range = range;
+      }
     }
     for (int64_t step = 0; step * band < most_positions; ++step) {
       RunOn(threads_, static_cast<int64_t>(workers.size()), [&](int64_t w) {
         Worker& worker = workers[w];
-        const int64_t begin = std::min(worker.begin + step * band, worker.end);
-        const int64_t end = std::min(begin + band, worker.end);
+        const int64_t begin = std::min(worker.range.begin + step * band, worker.range.end);
+        const int64_t end = std::min(begin + band, worker.range.end);
         RunBand(slices[w % parts], packed[w % parts], w % parts == 0, begin, end, tile_positions,
                 worker);
       });
-      if (parts == 1) continue;
-      for (int64_t w = 0; w < static_cast<int64_t>(workers.size()); ++w) {
-        if (w % parts == 0) continue;
-        const int64_t begin = workers[w].begin + step * band;
-        AddTo(gradients_.sampled.offset, begin * params_.offset_channels(), workers[w].offset);
-        AddTo(gradients_.sampled.mask, begin * params_.mask_channels(), workers[w].mask);
-      }
+      if (parts > 1) AddBand(step * band, parts, workers);
     }
-    AddImages(workers);
+    AddBorrowed(workers);
     if (gradients_.filters == nullptr) return;
     for (int64_t p = 0; p < parts; ++p) AddFilters(slices[p], p, workers);
   }
 
-  static void AddTo(T* gradient, int64_t begin, const std::vector<T>& sum) {
-    for (size_t i = 0; i < sum.size(); ++i) gradient[begin + i] += sum[i];
+  // Adds the workers' sums of a band to the gradients of offset and mask.
+  void AddBand(int64_t from_begin, int64_t parts, const std::vector<Worker>& workers) {
+    const auto add = [&](T* gradient, int64_t channels, std::vector<T> Worker::* sum) {
+      if (gradient == nullptr) return;
+      for (size_t first = 0; first < workers.size(); first += parts) {
+        T* to = gradient + (workers[first].range.begin + from_begin) * channels;
+        const int64_t size = static_cast<int64_t>((workers[first + 1].*sum).size());
+        ForRangesOn(threads_, size, kLeastAdditions / (parts - 1), [&](int64_t begin, int64_t end) {
+          for (int64_t p = 1; p < parts; ++p) {
+            const T* from = (workers[first + p].*sum).data();
+            for (int64_t i = begin; i < end; ++i) to[i] += from[i];
+          }
+        });
+      }
+    };
+    add(gradients_.sampled.offset, params_.offset_channels(), &Worker::offset);
+    add(gradients_.sampled.mask, params_.mask_channels(), &Worker::mask);
   }
 
   // One worker's gradients for `slices` at positions [begin, end), tile by tile.
@@ -178,21 +275,17 @@ class Backward {
       for (const ChannelSlice& slice : slices) size += PartialSize(slice);
       worker.filters.assign(size, T(0));
     }
-    // The image that is shared ends there.
-    int64_t shared_end = begin;
-    if (by_positions_ && sampled.input && begin < end) {
-      shared_end = std::min(RoundUp(begin, params_.image_positions()), end);
-    }
-    if (begin < shared_end) {
-      worker.image.assign(params_.image_size(), T(0));
-      // Addressed as the whole gradient is.
-      sampled.input = worker.image.data() - ImageOf(begin) * params_.image_size();
-    }
+    const bool by_rows = by_positions_ && sampled.input != nullptr;
+    if (by_rows) worker.borrowed.assign(worker.range.borrowed_rows() * RowSize(), T(0));
+    int64_t image = -1;
     const int64_t panels = CeilDiv(params_.group_out_channels(), kernels_.gemm_panel);
     for (int64_t at = begin, tile_end; at < end; at = tile_end) {
-      if (at == shared_end) sampled.input = gradients_.sampled.input;
-      tile_end = std::min(at + tile_positions, at < shared_end ? shared_end : end);
-      worker.tile.MoveTo(at, tile_end);
+      tile_end = std::min(at + tile_positions, end);
+      if (by_rows) {
+        tile_end = std::min(tile_end, (ImageOf(at) + 1) * params_.image_positions());
+        if (ImageOf(at) != image) FindGradRows(image = ImageOf(at), worker);
+      }
+      worker.tile.MoveTo(at, tile_end, by_rows ? worker.grad_rows.data() + 1 : nullptr);
       int64_t packed_group = -1;
       T* sum = worker.filters.data();
       for (size_t i = 0; i < slices.size(); ++i) {
@@ -240,18 +333,46 @@ class Backward {
 
   int64_t ImageOf(int64_t position) const { return position / params_.image_positions(); }
 
-  // Adds the workers' sums of images to the input's gradient.
-  void AddImages(const std::vector<Worker>& workers) {
-    if (!by_positions_ || gradients_.sampled.input == nullptr) return;
-    RunOn(threads_, threads_.count, [&](int64_t i) {
-      const int64_t begin = PartBegin(params_.image_size(), i, threads_.count);
-      const int64_t end = PartBegin(params_.image_size(), i + 1, threads_.count);
-      for (const Worker& worker : workers) {
-        if (worker.image.empty()) continue;
-        T* gradient = gradients_.sampled.input + ImageOf(worker.begin) * params_.image_size();
-        for (int64_t j = begin; j < end; ++j) gradient[j] += worker.image[j];
+  // Where the worker adds to the rows of an image.
+  void FindGradRows(int64_t image, Worker& worker) const {
+    const PositionRange& range = worker.range;
+    T* const gradient = gradients_.sampled.input;
+    // Pointed at where no pixel counts.
+    worker.grad_rows.assign(params_.in_h + 2, gradient);
+    for (int64_t h = 0; h < params_.in_h; ++h) {
+      const int64_t row = image * params_.in_h + h;
+      T*& begin = worker.grad_rows[h + 1];
+      if (row >= range.first_row && row < range.end_row) {
+        begin = gradient + row * RowSize();
+      } else if (row >= range.first_sampled && row < range.end_sampled) {
+        const int64_t borrowed = row < range.first_row ? row - range.first_sampled
+                                                       : range.rows_above() + row - range.end_row;
+        begin = worker.borrowed.data() + borrowed * RowSize();
       }
-    });
+    }
+  }
+
+  // Adds the workers' borrowed rows to the input's gradient.
+  void AddBorrowed(const std::vector<Worker>& workers) {
+    if (!by_positions_ || gradients_.sampled.input == nullptr) return;
+    int64_t most_rows = 1;
+    for (const Worker& worker : workers) {
+      most_rows = std::max(most_rows, worker.range.borrowed_rows());
+    }
+    ForRangesOn(threads_, RowSize(), CeilDiv(kLeastAdditions, most_rows),
+                [&](int64_t begin, int64_t end) {
+                  for (const Worker& worker : workers) {
+                    const PositionRange& range = worker.range;
+                    const T* from = worker.borrowed.data();
+                    for (int64_t row = range.first_sampled; row < range.end_sampled; ++row) {
+                      if (row == range.first_row) row = range.end_row;
+                      if (row >= range.end_sampled) break;
+                      T* to = gradients_.sampled.input + row * RowSize();
+                      for (int64_t i = begin; i < end; ++i) to[i] += from[i];
+                      from += RowSize();
+                    }
+                  }
+                });
   }
 
   // Adds the workers' sums for a part's slices to the filters' gradient.
@@ -260,24 +381,26 @@ class Backward {
     std::vector<int64_t> begins(1, 0);
     for (const ChannelSlice& slice : slices) begins.push_back(begins.back() + PartialSize(slice));
     const int64_t parts = static_cast<int64_t>(channel_parts_.size());
-    ForEachOn(threads_, static_cast<int64_t>(slices.size()), [&](int64_t i) {
-      for (int64_t w = part; w < static_cast<int64_t>(workers.size()); w += parts) {
+    const int64_t of_part = static_cast<int64_t>(workers.size()) / parts;
+    ForEachFilterPart(params_, slices, of_part + 1, threads_, [&](const FilterPart& filter_part) {
+      const ChannelSlice& slice = slices[filter_part.slice];
+      const int64_t tap = filter_part.tap;
+      const int64_t width = IsDirect(params_) ? slice.channels() : slice.width;
+      const int64_t begin = begins[filter_part.slice] + (filter_part.group * params_.taps() + tap) *
+                                                            width * params_.group_out_channels();
+      for (size_t w = part; w < workers.size(); w += parts) {
         if (workers[w].filters.empty()) continue;
-        const T* from = workers[w].filters.data() + begins[i];
+        const T* from = workers[w].filters.data() + begin;
         if (IsDirect(params_)) {
-          ForEachDirectFilter(params_, slices[i],
+          ForEachDirectFilter(params_, slice, tap,
                               [&](int64_t index) { gradients_.filters[index] += *from++; });
           continue;
         }
-        for (int64_t j = 0; j < slices[i].groups; ++j) {
-          const int64_t group = slices[i].first_group + j;
-          for (int64_t tap = 0; tap < params_.taps(); ++tap) {
-            const Matrix<T> to = SliceFilters(params_, slices[i], group, tap, gradients_.filters);
-            for (int64_t c = 0; c < to.rows; ++c, from += to.cols) {
-              T* row = to.data + c * to.stride;
-              for (int64_t o = 0; o < to.cols; ++o) row[o] += from[o];
-            }
-          }
+        const Matrix<T> to = SliceFilters(params_, slice, slice.first_group + filter_part.group,
+                                          tap, gradients_.filters);
+        for (int64_t c = 0; c < to.rows; ++c, from += to.cols) {
+          T* row = to.data + c * to.stride;
+          for (int64_t o = 0; o < to.cols; ++o) row[o] += from[o];
         }
       }
     });
@@ -291,8 +414,8 @@ class Backward {
   const DeformConvGradients<T>& gradients_;
   const CpuThreads& threads_;
   std::vector<ChannelSlice> channel_parts_;
-  int64_t image_ranges_ = 1;
-  bool by_positions_ = false;  // whether workers have ranges of positions, rather than of images
+  std::vector<PositionRange> ranges_;  // of whole images, unless:
+  bool by_positions_ = false;
 };
 
 }  // namespace

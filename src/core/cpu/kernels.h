@@ -60,6 +60,14 @@ struct TileSamples {
   // gradient.
   T* corner_products;
   PixelSums<T> pixel_sums;
+  // Where the rows of the input's gradient begin, for a tile of one image: row h at grad_rows[h],
+  // from -1 to in_h, which are only pointed at. Null where they lie in the gradient as a whole.
+  T* const* grad_rows;
+};
+
+// Rows [begin, end) of an image.
+struct RowRange {
+  int64_t begin, end;
 };
 
 // The channels that im2col and col2im work on.
@@ -87,6 +95,12 @@ struct CpuKernels {
   // Writes the tile's samples.
   void (*locate)(const DeformConvParams& params, const SampledTensors<T>& tensors,
                  const TileSamples<T>& tile);
+
+  // The rows of the image that positions [begin, end), all in one image, sample, or more.
+  //   tap_rows  for each offset of up to `positions` positions, what its tap adds to the position's
+  //             row; a vector may be read beyond
+  RowRange (*sampled_rows)(const DeformConvParams& params, const T* offset, int64_t begin,
+                           int64_t end, const int32_t* tap_rows, int64_t positions);
 
   // Writes the tile's columns for the runs' channels, a row for each position.
   //   zeros  as many as a run has channels, at least; read where a corner lies outside the image

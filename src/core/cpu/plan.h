@@ -15,12 +15,12 @@
 
 namespace deform_conv {
 
-// Bounds on what a thread allocates: packed filters, sums of the filters' gradient, sums of an
-// image's gradient, and each buffer of a tile or band. A single slice or position that needs more
-// exceeds them.
+// Bounds on what a thread allocates: packed filters, sums of the filters' gradient, rows of an
+// image that others own, and each buffer of a tile or band. A single slice or position that needs
+// more exceeds them.
 constexpr int64_t kPackedBytes = int64_t{3} << 20;
 constexpr int64_t kPartialBytes = int64_t{3} << 20;
-constexpr int64_t kImageBytes = int64_t{2} << 20;
+constexpr int64_t kBorrowedBytes = int64_t{3} << 20;
 constexpr int64_t kTileBytes = int64_t{1} << 19;
 
 // --- The choice between two ways ---

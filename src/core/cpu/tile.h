@@ -25,11 +25,13 @@ class Tile {
   Tile(const DeformConvParams& params, const SampledTensors<T>& tensors, int64_t positions)
       : params_(params), tensors_(tensors), positions_(positions) {}
 
-  // Moves to positions [begin, end), at most as many as the constructor was given.
-  void MoveTo(int64_t begin, int64_t end) {
+  // Moves to positions [begin, end), at most as many as the constructor was given. With
+  // `grad_rows`, see TileSamples, they are of one image.
+  void MoveTo(int64_t begin, int64_t end, T* const* grad_rows = nullptr) {
     located_ = {};
     located_.begin = begin;
     located_.end = end;
+    located_.grad_rows = grad_rows;
   }
 
   // Makes room for what `slice` needs, and locates what it samples.
@@ -141,7 +143,10 @@ class Tile {
       const int64_t n = from.first_image + row / from.rows, h = from.h + row % from.rows;
       for (int64_t w = from.w; w < from.w + from.cols; ++w, sums += channels) {
         if (h < 0 || h >= params_.in_h || w < 0 || w >= params_.in_w) continue;
-        T* pixel = grad_input + ((n * params_.in_h + h) * params_.in_w + w) * channels;
+        T* pixel_row = located_.grad_rows == nullptr
+                           ? grad_input + (n * params_.in_h + h) * params_.in_w * channels
+                           : located_.grad_rows[h];
+        T* pixel = pixel_row + w * channels;
         for (const ChannelRun& run : runs_) {
           for (int64_t c = run.channel; c < run.channel + run.count; ++c) pixel[c] += sums[c];
         }

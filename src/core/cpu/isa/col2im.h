@@ -101,6 +101,7 @@ struct SampleBackprop {
   T* grad_input;
   T* corner_products;
   PixelSums<T> pixel_sums;
+  T* const* grad_rows;
   int64_t right, down;  // from a pixel to its neighbours, in elements
 
   SampleBackprop(const DeformConvParams& params, const TileSamples<T>& tile,
@@ -112,6 +113,7 @@ struct SampleBackprop {
         grad_input(gradients.input),
         corner_products(tile.corner_products),
         pixel_sums(tile.pixel_sums),
+        grad_rows(tile.grad_rows),
         right(params.in_channels),
         down(params.in_w * params.in_channels) {}
 };
@@ -140,21 +142,29 @@ DEFORM_CONV_INLINE void BackpropSample(const SampleBackprop<T>& backprop, const 
   for (int corner = 0; corner < kCorners; ++corner) weights[corner] = block.weights[corner][lane];
   const T mask = block.mask[lane];
   const int64_t right = backprop.right, down = backprop.down;
-  const Corners<const T> from(backprop.input + at, right, down, corner_bits, backprop.zeros);
+  const Corners<const T> from(backprop.input + at, backprop.input + at + down, right, corner_bits,
+                              backprop.zeros);
   // Corners are different pixels, or the one whose content is ignored.
-  T* to_first = want_input ? backprop.grad_input + at : backprop.ignored;
-  int64_t to_down = down;
-  const PixelSums<T>& pixel_sums = backprop.pixel_sums;
-  if (want_input && pixel_sums.sums != nullptr) {
+  T* to_top = want_input ? backprop.grad_input + at : backprop.ignored;
+  T* to_bottom = to_top + down;
+  if (want_input && backprop.pixel_sums.sums != nullptr) {
+    const PixelSums<T>& pixel_sums = backprop.pixel_sums;
     const int64_t h =
         (n - pixel_sums.first_image) * pixel_sums.rows + block.h_low[lane] - pixel_sums.h;
     const int64_t w = block.w_low[lane] - pixel_sums.w;
-    to_first = pixel_sums.sums + (h * pixel_sums.cols + w) * right + run.channel;
-    to_down = pixel_sums.cols * right;
+    to_top = pixel_sums.sums + (h * pixel_sums.cols + w) * right + run.channel;
+    to_bottom = to_top + pixel_sums.cols * right;
+  } else if (want_input && backprop.grad_rows != nullptr) {
+    T* const* const rows = backprop.grad_rows + block.h_low[lane];
+    const int64_t in_row = block.w_low[lane] * right + run.channel;
+    to_top = rows[0] + in_row;
+    to_bottom = rows[1] + in_row;
   }
-  const Corners<T> to(to_first, right, to_down, corner_bits, backprop.ignored);
+  const Corners<T> to(to_top, to_bottom, right, corner_bits, backprop.ignored);
   CornerProducts<T> products;
-  products.totals = backprop.corner_products + tile_sample.index * kCorners;
+  if (want_offset_or_mask) {
+    products.totals = backprop.corner_products + tile_sample.index * kCorners;
+  }
   ForEachVector<T>(count, [&](int64_t i, auto lanes) DEFORM_CONV_INLINE_LAMBDA {
     constexpr int n = lanes();
     const Vector<T, n> sample_grad = grad(i, lanes);

@@ -72,7 +72,7 @@ struct PositionSamples {
                  const T bottom_left = block.weights[kBottomLeft][lane];
                  const T bottom_right = block.weights[kBottomRight][lane];
                  const T mask = block.mask[lane];
-                 const Corners<const T> from(first_channel + at, right, down,
+                 const Corners<const T> from(first_channel + at, first_channel + at + down, right,
                                              block.corner_bits[lane], outside);
                  Unrolled<vectors>([&](int v) DEFORM_CONV_INLINE_LAMBDA {
                    const Vector<T, n> sum = top_left * Load<n>(from.at[kTopLeft] + v * n) +

@@ -131,9 +131,9 @@ template <typename Element>
 struct Corners {
   Element* at[kCorners];
 
-  DEFORM_CONV_INLINE Corners(Element* top_left, int64_t right, int64_t down, int32_t corner_bits,
-                             Element* outside)
-      : at{top_left, top_left + right, top_left + down, top_left + down + right} {
+  DEFORM_CONV_INLINE Corners(Element* top_left, Element* bottom_left, int64_t right,
+                             int32_t corner_bits, Element* outside)
+      : at{top_left, top_left + right, bottom_left, bottom_left + right} {
     if (__builtin_expect(corner_bits == kAllCorners, 1)) return;
     for (int corner = 0; corner < kCorners; ++corner) {
       at[corner] = corner_bits >> corner & 1 ? at[corner] : outside;
@@ -174,7 +174,8 @@ void Im2ColFor(const DeformConvParams& params, const ChannelRuns& runs,
                 const T bottom_left = block.weights[kBottomLeft][lane];
                 const T bottom_right = block.weights[kBottomRight][lane];
                 const T mask = block.mask[lane];
-                const Corners<const T> from(input + at, right, down, corner_bits, zeros);
+                const Corners<const T> from(input + at, input + at + down, right, corner_bits,
+                                            zeros);
                 const int64_t count = channels > 0 ? channels : run.count;
                 ForEachVector<T>(count, [=](int64_t i, auto lanes) DEFORM_CONV_INLINE_LAMBDA {
                   constexpr int n = lanes();

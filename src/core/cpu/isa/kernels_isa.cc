@@ -26,7 +26,7 @@ namespace DEFORM_CONV_ISA {
 
 template <typename T>
 constexpr CpuKernels<T> kKernels = {
-    kRows,   kPanel<T>,         Locate<T>, Im2Col<T>,        Col2Im<T>,
+    kRows,   kPanel<T>,         Locate<T>, SampledRows<T>,   Im2Col<T>,        Col2Im<T>,
     Pack<T>, PackTransposed<T>, Gemm<T>,   DirectForward<T>, DirectBackward<T>};
 extern const CpuKernels<float> kFloatKernels = kKernels<float>;
 extern const CpuKernels<double> kDoubleKernels = kKernels<double>;

@@ -4,6 +4,7 @@
 #ifndef DEFORM_CONV_CORE_CPU_ISA_LOCATE_H_
 #define DEFORM_CONV_CORE_CPU_ISA_LOCATE_H_
 
+#include "core/cpu/isa/vector.h"
 #include "core/cpu/kernels.h"
 
 namespace deform_conv {
@@ -139,6 +140,57 @@ void Locate(const DeformConvParams& params, const SampledTensors<T>& tensors,
     locate(params, tensors.offset + 2 * index,
            tensors.mask == nullptr ? nullptr : tensors.mask + index, count, tile, first);
   });
+}
+
+template <typename T>
+RowRange SampledRows(const DeformConvParams& params, const T* offset, int64_t begin, int64_t end,
+                     const int32_t* tap_rows, int64_t positions) {
+  if (!FitInt32(params)) return {0, params.in_h};
+  const int64_t samples = params.deform_groups * params.taps();
+  const int32_t in_h = static_cast<int32_t>(params.in_h);
+  // Vectors by hand: compilers turn LocateOnAxis() into branches where its fraction is not used.
+  constexpr int n = kLanes<T>;
+  constexpr T kFar = T(int64_t{1} << 30);
+  using Int = decltype(Vector<T>() < Vector<T>());
+  typedef int32_t Rows __attribute__((vector_size(4 * n), aligned(4), may_alias));
+  Int is_dy = {};
+  for (int lane = 0; lane < n; lane += 2) is_dy[lane] = -1;
+  Int first = Int{} + in_h, last = Int{} - 2;  // the rows of upper corners
+  for (int64_t at = begin, part_end; at < end; at = part_end) {
+    const int64_t row = at / params.out_w;
+    part_end = (row + 1) * params.out_w;
+    if (part_end > end) part_end = end;
+    if (part_end > at + positions) part_end = at + positions;
+    const int64_t count = 2 * (part_end - at) * samples;
+    const int32_t base =
+        static_cast<int32_t>(row % params.out_h * params.stride_h - params.pad_top);
+    const T* const from = offset + 2 * at * samples;
+    for (int64_t i = 0; i < count; i += n) {
+      Vector<T> offsets;
+      if (i + n <= count) {
+        offsets = Load<n>(from + i);
+      } else {
+        T rest[n];
+        for (int lane = 0; lane < n; ++lane) rest[lane] = i + lane < count ? from[i + lane] : kFar;
+        offsets = Load<n>(rest);
+      }
+      const Int near = (offsets > -kFar) & (offsets < kFar);
+      const Vector<T> safe = near ? offsets : Vector<T>{};
+      Int low = __builtin_convertvector(safe, Int);
+      low += __builtin_convertvector(low, Vector<T>) > safe;  // -1 where rounded up
+      low += base + __builtin_convertvector(*reinterpret_cast<const Rows*>(tap_rows + i), Int);
+      const Int inside = near & is_dy & (low >= -1) & (low < in_h);
+      first = inside & (low < first) ? low : first;
+      last = inside & (low > last) ? low : last;
+    }
+  }
+  RowRange rows = {in_h, 0};
+  for (int lane = 0; lane < n; ++lane) {
+    const int64_t low = first[lane], high = last[lane];
+    if (low < rows.begin) rows.begin = low < 0 ? 0 : low;
+    if (high + 2 > rows.end) rows.end = high + 2 < in_h ? high + 2 : in_h;
+  }
+  return rows.begin < rows.end ? rows : RowRange{0, 0};
 }
 
 }  // namespace DEFORM_CONV_ISA
