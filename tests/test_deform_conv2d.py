@@ -539,7 +539,23 @@ def test_equals_the_reference_however_the_work_is_divided(configuration, rng):
 # group never is narrow.
 @pytest.mark.parametrize(
     ("group_in", "group_out"),
-    [(1, 1), (1, 3), (1, 16), (2, 2), (2, 17), (3, 5), (4, 4), (5, 2), (8, 8), (16, 8), (17, 8)],
+    [
+        *[
+            (1, 1),
+            (1, 3),
+            (1, 16),
+            (2, 2),
+            (2, 17),
+            (3, 5),
+            (4, 4),
+            (5, 2),
+            (8, 8),
+            (16, 8),
+            (17, 8),
+        ],
+        # Groups of a vector, whatever the type and the instruction set.
+        *[(4, 9), (8, 16), (16, 16)],
+    ],
 )
 @pytest.mark.parametrize(("dtype", "tolerance"), [(tf.float64, 1e-12), (tf.float32, 2e-6)])
 @pytest.mark.parametrize("mask", [True, False])

@@ -13,6 +13,7 @@
 
 #include "core/cpu/packed_filters.h"
 #include "core/cpu/plan.h"
+#include "core/cpu/position_ranges.h"
 #include "core/cpu/threads.h"
 #include "core/cpu/tile.h"
 #include "core/cpu/workspace_vector.h"
@@ -67,7 +68,7 @@ class Backward {
   }
 
  private:
-  static constexpr int64_t kLeastAdditions = 1 << 14;  // for a thread
+  static constexpr int64_t kLeastAdditions = 1 << 16;  // for a thread
 
   // Zeroes the i-th thread's part.
   void Zero(T* data, int64_t size, int64_t i) const {
@@ -76,31 +77,23 @@ class Backward {
               data + PartBegin(size, i + 1, threads_.count), T(0));
   }
 
-  // The positions of a worker. Of the rows of all images, one after the other, it owns [first_row,
-  // end_row), and its samples lie in [first_sampled, end_sampled).
-  struct PositionRange {
-    int64_t begin = 0, end = 0;
-    int64_t first_row = 0, end_row = 0;
-    int64_t first_sampled = 0, end_sampled = 0;
-
-    int64_t rows_above() const { return first_row - first_sampled; }
-    int64_t borrowed_rows() const { return rows_above() + end_sampled - end_row; }
-  };
-
   // Divides the images among workers, and unless the images alone keep every thread busy, their
   // positions or else the channels too.
   void PlanParts() {
     constexpr int64_t kImagesPerThread = 4;
     const int64_t threads = threads_.count, batch = params_.batch;
-    int64_t wanted = batch >= kImagesPerThread * threads ? 1 : threads / std::gcd(threads, batch);
-    if (wanted > 1 && PositionsCostLess() && PlanPositions()) wanted = 1;
-    channel_parts_ = Cut(AllChannels(params_), wanted);
-    if (!by_positions_) {
-      const int64_t ranges = std::min(batch, threads / static_cast<int64_t>(channel_parts_.size()));
-      for (int64_t i = 0; i < ranges; ++i) {
-        ranges_.push_back({PartBegin(batch, i, ranges) * params_.image_positions(),
-                           PartBegin(batch, i + 1, ranges) * params_.image_positions()});
-      }
+    const int64_t wanted =
+        batch >= kImagesPerThread * threads ? 1 : threads / std::gcd(threads, batch);
+    if (wanted > 1 && PositionsCostLess()) {
+      ranges_ = DividePositions(params_, tensors_, gradients_.sampled.input != nullptr, threads_);
+    }
+    by_positions_ = !ranges_.empty();
+    channel_parts_ = Cut(AllChannels(params_), by_positions_ ? 1 : wanted);
+    if (by_positions_) return;
+    const int64_t ranges = std::min(batch, threads / static_cast<int64_t>(channel_parts_.size()));
+    for (int64_t i = 0; i < ranges; ++i) {
+      ranges_.push_back({PartBegin(batch, i, ranges) * params_.image_positions(),
+                         PartBegin(batch, i + 1, ranges) * params_.image_positions()});
     }
   }
 
@@ -114,71 +107,7 @@ class Backward {
            params_.filters_size() <= kFiltersPerSample * samples;
   }
 
-  // Divides the positions among workers, if an image's rows are not too many, nor those that one
-  // would borrow. Returns whether it did.
-  bool PlanPositions() {
-    if (params_.in_h > kTileBytes / static_cast<int64_t>(sizeof(T*))) return false;
-    const int64_t count = std::min<int64_t>(threads_.count, params_.out_positions());
-    ranges_.resize(count);
-    for (int64_t i = 0; i < count; ++i) {
-      PositionRange& range = ranges_[i];
-      range.begin = PartBegin(params_.out_positions(), i, count);
-      range.end = PartBegin(params_.out_positions(), i + 1, count);
-      range.first_row = i == 0 ? 0 : FirstRowAt(range.begin);
-      range.end_row = i + 1 == count ? params_.batch * params_.in_h : FirstRowAt(range.end);
-    }
-    by_positions_ = true;
-    if (gradients_.sampled.input == nullptr) return true;
-    const std::vector<int32_t> tap_rows = TapRows();
-    RunOn(threads_, count, [&](int64_t i) { FindSampledRows(tap_rows, ranges_[i]); });
-    const int64_t row_bytes = RowSize() * static_cast<int64_t>(sizeof(T));
-    for (const PositionRange& range : ranges_) {
-      if (range.borrowed_rows() * row_bytes > kBorrowedBytes) by_positions_ = false;
-    }
-    if (!by_positions_) ranges_.clear();
-    return by_positions_;
-  }
-
   int64_t RowSize() const { return params_.in_w * params_.in_channels; }
-
-  // The row, of the rows of all images, in the middle of what a position's samples read without
-  // offsets; the image's first for its first position.
-  int64_t FirstRowAt(int64_t position) const {
-    const int64_t image = position / params_.image_positions();
-    const int64_t in_image = position - image * params_.image_positions();
-    const int64_t row = in_image / params_.out_w * params_.stride_h - params_.pad_top +
-                        (params_.kernel_h - 1) * params_.dilation_h / 2;
-    return image * params_.in_h + (in_image == 0 ? 0 : std::clamp<int64_t>(row, 0, params_.in_h));
-  }
-
-  // What each offset's tap adds to its position's row, for some positions: enough for vector code.
-  std::vector<int32_t> TapRows() const {
-    constexpr int64_t kWanted = 1024;
-    const int64_t offsets = params_.offset_channels();
-    std::vector<int32_t> rows(RoundUp(kWanted, offsets) + kSliceAlignment);
-    for (size_t i = 0; i < rows.size(); ++i) {
-      const int64_t tap = i % offsets / 2 % params_.taps();
-      rows[i] = static_cast<int32_t>(tap / params_.kernel_w * params_.dilation_h);
-    }
-    return rows;
-  }
-
-  // Only the first and the last image are shared with other workers.
-  void FindSampledRows(const std::vector<int32_t>& tap_rows, PositionRange& range) const {
-    range.first_sampled = range.first_row;
-    range.end_sampled = range.end_row;
-    const int64_t positions = (tap_rows.size() - kSliceAlignment) / params_.offset_channels();
-    for (const int64_t image : {ImageOf(range.begin), ImageOf(range.end - 1)}) {
-      const int64_t first = image * params_.image_positions();
-      const int64_t begin = std::max(range.begin, first);
-      const int64_t end = std::min(range.end, first + params_.image_positions());
-      const RowRange rows =
-          kernels_.sampled_rows(params_, tensors_.offset, begin, end, tap_rows.data(), positions);
-      if (rows.begin == rows.end) continue;
-      range.first_sampled = std::min(range.first_sampled, image * params_.in_h + rows.begin);
-      range.end_sampled = std::max(range.end_sampled, image * params_.in_h + rows.end);
-    }
-  }
 
   // Elements of the sum of a slice's filters' gradients.
   int64_t PartialSize(const ChannelSlice& slice) const {

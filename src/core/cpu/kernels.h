@@ -15,13 +15,15 @@
 
 namespace deform_conv {
 
-// Neighbouring input channels that share a deformable group and a convolution group: what one
-// sample reads at once, and what lies together in the columns.
+// Neighbouring input channels that share a deformable group: what one sample reads at once. They
+// share a convolution group too, and lie together in the columns; or each vector of them is a
+// group.
 struct ChannelRun {
   int64_t channel, count;
   int64_t deform_group;
   int64_t column;      // where the run's channels for tap 0 begin in a row of columns
   int64_t tap_stride;  // distance in the row from one tap to the next
+  int64_t spread;      // the run's i-th channel is at column + spread * i, if i is a vector's first
 };
 
 // Samples as LocateSample() gives them, and their masks, 1 where there is none. Where no corner
@@ -91,6 +93,8 @@ template <typename T>
 struct CpuKernels {
   // The result of a GEMM is computed in blocks of so many rows, and in panels of so many columns.
   int64_t gemm_rows, gemm_panel;
+
+  int64_t lanes;  // elements of a vector
 
   // Writes the tile's samples.
   void (*locate)(const DeformConvParams& params, const SampledTensors<T>& tensors,

@@ -92,7 +92,8 @@ std::vector<ChannelSlice> CutForCache(const DeformConvParams& params, const Chan
   return slices;
 }
 
-std::vector<ChannelRun> RunsOf(const DeformConvParams& params, const ChannelSlice& whole) {
+std::vector<ChannelRun> RunsOf(const DeformConvParams& params, const ChannelSlice& whole,
+                               int64_t lanes) {
   std::vector<ChannelRun> runs;
   ChannelSlice slice = whole;
   if (IsDirect(params)) {  // across groups
@@ -100,13 +101,17 @@ std::vector<ChannelRun> RunsOf(const DeformConvParams& params, const ChannelSlic
     slice.width = slice.channels();
   }
   const int64_t deform_width = params.deform_group_channels();
+  const bool vectors_are_groups =
+      slice.groups > 1 && slice.width == lanes && deform_width % lanes == 0;
+  const int64_t spread = vectors_are_groups ? params.taps() : 1;
   for (int64_t channel = slice.begin; channel < slice.end; channel += runs.back().count) {
     const int64_t group = (channel - slice.begin) / slice.width;
     const int64_t in_group = channel - slice.begin - group * slice.width;
     const int64_t g = channel / deform_width;
-    const int64_t count = std::min((g + 1) * deform_width - channel, slice.width - in_group);
+    const int64_t left = vectors_are_groups ? slice.end - channel : slice.width - in_group;
+    const int64_t count = std::min((g + 1) * deform_width - channel, left);
     const int64_t column = group * params.taps() * slice.width + in_group;
-    runs.push_back({channel, count, g, column, slice.width});
+    runs.push_back({channel, count, g, column, slice.width, spread});
   }
   return runs;
 }

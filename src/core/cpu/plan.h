@@ -56,8 +56,10 @@ std::vector<ChannelSlice> Cut(const ChannelSlice& slice, int64_t count);
 template <typename T>
 std::vector<ChannelSlice> CutForCache(const DeformConvParams& params, const ChannelSlice& whole);
 
-// The runs that im2col, col2im and the direct kernels read for a slice.
-std::vector<ChannelRun> RunsOf(const DeformConvParams& params, const ChannelSlice& slice);
+// The runs that im2col, col2im and the direct kernels read for a slice, with vectors of `lanes`
+// elements.
+std::vector<ChannelRun> RunsOf(const DeformConvParams& params, const ChannelSlice& slice,
+                               int64_t lanes);
 
 // Puts `slices` into rounds, in order, so that `bytes_of` adds up to at most `bound` in each that
 // has more than one slice.

@@ -37,7 +37,7 @@ class Tile {
   // Makes room for what `slice` needs, and locates what it samples.
   void Take(const ChannelSlice& slice) {
     slice_ = slice;
-    runs_ = RunsOf(params_, slice);
+    runs_ = RunsOf(params_, slice, kernels_.lanes);
     int64_t longest = 0;
     for (const ChannelRun& run : runs_) longest = std::max(longest, run.count);
     if (static_cast<int64_t>(zeros_.size()) < longest) {

@@ -198,13 +198,14 @@ void Col2ImFor(const DeformConvParams& params, const ChannelRuns& runs, const Ti
   ForEachRead(params, runs, tile, backprop.input,
               [=](const ChannelRun& run, int64_t row, int64_t tap, const TileSample<T>& sample,
                   int64_t n, int64_t at) DEFORM_CONV_INLINE_LAMBDA {
+                const int64_t spread = channels > 0 ? 1 : run.spread;
                 T* column = columns.data + row * columns.stride + run.column + tap * run.tap_stride;
                 BackpropSample<want_input, want_offset_or_mask, replace>(
                     copy, run, channels > 0 ? channels : run.count, sample, n, at,
                     [=](int64_t i, auto lanes)
-                        DEFORM_CONV_INLINE_LAMBDA { return Load<lanes()>(column + i); },
+                        DEFORM_CONV_INLINE_LAMBDA { return Load<lanes()>(column + i * spread); },
                     [=](int64_t i, auto lanes, const auto& sample)
-                        DEFORM_CONV_INLINE_LAMBDA { Store<lanes()>(column + i, sample); });
+                        DEFORM_CONV_INLINE_LAMBDA { Store<lanes()>(column + i * spread, sample); });
               });
 }
 
@@ -239,7 +240,7 @@ void Col2Im(const DeformConvParams& params, const ChannelRuns& runs, const TileS
     };
     // Training as usual; others do without.
     if constexpr (want_input() && want_offset_or_mask() && want_samples()) {
-      WithChannels<8, 16>(runs, run);
+      WithChannels<8, 16, 32, 64, 128>(runs, run);
     } else {
       WithChannels<>(runs, run);
     }

@@ -142,12 +142,13 @@ struct Corners {
 };
 
 // Calls run(channels), a std::integral_constant<int, ...>: the number of channels that every run
-// has if that is among `of`, for the compiler to know it, and otherwise 0.
+// has if that is among `of`, for the compiler to know it, and otherwise 0: also where they are
+// spread.
 template <int... of, typename Run>
 DEFORM_CONV_INLINE void WithChannels(const ChannelRuns& runs, const Run& run) {
   int64_t count = runs.begin->count;
   for (const ChannelRun* other = runs.begin; other < runs.end; ++other) {
-    if (other->count != count) count = 0;
+    if (other->count != count || other->spread != 1) count = 0;
   }
   const bool known = ((count == of && (run(std::integral_constant<int, of>()), true)) || ...);
   if (!known) run(std::integral_constant<int, 0>());
@@ -177,13 +178,14 @@ void Im2ColFor(const DeformConvParams& params, const ChannelRuns& runs,
                 const Corners<const T> from(input + at, input + at + down, right, corner_bits,
                                             zeros);
                 const int64_t count = channels > 0 ? channels : run.count;
+                const int64_t spread = channels > 0 ? 1 : run.spread;
                 ForEachVector<T>(count, [=](int64_t i, auto lanes) DEFORM_CONV_INLINE_LAMBDA {
                   constexpr int n = lanes();
                   const Vector<T, n> sample = top_left * Load<n>(from.at[kTopLeft] + i) +
                                               top_right * Load<n>(from.at[kTopRight] + i) +
                                               bottom_left * Load<n>(from.at[kBottomLeft] + i) +
                                               bottom_right * Load<n>(from.at[kBottomRight] + i);
-                  Store<n>(to + i, has_mask ? mask * sample : sample);
+                  Store<n>(to + i * spread, has_mask ? mask * sample : sample);
                 });
               });
 }

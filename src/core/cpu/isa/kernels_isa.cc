@@ -26,8 +26,8 @@ namespace DEFORM_CONV_ISA {
 
 template <typename T>
 constexpr CpuKernels<T> kKernels = {
-    kRows,   kPanel<T>,         Locate<T>, SampledRows<T>,   Im2Col<T>,        Col2Im<T>,
-    Pack<T>, PackTransposed<T>, Gemm<T>,   DirectForward<T>, DirectBackward<T>};
+    kRows,     kPanel<T>, kLanes<T>,         Locate<T>, SampledRows<T>,   Im2Col<T>,
+    Col2Im<T>, Pack<T>,   PackTransposed<T>, Gemm<T>,   DirectForward<T>, DirectBackward<T>};
 extern const CpuKernels<float> kFloatKernels = kKernels<float>;
 extern const CpuKernels<double> kDoubleKernels = kKernels<double>;
 extern const CpuLayoutKernels<float> kFloatLayout = {ToNative<float, float>,
