@@ -105,18 +105,13 @@ struct GroupSizes {
 template <typename T, typename Run>
 DEFORM_CONV_INLINE void WithGroupSizes(const DirectFilters<const T>& filters, const Run& run) {
   const int64_t size = filters.group_in == filters.group_out ? filters.group_in : 0;
-  switch (size) {
-    case 1:
-      return run(GroupSizes<1, 1>());
-    case 2:
-      return run(GroupSizes<2, 2>());
-    case 4:
-      return run(GroupSizes<4, 4>());
-    case 8:
-      return run(GroupSizes<8, 8>());
-    default:
-      return run(GroupSizes<0, 0>());
+  if (size == 1) return run(GroupSizes<1, 1>());
+  if constexpr (kKnownSizes<T>) {
+    if (size == 2) return run(GroupSizes<2, 2>());
+    if (size == 4) return run(GroupSizes<4, 4>());
+    if (size == 8) return run(GroupSizes<8, 8>());
   }
+  run(GroupSizes<0, 0>());
 }
 
 // Sums over the taps for `lanes * vectors` input channels and each output channel of their groups,

@@ -198,7 +198,11 @@ void Im2Col(const DeformConvParams& params, const ChannelRuns& runs, const TileS
         tensors.mask == nullptr ? Im2ColFor<channels(), false, T> : Im2ColFor<channels(), true, T>;
     im2col(params, runs, tile, tensors.input, zeros, columns);
   };
-  WithChannels<1, 3, 4, 8, 16, 32, 64, 128>(runs, run);
+  if constexpr (kKnownSizes<T>) {
+    WithChannels<1, 3, 4, 8, 16, 32, 64, 128>(runs, run);
+  } else {
+    WithChannels<>(runs, run);
+  }
 }
 
 }  // namespace DEFORM_CONV_ISA

@@ -52,6 +52,11 @@ struct VectorOf<double, 1> {
 template <typename T, int n = kLanes<T>>
 using Vector = typename VectorOf<T, n>::type;
 
+// Whether loops are compiled for sizes known to the compiler: not in double, which serves to check
+// gradients, for a smaller library.
+template <typename T>
+constexpr bool kKnownSizes = std::is_same_v<T, float>;
+
 template <int n, typename T>
 DEFORM_CONV_INLINE Vector<T, n> Load(const T* from) {
   return *reinterpret_cast<const Vector<T, n>*>(from);
