@@ -1,20 +1,25 @@
 #!/usr/bin/env python3
 """Times deform_conv2d on the CPU, measures its memory, and writes a report.
 
-    python benchmarks/benchmark_cpu.py [--rounds N] [--parts PART ...] [--output FILE.json]
+    python benchmarks/benchmark_cpu.py [--rounds N] [--parts PART ...] [--layers NAME ...]
+                                       [--output FILE.json]
 
 Parts, each in a process of its own:
 
     layers   four layers of detection networks and the experiment's four, against tf.nn.conv2d and,
              where requirements-peers.txt is installed, torchvision and ONNX Runtime
+    zoo      layers of real networks (zoo.py), with batches of an eighth, against tf.nn.conv2d or
+             tf.nn.depthwise_conv2d; --layers takes those whose names contain one of the texts
     types    float16, bfloat16 and NCHW against float32 in NHWC
     scaling  over batches, channels, image sizes and threads, against tf.nn.conv2d
     memory   the most that forward and backward hold beyond their tensors
 
+Scaling is measured with 1, 2, 4 threads and so on, up to as many as there are processors.
+
 3x3 kernels, SAME padding, float32 and NHWC unless said otherwise; offsets with a standard deviation
 of one pixel. "forward+backward" is with respect to input, filters and, for deformable convolutions,
-offset. What is compared is timed in turn, so that whatever else the machine does falls on all.
-Prints medians; --output keeps them with their quartiles, as FILE.json, FILE.md and FILE.png.
+offset and mask. What is compared is timed in turn, so that whatever else the machine does falls on
+all. Prints medians; --output keeps them with their quartiles, as FILE.json, FILE.md and FILE.png.
 """
 
 import argparse
@@ -36,6 +41,7 @@ import numpy as np
 import peers
 import report
 from layers import EXPERIMENT, MEASUREMENTS, Layer
+from zoo import layers_named
 
 from utils.cli import number, run
 
@@ -54,6 +60,7 @@ SCALING = {
     "image size": {size: Layer(1, 64, 64, size, size) for size in (14, 28, 56, 112, 224)},
 }
 MEMORY_LAYER = Layer(16, 256, 256, 50, 76)
+ZOO_BATCH_PARTS = 8  # the zoo's batches are those of one GPU
 # Types and data formats, as arguments of tensorflow_functions().
 VARIANTS = {
     "float32": {},
@@ -92,12 +99,14 @@ def arrays_of(layer: Layer) -> dict[str, np.ndarray]:
     def normal(*dimensions, scale=1.0):
         return (scale * rng.standard_normal(dimensions, np.float32)).astype(np.float32)
 
+    filters = (*layer.kernel, layer.channels // layer.groups, layer.out_channels)
+    samples = layer.deform_groups * layer.taps
     return {
         "image": normal(layer.batch, layer.height, layer.width, layer.channels),
-        "filters": normal(*layer.kernel, layer.channels, layer.out_channels, scale=0.05),
-        "offset": normal(*outputs, 2 * layer.taps),
+        "filters": normal(*filters, scale=0.05),
+        "offset": normal(*outputs, 2 * samples),
         "grad_output": normal(*outputs, layer.out_channels),
-    }
+    } | ({"mask": normal(*outputs, samples)} if layer.masked else {})
 
 
 # Calls a function, and returns the milliseconds that it took.
@@ -107,7 +116,10 @@ Timer = Callable[[], float]
 def tensorflow_functions(
     layer: Layer, name: str, dtype: str = "float32", data_format: str = "NHWC"
 ) -> dict[str, Callable[[], object]]:
-    """For each measurement, a call of "deform_conv2d" or "tf.nn.conv2d" on random tensors."""
+    """For each measurement, a call of "deform_conv2d" or "tf.nn.conv2d" on random tensors.
+
+    In depthwise layers, the latter is tf.nn.depthwise_conv2d.
+    """
     from utils.quiet_tensorflow import tf
 
     # Here, so that run() can tell of a missing library.
@@ -121,12 +133,27 @@ def tensorflow_functions(
     arrays = {key: tensor(key, array) for key, array in arrays_of(layer).items()}
     arguments = [arrays["image"], arrays["filters"]]
     if name == "deform_conv2d":
-        arguments.append(arrays["offset"])
+        arguments += [arrays[key] for key in ("offset", "mask") if key in arrays]
+    elif layer.depthwise:
+        shape = (*layer.kernel, layer.channels, layer.out_channels // layer.channels)
+        arguments[1] = tf.reshape(arguments[1], shape)
 
     def forward(*arguments):
         if name == "deform_conv2d":
-            return deform_conv2d(*arguments, strides=layer.stride, data_format=data_format)
-        return tf.nn.conv2d(*arguments, layer.stride, "SAME", data_format=data_format)
+            return deform_conv2d(
+                *arguments,
+                strides=layer.stride,
+                dilations=layer.dilation,
+                deform_groups=layer.deform_groups,
+                data_format=data_format,
+            )
+        if layer.depthwise:
+            return tf.nn.depthwise_conv2d(
+                *arguments, (1, *[layer.stride] * 2, 1), "SAME", dilations=[layer.dilation] * 2
+            )
+        return tf.nn.conv2d(
+            *arguments, layer.stride, "SAME", data_format=data_format, dilations=layer.dilation
+        )
 
     def backward(*arguments):
         with tf.GradientTape() as tape:
@@ -211,6 +238,25 @@ def time_layers(rounds: int) -> dict:
                 result[title][str(layer)] = times
                 print(layer, _medians(times), flush=True)
     return result
+
+
+def time_zoo(rounds: int, layers: dict[str, Layer]) -> dict:
+    rows = {}
+    for name, of_gpu in layers.items():
+        layer = of_gpu._replace(batch=max(of_gpu.batch // ZOO_BATCH_PARTS, 1))
+        contestants = {
+            function: tensorflow_timers(layer, function)
+            for function in ("deform_conv2d", "tf.nn.conv2d")
+        }
+        rows[name] = compare(contestants, rounds)
+        print(name, _medians(rows[name]), flush=True)
+    return {"Layers of real networks": rows}
+
+
+def thread_counts() -> list[int]:
+    """1, 2, 4 and so on, and as many as there are processors."""
+    most = os.cpu_count()
+    return sorted({2**i for i in range(most.bit_length()) if 2**i <= most} | {most})
 
 
 def time_types(rounds: int) -> dict:
@@ -346,6 +392,13 @@ def as_markdown(results: dict) -> str:
             "(×) is the time divided by that of tf.nn.conv2d.\n",
             rows_as_markdown(rows, "tf.nn.conv2d", "deform_conv2d"),
         ]
+    for title, rows in results.get("zoo", {}).items():
+        lines += [
+            f"## {title}\n",
+            "(×) is the time divided by that of tf.nn.conv2d, in depthwise layers "
+            "tf.nn.depthwise_conv2d.\n",
+            rows_as_markdown(rows, "tf.nn.conv2d"),
+        ]
     for title, rows in results.get("types", {}).items():
         lines += [
             f"## {title}\n",
@@ -377,11 +430,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    all_parts = ("layers", "types", "scaling", "memory")
+    all_parts = ("layers", "zoo", "types", "scaling", "memory")
     parser.add_argument("--rounds", type=number(int, at_least=10), default=25)
     parser.add_argument("--parts", nargs="+", choices=all_parts, default=all_parts)
+    parser.add_argument("--layers", nargs="+", default=[""], help="parts of names in the zoo")
     parser.add_argument("--output", type=Path, help="write the report there")
     arguments = parser.parse_args()
+    zoo_layers = layers_named(arguments.layers)
 
     from utils.quiet_tensorflow import tf
 
@@ -398,6 +453,8 @@ def main() -> None:
     results = {"machine": machine, "rounds": arguments.rounds}
     if "layers" in arguments.parts:
         results["layers"] = in_own_process(time_layers, arguments.rounds)
+    if "zoo" in arguments.parts:
+        results["zoo"] = in_own_process(time_zoo, arguments.rounds, zoo_layers)
     if "types" in arguments.parts:
         results["types"] = in_own_process(time_types, arguments.rounds)
     if "scaling" in arguments.parts:
@@ -405,7 +462,7 @@ def main() -> None:
             f"{threads} thread{'s' * (threads > 1)}": in_own_process(
                 time_scaling, arguments.rounds, threads=threads
             )
-            for threads in sorted({1, os.cpu_count()})
+            for threads in thread_counts()
         }
     if "memory" in arguments.parts:
         results["memory"] = {name: in_own_process(measure_memory, name) for name in VARIANTS}

@@ -1,6 +1,8 @@
 """The benchmarks' lists and reports, as far as they need no GPU."""
 
+import json
 import re
+import subprocess
 import sys
 
 import pytest
@@ -144,3 +146,20 @@ def test_plot_of_the_whole_zoo_is_drawn(tmp_path):
     }
     report.plot_gpu(tmp_path / "zoo.png", bars)
     assert (tmp_path / "zoo.png").stat().st_size > 1000
+
+
+# --- The CPU's ---
+
+
+def test_zoo_is_timed_on_the_cpu_against_tensorflows_own_convolutions(tmp_path):
+    """A masked layer of an odd number of channels, and a depthwise one."""
+    kept = tmp_path / "zoo.json"
+    command = [sys.executable, PROJECT / "benchmarks" / "benchmark_cpu.py", "--parts", "zoo"]
+    command += ["--layers", "odd 30", "dg4", "--rounds", "10", "--output", kept]
+    subprocess.run(command, check=True, capture_output=True)
+    (rows,) = json.loads(kept.read_text())["zoo"].values()
+    assert list(rows) == ["R50-DCNv1 dg4 c4", "DCNv3-like depthwise dg4", "odd 30 channels"]
+    for times in rows.values():
+        assert list(times) == list(MEASUREMENTS)
+        assert all(list(of) == ["deform_conv2d", "tf.nn.conv2d"] for of in times.values())
+    assert "## Layers of real networks" in kept.with_suffix(".md").read_text()

@@ -28,7 +28,8 @@ if threads:
     tf.config.threading.set_intra_op_parallelism_threads(threads)
 from tests.conftest import random_case, run
 results = {}
-for batch, channels, groups in ((5, 24, 1), (1, 48, 1), (1, 48, 3), (1, 64, 64)):
+cases = ((5, 24, 1), (1, 48, 1), (1, 48, 3), (1, 64, 64), (3, 32, 8), (1, 64, 4), (1, 64, 8))
+for batch, channels, groups in cases:
     for dtype in (tf.float64, tf.float32, tf.float16, tf.bfloat16):
         case = random_case(np.random.default_rng(1), batch=batch, size=(17, 19), channels=channels,
                            out_channels=2 * channels, groups=groups, deform_groups=2)

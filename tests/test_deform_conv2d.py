@@ -507,8 +507,14 @@ def test_any_channel_count(channels, rng):
         # Filters that are packed and summed up in several rounds.
         {"batch": 1, "size": (3, 4), "channels": 400, "out_channels": 800},
         {"batch": 5, "size": (2, 3), "channels": 256, "out_channels": 512, "mask": False},
-        # An image whose offset gradients are summed up in several bands.
+        # An image whose positions are divided, with few and with many pixels that several workers
+        # sample; or whose channels are, with offset gradients that are summed up in several bands.
         {"batch": 1, "size": (90, 80), "channels": 32, "out_channels": 3},
+        {"batch": 1, "size": (90, 80), "channels": 128, "out_channels": 3, "offset_scale": 60.0},
+        {"batch": 1, "size": (50, 50), "channels": 32, "out_channels": 400},
+        # Workers whose positions begin in one image and end in another.
+        {"batch": 3, "size": (30, 7), "channels": 5, "out_channels": 3, "strides": (3, 1)},
+        {"batch": 5, "size": (1, 1), "channels": 3, "out_channels": 2, "offset_scale": 0.5},
         # Tiles that begin and end anywhere in rows and images.
         {"batch": 7, "size": (11, 5), "channels": 3, "out_channels": 4, "strides": (2, 1)},
         # Taps so far away that positions are computed in 64 bits.
@@ -524,6 +530,64 @@ def test_equals_the_reference_however_the_work_is_divided(configuration, rng):
     )
     for key, value in actual.items():
         assert relative_error(value, expected[key]) <= 1e-12, key
+
+
+# --- Groups ---
+
+
+# Narrow ones go through loops of their own on a CPU, wide ones through columns and GEMMs; a single
+# group never is narrow.
+@pytest.mark.parametrize(
+    ("group_in", "group_out"),
+    [
+        *[
+            (1, 1),
+            (1, 3),
+            (1, 16),
+            (2, 2),
+            (2, 17),
+            (3, 5),
+            (4, 4),
+            (5, 2),
+            (8, 8),
+            (16, 8),
+            (17, 8),
+        ],
+        # Groups of a vector, whatever the type and the instruction set.
+        *[(4, 9), (8, 16), (16, 16)],
+    ],
+)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(tf.float64, 1e-12), (tf.float32, 2e-6)])
+@pytest.mark.parametrize("mask", [True, False])
+def test_a_group_is_a_layer_of_its_own(mask, dtype, tolerance, group_in, group_out, rng):
+    groups, deform_groups = 6, 2
+    case = random_case(
+        rng, size=(9, 8), channels=groups * group_in, out_channels=groups * group_out,
+        groups=groups, deform_groups=deform_groups, mask=mask,
+    )  # fmt: skip
+    tensors = case.tensors(dtype)
+    output_shape = deform_conv2d(**tensors, **case.attributes).shape
+    grad_output = tf.constant(rng.standard_normal(output_shape), dtype)
+    actual = run(tensors, case.attributes, grad_output)
+
+    # What group j has of each tensor; two deformable groups have three groups each.
+    def part(name, tensor, j):
+        parts = deform_groups if name in ("offset", "mask") else groups
+        return tf.split(tensor, parts, axis=-1)[j * parts // groups]
+
+    alone = [
+        run(
+            {name: part(name, tensor, j) for name, tensor in tensors.items()},
+            case.attributes | {"deform_groups": 1},
+            part("output", grad_output, j),
+        )
+        for j in range(groups)
+    ]
+    for key, value in actual.items():
+        parts = [each[key] for each in alone]
+        if key in ("grad_offset", "grad_mask"):
+            parts = [tf.add_n(parts[:3]), tf.add_n(parts[3:])]
+        assert relative_error(value, tf.concat(parts, axis=-1)) <= tolerance, key
 
 
 # --- Depthwise layers: each convolution group has one input channel ---

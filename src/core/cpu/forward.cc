@@ -1,5 +1,5 @@
 // Forward on the CPU: threads take tiles of positions, and for each slice of channels im2col and
-// GEMM.
+// GEMM, or the direct kernel.
 
 #include <algorithm>
 #include <atomic>
@@ -24,6 +24,10 @@ void ForwardTile(const DeformConvParams& params, const CpuKernels<T>& kernels,
   for (size_t i = 0; i < slices.size(); ++i) {
     const ChannelSlice& slice = slices[i];
     tile.Take(slice);
+    if (IsDirect(params)) {
+      tile.DirectForward(packed.Direct(i), output);
+      continue;
+    }
     tile.Im2Col();
     for (int64_t j = 0; j < slice.groups; ++j) {
       const int64_t group = slice.first_group + j;
@@ -40,7 +44,7 @@ void Forward(const DeformConvParams& params, const SampledTensors<T>& tensors, c
              const CpuThreads& threads, T* output) {
   const CpuKernels<T>& kernels = SelectCpuKernels<T>();
   const int64_t positions = params.out_positions();
-  const std::vector<ChannelSlice> all = CutForColumns<T>(params, AllChannels(params));
+  const std::vector<ChannelSlice> all = CutForCache<T>(params, AllChannels(params));
   const int64_t tile_positions = TilePositions<T>(params, all, positions, threads.count);
   const int64_t tiles = CeilDiv(positions, tile_positions);
   PackedFilters<T> packed(params, GemmForm::kPlain);

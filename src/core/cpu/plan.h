@@ -15,11 +15,19 @@
 
 namespace deform_conv {
 
-// Bounds on what a thread allocates: packed filters, sums of the filters' gradient, and each buffer
-// of a tile or band. A single slice or position that needs more exceeds them.
+// Bounds on what a thread allocates: packed filters, sums of the filters' gradient, rows of an
+// image that others own, and each buffer of a tile or band. A single slice or position that needs
+// more exceeds them.
 constexpr int64_t kPackedBytes = int64_t{3} << 20;
 constexpr int64_t kPartialBytes = int64_t{3} << 20;
+constexpr int64_t kBorrowedBytes = int64_t{3} << 20;
 constexpr int64_t kTileBytes = int64_t{1} << 19;
+
+// --- The choice between two ways ---
+
+// Whether a layer goes through the direct kernels, for narrow groups, rather than through columns
+// and GEMMs: whether they can, and are faster.
+bool IsDirect(const DeformConvParams& params);
 
 // --- Channels ---
 
@@ -38,17 +46,20 @@ struct ChannelSlice {
 ChannelSlice AllChannels(const DeformConvParams& params);
 
 // Cuts a slice into `count` nearly equal ones if it has enough groups, or enough aligned channels
-// within its one group; otherwise into fewer.
+// within its one group; otherwise into fewer. Cuts between groups are aligned too, if there are
+// enough such places.
 std::vector<ChannelSlice> Cut(const ChannelSlice& slice, int64_t count);
 
-// Cuts a slice so that a tile's columns fit the second-level cache. Large filters give narrower
-// slices. Cuts between groups if the groups are narrow, within them otherwise. T is the type of the
-// columns.
+// Cuts a slice so that a tile's columns fit the second-level cache, or the filters of the direct
+// kernels the first-level one. Large filters give narrower slices. Cuts between groups if the
+// groups are narrow, within them otherwise. T is the type of the columns.
 template <typename T>
-std::vector<ChannelSlice> CutForColumns(const DeformConvParams& params, const ChannelSlice& whole);
+std::vector<ChannelSlice> CutForCache(const DeformConvParams& params, const ChannelSlice& whole);
 
-// The runs that im2col and col2im read for a slice.
-std::vector<ChannelRun> RunsOf(const DeformConvParams& params, const ChannelSlice& slice);
+// The runs that im2col, col2im and the direct kernels read for a slice, with vectors of `lanes`
+// elements.
+std::vector<ChannelRun> RunsOf(const DeformConvParams& params, const ChannelSlice& slice,
+                               int64_t lanes);
 
 // Puts `slices` into rounds, in order, so that `bytes_of` adds up to at most `bound` in each that
 // has more than one slice.

@@ -32,4 +32,11 @@ void ForEachOn(const CpuThreads& threads, int64_t count, const std::function<voi
   });
 }
 
+void ForRangesOn(const CpuThreads& threads, int64_t size, int64_t least,
+                 const std::function<void(int64_t, int64_t)>& work) {
+  const int64_t parts = std::clamp<int64_t>(size / least, 1, threads.count);
+  RunOn(threads, parts,
+        [&](int64_t i) { work(PartBegin(size, i, parts), PartBegin(size, i + 1, parts)); });
+}
+
 }  // namespace deform_conv

@@ -29,6 +29,11 @@ void RunOn(const CpuThreads& threads, int64_t count, const std::function<void(in
 // Calls work(i) for each i in [0, count). Whichever thread is free takes the next.
 void ForEachOn(const CpuThreads& threads, int64_t count, const std::function<void(int64_t)>& work);
 
+// Calls work(begin, end) for ranges that cover [0, size), side by side, and for no more than lets
+// each have `least`: waking a thread takes some microseconds.
+void ForRangesOn(const CpuThreads& threads, int64_t size, int64_t least,
+                 const std::function<void(int64_t, int64_t)>& work);
+
 }  // namespace deform_conv
 
 #endif  // DEFORM_CONV_CORE_CPU_THREADS_H_

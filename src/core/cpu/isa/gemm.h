@@ -22,21 +22,22 @@ constexpr int kRows = kVectorBytes == 64 ? 12 : 6;
 template <typename T>
 constexpr int kPanel = kPanelVectors * kLanes<T>;
 
-// c [rows, kPanel] (+)= a [rows, k] * panel [k, kPanel].
-template <int rows, bool transpose_a, typename T>
+// c [rows, width] (+)= a [rows, k] * the first columns of panel [k, kPanel], `vectors` of them
+// wide.
+template <int rows, int vectors, bool transpose_a, typename T>
 DEFORM_CONV_INLINE void GemmBlock(int64_t k, const T* a, int64_t a_stride, const T* panel, T* c,
                                   int64_t c_stride, bool accumulate) {
   constexpr int kWidth = kLanes<T>;
-  Vector<T> sums[rows][kPanelVectors] = {};
+  Vector<T> sums[rows][vectors] = {};
   for (int64_t p = 0; p < k; ++p) {
-    Vector<T> b[kPanelVectors];
+    Vector<T> b[vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kPanelVectors; ++v) b[v] = Load<kWidth>(panel + v * kWidth);
+    for (int v = 0; v < vectors; ++v) b[v] = Load<kWidth>(panel + v * kWidth);
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) {
       const T element = transpose_a ? a[r] : a[r * a_stride];
 #pragma GCC unroll 4
-      for (int v = 0; v < kPanelVectors; ++v) sums[r][v] += element * b[v];
+      for (int v = 0; v < vectors; ++v) sums[r][v] += element * b[v];
     }
     panel += kPanel<T>;
     a += transpose_a ? a_stride : 1;
@@ -44,7 +45,7 @@ DEFORM_CONV_INLINE void GemmBlock(int64_t k, const T* a, int64_t a_stride, const
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kPanelVectors; ++v) {
+    for (int v = 0; v < vectors; ++v) {
       T* to = c + r * c_stride + v * kWidth;
       Store<kWidth>(to, accumulate ? Load<kWidth>(to) + sums[r][v] : sums[r][v]);
     }
@@ -52,13 +53,13 @@ DEFORM_CONV_INLINE void GemmBlock(int64_t k, const T* a, int64_t a_stride, const
 }
 
 // The same for a number of rows that is known at run time only, 1 to `rows`.
-template <int rows, bool transpose_a, typename T>
+template <int rows, int vectors, bool transpose_a, typename T>
 void GemmRows(int64_t count, int64_t k, const T* a, int64_t a_stride, const T* panel, T* c,
               int64_t c_stride, bool accumulate) {
   if (count == rows) {
-    GemmBlock<rows, transpose_a>(k, a, a_stride, panel, c, c_stride, accumulate);
+    GemmBlock<rows, vectors, transpose_a>(k, a, a_stride, panel, c, c_stride, accumulate);
   } else if constexpr (rows > 1) {
-    GemmRows<rows - 1, transpose_a>(count, k, a, a_stride, panel, c, c_stride, accumulate);
+    GemmRows<rows - 1, vectors, transpose_a>(count, k, a, a_stride, panel, c, c_stride, accumulate);
   }
 }
 
@@ -79,17 +80,25 @@ void GemmFor(const Matrix<const T>& a, const T* packed, const Matrix<T>& c, bool
         const T* a_block = a_part + (transpose_a ? i : i * a.stride);
         T* to = c.data + i * c.stride + j;
         if (width == kPanel<T>) {
-          GemmRows<kRows, transpose_a>(rows, k_part, a_block, a.stride, panel, to, c.stride, add);
+          GemmRows<kRows, kPanelVectors, transpose_a>(rows, k_part, a_block, a.stride, panel, to,
+                                                      c.stride, add);
+          continue;
+        }
+        const auto narrow = width > kLanes<T> ? GemmRows<kRows, kPanelVectors, transpose_a, T>
+                                              : GemmRows<kRows, 1, transpose_a, T>;
+        if (width == kLanes<T>) {
+          narrow(rows, k_part, a_block, a.stride, panel, to, c.stride, add);
           continue;
         }
         T block[kRows * kPanel<T>];
-        GemmRows<kRows, transpose_a>(rows, k_part, a_block, a.stride, panel, block, kPanel<T>,
-                                     false);
+        narrow(rows, k_part, a_block, a.stride, panel, block, kPanel<T>, false);
         for (int64_t r = 0; r < rows; ++r) {
-          for (int64_t q = 0; q < width; ++q) {
-            const T sum = block[r * kPanel<T> + q];
-            to[r * c.stride + q] = add ? to[r * c.stride + q] + sum : sum;
-          }
+          const T* from = block + r * kPanel<T>;
+          T* row = to + r * c.stride;
+          ForEachVector<T>(width, [=](int64_t q, auto lanes) DEFORM_CONV_INLINE_LAMBDA {
+            constexpr int n = lanes();
+            Store<n>(row + q, add ? Load<n>(row + q) + Load<n>(from + q) : Load<n>(from + q));
+          });
         }
       }
     }

@@ -13,10 +13,6 @@
 namespace deform_conv {
 namespace DEFORM_CONV_ISA {
 
-// Lambdas that are handed to an inlined function must be inlined too, or their captures would go
-// through memory.
-#define DEFORM_CONV_INLINE_LAMBDA __attribute__((always_inline))
-
 // Prefetches the pixels that coming positions will be the first to sample, if offsets are small.
 // Hardware prefetchers see no pattern in samples.
 template <typename T>
@@ -55,20 +51,19 @@ class InputPrefetcher {
   int64_t channels_, pixels_, step_, wanted_, pixel_, size_;
 };
 
-// Calls visit(run, row, tap, block, lane, n, top_left) for all that a tile reads: `row` is the
-// position's, counted from the tile's first; the sample is the block's lane; `n` is the image; and
-// `top_left` is where the run's channels at its top left corner are in the input, in elements.
+// Calls visit(run, row, n, image, first_sample) for each run at each position of a tile: `row` is
+// the position's, counted from the tile's first; `n` is the image, and `image` where the run's
+// channels of its first pixel are in the input, in elements; and from `first_sample` on lie the
+// samples of the position's taps.
 template <typename T, typename Visit>
-DEFORM_CONV_INLINE void ForEachRead(const DeformConvParams& params, const ChannelRuns& runs,
-                                    const TileSamples<T>& tile, const T* input,
-                                    const Visit& visit) {
+DEFORM_CONV_INLINE void ForEachRunAtPosition(const DeformConvParams& params,
+                                             const ChannelRuns& runs, const TileSamples<T>& tile,
+                                             const T* input, const Visit& visit) {
   InputPrefetcher<T> prefetcher(params, runs, tile, input);
-  constexpr uint64_t kSize = SampleBlock<T>::kSize;
-  const int64_t taps = params.taps(), channels = params.in_channels, in_w = params.in_w;
+  const int64_t taps = params.taps(), image_size = params.in_h * params.in_w * params.in_channels;
   const int64_t image_positions = params.out_h * params.out_w;
   const int64_t groups = tile.end_deform_group - tile.first_deform_group;
   const int64_t rows = tile.end - tile.begin;
-  const SampleBlock<T>* const blocks = tile.blocks;
   int64_t n = tile.begin / image_positions;
   int64_t rows_begin = 0;
   while (rows_begin < rows) {  // image by image
@@ -76,16 +71,12 @@ DEFORM_CONV_INLINE void ForEachRead(const DeformConvParams& params, const Channe
     const int64_t rows_end = image_end < rows ? image_end : rows;
     for (const ChannelRun* next = runs.begin; next < runs.end; ++next) {
       const ChannelRun run = *next;
-      const int64_t image = n * params.in_h * in_w * channels + run.channel;
+      const int64_t image = n * image_size + run.channel;
       for (int64_t row = rows_begin; row < rows_end; ++row) {
         if (next == runs.begin) prefetcher.Next();
-        uint64_t sample = (row * groups + run.deform_group - tile.first_deform_group) * taps;
-        for (int64_t tap = 0; tap < taps; ++tap, ++sample) {
-          const SampleBlock<T>& block = blocks[sample / kSize];
-          const uint64_t lane = sample % kSize;
-          const int64_t pixel = block.h_low[lane] * in_w + block.w_low[lane];
-          visit(run, row, tap, block, lane, n, image + pixel * channels);
-        }
+        visit(run, row, n, image,
+              static_cast<uint64_t>((row * groups + run.deform_group - tile.first_deform_group) *
+                                    taps));
       }
     }
     rows_begin = rows_end;
@@ -93,21 +84,77 @@ DEFORM_CONV_INLINE void ForEachRead(const DeformConvParams& params, const Channe
   }
 }
 
+// A tile's index-th sample: the lane of a block.
+template <typename T>
+struct TileSample {
+  uint64_t index;
+  const SampleBlock<T>& block;
+  uint64_t lane;
+
+  DEFORM_CONV_INLINE TileSample(const SampleBlock<T>* blocks, uint64_t index)
+      : index(index),
+        block(blocks[index / SampleBlock<T>::kSize]),
+        lane(index % SampleBlock<T>::kSize) {}
+};
+
+// Calls visit(tap, sample, top_left) for the samples of a position's taps: `top_left` is where the
+// sample's top left corner is, from `image` on, in elements.
+template <typename T, typename Visit>
+DEFORM_CONV_INLINE void ForEachTap(const SampleBlock<T>* blocks, uint64_t first_sample,
+                                   int64_t taps, int64_t image, int64_t channels,
+                                   const Visit& visit) {
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    const TileSample<T> sample(blocks, first_sample + tap);
+    visit(tap, sample, image + sample.block.pixel[sample.lane] * channels);
+  }
+}
+
+// Calls visit(run, row, tap, sample, n, top_left) for all that a tile reads.
+template <typename T, typename Visit>
+DEFORM_CONV_INLINE void ForEachRead(const DeformConvParams& params, const ChannelRuns& runs,
+                                    const TileSamples<T>& tile, const T* input,
+                                    const Visit& visit) {
+  const SampleBlock<T>* const blocks = tile.blocks;
+  const int64_t taps = params.taps(), channels = params.in_channels;
+  ForEachRunAtPosition(
+      params, runs, tile, input,
+      [=](const ChannelRun& run, int64_t row, int64_t n, int64_t image, uint64_t first_sample)
+          DEFORM_CONV_INLINE_LAMBDA {
+            ForEachTap(blocks, first_sample, taps, image, channels,
+                       [&](int64_t tap, const TileSample<T>& sample, int64_t at)
+                           DEFORM_CONV_INLINE_LAMBDA { visit(run, row, tap, sample, n, at); });
+          });
+}
+
 // Pointers to each corner of a sample, `outside` for those that lie outside the image.
 template <typename Element>
 struct Corners {
   Element* at[kCorners];
 
-  DEFORM_CONV_INLINE Corners(Element* top_left, int64_t right, int64_t down, int32_t corner_bits,
-                             Element* outside)
-      : at{top_left, top_left + right, top_left + down, top_left + down + right} {
+  DEFORM_CONV_INLINE Corners(Element* top_left, Element* bottom_left, int64_t right,
+                             int32_t corner_bits, Element* outside)
+      : at{top_left, top_left + right, bottom_left, bottom_left + right} {
+    if (__builtin_expect(corner_bits == kAllCorners, 1)) return;
     for (int corner = 0; corner < kCorners; ++corner) {
       at[corner] = corner_bits >> corner & 1 ? at[corner] : outside;
     }
   }
 };
 
-// With `channels` > 0, every run has that many, known to the compiler.
+// Calls run(channels), a std::integral_constant<int, ...>: the number of channels that every run
+// has if that is among `of`, for the compiler to know it, and otherwise 0: also where they are
+// spread.
+template <int... of, typename Run>
+DEFORM_CONV_INLINE void WithChannels(const ChannelRuns& runs, const Run& run) {
+  int64_t count = runs.begin->count;
+  for (const ChannelRun* other = runs.begin; other < runs.end; ++other) {
+    if (other->count != count || other->spread != 1) count = 0;
+  }
+  const bool known = ((count == of && (run(std::integral_constant<int, of>()), true)) || ...);
+  if (!known) run(std::integral_constant<int, 0>());
+}
+
+// With `channels` > 0, every run has that many.
 template <int channels, bool has_mask, typename T>
 void Im2ColFor(const DeformConvParams& params, const ChannelRuns& runs,
                const TileSamples<T>& tile_samples, const T* input, const T* zeros,
@@ -117,8 +164,10 @@ void Im2ColFor(const DeformConvParams& params, const ChannelRuns& runs,
   const Matrix<T> columns = columns_matrix;
   const int64_t right = params.in_channels, down = params.in_w * params.in_channels;
   ForEachRead(params, runs, tile, input,
-              [=](const ChannelRun& run, int64_t row, int64_t tap, const SampleBlock<T>& block,
-                  uint64_t lane, int64_t /*n*/, int64_t at) DEFORM_CONV_INLINE_LAMBDA {
+              [=](const ChannelRun& run, int64_t row, int64_t tap, const TileSample<T>& from_tile,
+                  int64_t /*n*/, int64_t at) DEFORM_CONV_INLINE_LAMBDA {
+                const SampleBlock<T>& block = from_tile.block;
+                const uint64_t lane = from_tile.lane;
                 T* to = columns.data + row * columns.stride + run.column + tap * run.tap_stride;
                 const int32_t corner_bits = block.corner_bits[lane];
                 const T top_left = block.weights[kTopLeft][lane];
@@ -126,15 +175,17 @@ void Im2ColFor(const DeformConvParams& params, const ChannelRuns& runs,
                 const T bottom_left = block.weights[kBottomLeft][lane];
                 const T bottom_right = block.weights[kBottomRight][lane];
                 const T mask = block.mask[lane];
-                const Corners<const T> from(input + at, right, down, corner_bits, zeros);
+                const Corners<const T> from(input + at, input + at + down, right, corner_bits,
+                                            zeros);
                 const int64_t count = channels > 0 ? channels : run.count;
+                const int64_t spread = channels > 0 ? 1 : run.spread;
                 ForEachVector<T>(count, [=](int64_t i, auto lanes) DEFORM_CONV_INLINE_LAMBDA {
                   constexpr int n = lanes();
                   const Vector<T, n> sample = top_left * Load<n>(from.at[kTopLeft] + i) +
                                               top_right * Load<n>(from.at[kTopRight] + i) +
                                               bottom_left * Load<n>(from.at[kBottomLeft] + i) +
                                               bottom_right * Load<n>(from.at[kBottomRight] + i);
-                  Store<n>(to + i, has_mask ? mask * sample : sample);
+                  Store<n>(to + i * spread, has_mask ? mask * sample : sample);
                 });
               });
 }
@@ -147,14 +198,10 @@ void Im2Col(const DeformConvParams& params, const ChannelRuns& runs, const TileS
         tensors.mask == nullptr ? Im2ColFor<channels(), false, T> : Im2ColFor<channels(), true, T>;
     im2col(params, runs, tile, tensors.input, zeros, columns);
   };
-  // Grey and colour images: too few channels for the general loops to pay.
-  const int64_t count = runs.end - runs.begin == 1 ? runs.begin->count : 0;
-  if (count == 1) {
-    run(std::integral_constant<int, 1>());
-  } else if (count == 3) {
-    run(std::integral_constant<int, 3>());
+  if constexpr (kKnownSizes<T>) {
+    WithChannels<1, 3, 4, 8, 16, 32, 64, 128>(runs, run);
   } else {
-    run(std::integral_constant<int, 0>());
+    WithChannels<>(runs, run);
   }
 }
 

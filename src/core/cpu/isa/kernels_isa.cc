@@ -14,6 +14,7 @@
 #define Eigen DEFORM_CONV_CONCAT(Eigen_, DEFORM_CONV_ISA)
 
 #include "core/cpu/isa/col2im.h"
+#include "core/cpu/isa/direct.h"
 #include "core/cpu/isa/gemm.h"
 #include "core/cpu/isa/im2col.h"
 #include "core/cpu/isa/layout.h"
@@ -24,8 +25,9 @@ namespace deform_conv {
 namespace DEFORM_CONV_ISA {
 
 template <typename T>
-constexpr CpuKernels<T> kKernels = {kRows,     kPanel<T>, Locate<T>,         Im2Col<T>,
-                                    Col2Im<T>, Pack<T>,   PackTransposed<T>, Gemm<T>};
+constexpr CpuKernels<T> kKernels = {
+    kRows,     kPanel<T>, kLanes<T>,         Locate<T>, SampledRows<T>,   Im2Col<T>,
+    Col2Im<T>, Pack<T>,   PackTransposed<T>, Gemm<T>,   DirectForward<T>, DirectBackward<T>};
 extern const CpuKernels<float> kFloatKernels = kKernels<float>;
 extern const CpuKernels<double> kDoubleKernels = kKernels<double>;
 extern const CpuLayoutKernels<float> kFloatLayout = {ToNative<float, float>,

@@ -7,11 +7,16 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "core/bilinear.h"  // DEFORM_CONV_INLINE
 
 namespace deform_conv {
 namespace DEFORM_CONV_ISA {
+
+// Lambdas that are handed to an inlined function must be inlined too, or their captures would go
+// through memory.
+#define DEFORM_CONV_INLINE_LAMBDA __attribute__((always_inline))
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
@@ -47,6 +52,11 @@ struct VectorOf<double, 1> {
 template <typename T, int n = kLanes<T>>
 using Vector = typename VectorOf<T, n>::type;
 
+// Whether loops are compiled for sizes known to the compiler: not in double, which serves to check
+// gradients, for a smaller library.
+template <typename T>
+constexpr bool kKnownSizes = std::is_same_v<T, float>;
+
 template <int n, typename T>
 DEFORM_CONV_INLINE Vector<T, n> Load(const T* from) {
   return *reinterpret_cast<const Vector<T, n>*>(from);
@@ -68,6 +78,55 @@ DEFORM_CONV_INLINE T Sum(const Vector<T, n>& vector) {
     std::memcpy(&high, reinterpret_cast<const char*>(&vector) + sizeof(low), sizeof(high));
     return Sum<n / 2, T>(low + high);
   }
+}
+
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define DEFORM_CONV_HAS_SHUFFLE 1
+#endif
+#endif
+
+#ifdef DEFORM_CONV_HAS_SHUFFLE
+// Of each section of four elements, those from `first` on: a, b, the next of a, the next of b.
+template <int first, typename V, int... i>
+DEFORM_CONV_INLINE V Interleave(const V& a, const V& b, std::integer_sequence<int, i...>) {
+  constexpr int n = sizeof...(i);
+  return __builtin_shufflevector(a, b, (i / 4 * 4 + first + i % 4 / 2 + i % 2 * n)...);
+}
+
+// In each section of four elements, sums of two of a, of b, of the other two of a, of b.
+template <int n, typename V>
+DEFORM_CONV_INLINE V SumsOfTwo(const V& a, const V& b) {
+  constexpr auto kIndices = std::make_integer_sequence<int, n>();
+  return Interleave<0>(a, b, kIndices) + Interleave<2>(a, b, kIndices);
+}
+#endif
+
+// The sum of a vector's sections of four elements.
+template <int n, typename T>
+DEFORM_CONV_INLINE Vector<T, 4> SumSections(const Vector<T, n>& vector) {
+  if constexpr (n == 4) {
+    return vector;
+  } else {
+    Vector<T, n / 2> low, high;
+    std::memcpy(&low, &vector, sizeof(low));
+    std::memcpy(&high, reinterpret_cast<const char*>(&vector) + sizeof(low), sizeof(high));
+    return SumSections<n / 2, T>(low + high);
+  }
+}
+
+// Adds to the i-th element from `to` on the sum of the i-th vector's elements.
+template <int n, typename T>
+DEFORM_CONV_INLINE void AddSums(const Vector<T, n> (&vectors)[4], T* to) {
+#ifdef DEFORM_CONV_HAS_SHUFFLE
+  if constexpr (n >= 4) {
+    const Vector<T, n> sections =
+        SumsOfTwo<n>(SumsOfTwo<n>(vectors[0], vectors[2]), SumsOfTwo<n>(vectors[1], vectors[3]));
+    Store<4>(to, Load<4>(to) + SumSections<n, T>(sections));
+    return;
+  }
+#endif
+  for (int i = 0; i < 4; ++i) to[i] += Sum<n, T>(vectors[i]);
 }
 
 // Calls body(i, std::integral_constant<int, n>()) so that the ranges [i, i + n) cover [0, count):
