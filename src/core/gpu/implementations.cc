@@ -64,11 +64,12 @@ std::string ImplicitGemmMisfit(const ForwardCall<T>& call) {
 }
 
 // Where several deformable groups share 64 bytes of channels, each thread locates its own samples.
-// That is too slow beside the accumulators of more than 64 output channels.
+// That is too slow beside the accumulators of many output channels.
 template <typename T>
 int ImplicitGemmCost(const ForwardCall<T>& call) {
-  const bool narrow = call.params.deform_group_channels() * int64_t{sizeof(T)} < 64;
-  return narrow && call.params.group_out_channels() > 64 ? 5 : 3;
+  const int64_t bytes = call.params.deform_group_channels() * int64_t{sizeof(T)};
+  const int64_t outputs = call.params.group_out_channels();
+  return outputs > 64 && bytes < (outputs > 128 ? 64 : 32) ? 5 : 3;
 }
 
 template <typename T>
