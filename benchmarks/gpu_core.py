@@ -50,7 +50,9 @@ def build() -> ctypes.CDLL:
         for done in [executor.submit(_compile, *pair, flags) for pair in stale]:
             done.result()
     if not LIBRARY.exists():
-        _run(["nvcc", *flags, "-shared", "-o", LIBRARY, *objects, "-lcublas"])
+        unfinished = _unfinished(LIBRARY)
+        _run(["nvcc", *flags, "-shared", "-o", unfinished, *objects, "-lcublas"])
+        unfinished.rename(LIBRARY)
     return load()
 
 
@@ -92,11 +94,17 @@ def _object_of(source: str, flags: list[str]) -> Path:
     return OBJECTS / f"{source.replace('/', '_')}.{digest.hexdigest()[:16]}.o"
 
 
+def _unfinished(target: Path) -> Path:
+    """A name of this process alone, since others may build at the same time."""
+    return target.with_suffix(f".{os.getpid()}.unfinished")
+
+
 def _compile(source: str, target: Path, flags: list[str]) -> None:
-    unfinished = target.with_suffix(".unfinished")
+    unfinished = _unfinished(target)
     _run(["nvcc", *flags, "-c", CORE / source, "-o", unfinished])
     for old in OBJECTS.glob(f"{source.replace('/', '_')}.*.o"):
-        old.unlink()
+        if old != target:
+            old.unlink(missing_ok=True)
     unfinished.rename(target)
 
 
