@@ -67,16 +67,21 @@ DEFORM_CONV_INLINE void Store(T* to, Vector<T, n> vector) {
   *reinterpret_cast<Vector<T, n>*>(to) = vector;
 }
 
+template <int n, typename T>
+DEFORM_CONV_INLINE Vector<T, n / 2> SumOfHalves(const Vector<T, n>& vector) {
+  Vector<T, n / 2> low, high;
+  std::memcpy(&low, &vector, sizeof(low));
+  std::memcpy(&high, reinterpret_cast<const char*>(&vector) + sizeof(low), sizeof(high));
+  return low + high;
+}
+
 // The sum of a vector's elements, by halves.
 template <int n, typename T>
 DEFORM_CONV_INLINE T Sum(const Vector<T, n>& vector) {
   if constexpr (n == 1) {
     return vector;
   } else {
-    Vector<T, n / 2> low, high;
-    std::memcpy(&low, &vector, sizeof(low));
-    std::memcpy(&high, reinterpret_cast<const char*>(&vector) + sizeof(low), sizeof(high));
-    return Sum<n / 2, T>(low + high);
+    return Sum<n / 2, T>(SumOfHalves<n, T>(vector));
   }
 }
 
@@ -108,10 +113,7 @@ DEFORM_CONV_INLINE Vector<T, 4> SumSections(const Vector<T, n>& vector) {
   if constexpr (n == 4) {
     return vector;
   } else {
-    Vector<T, n / 2> low, high;
-    std::memcpy(&low, &vector, sizeof(low));
-    std::memcpy(&high, reinterpret_cast<const char*>(&vector) + sizeof(low), sizeof(high));
-    return SumSections<n / 2, T>(low + high);
+    return SumSections<n / 2, T>(SumOfHalves<n, T>(vector));
   }
 }
 

@@ -763,7 +763,7 @@ std::string DepthwiseBackwardMisfit(const DeformConvParams& params) {
   const int64_t bytes =
       std::max(SharedBytes<T, kVec16Size<T>>(params, PlanBackward<T, kVec16Size<T>, true>(params)),
                SharedBytes<T, 1>(params, PlanBackward<T, 1, true>(params)));
-  if (params.taps() > kMostTaps || bytes > SharedBytesOf(cudaDevAttrMaxSharedMemoryPerBlockOptin)) {
+  if (params.taps() > kMostTaps || bytes > CurrentGpu().block_shared_bytes) {
     return "the kernel has too many taps";
   }
   if (params.deform_groups > 65535) return "there are too many deformable groups";

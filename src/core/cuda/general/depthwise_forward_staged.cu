@@ -237,8 +237,7 @@ constexpr int64_t kMostPixels = 1 << 16;  // of a region, so that they are count
 // What of the plan does not depend on the tile.
 template <typename T, int kSize>
 ForwardPlan PlanSlices(const DeformConvParams& params) {
-  // As many lanes as have 128 bytes of channels, or a warp of single channels.
-  constexpr int64_t kLanes = kSize == 1 ? kWarp : 8;
+  constexpr int64_t kLanes = 8;  // have 128 bytes of channels
   constexpr int64_t kEntryBytes = sizeof(ForwardSample<CudaType<T>, kSize>);
   const int64_t vectors = params.deform_group_channels() / kSize;
   const int64_t most_groups = kMostTableBytes / (params.taps() * kEntryBytes) - 1;  // in the table

@@ -22,22 +22,11 @@
 namespace deform_conv {
 namespace cuda {
 
-// Shared memory of the current GPU: that of a multiprocessor, or the most of a thread block. What
-// all have, if it cannot be asked.
-inline int64_t SharedBytesOf(cudaDeviceAttr attribute) {
-  int device, bytes;
-  if (cudaGetDevice(&device) == cudaSuccess &&
-      cudaDeviceGetAttribute(&bytes, attribute, device) == cudaSuccess) {
-    return bytes;
-  }
-  cudaGetLastError();  // forgets the error
-  return 64 << 10;
-}
-
-// What each of `blocks` thread blocks may take that are to share a multiprocessor.
+// The shared memory that each of `blocks` thread blocks may take that are to share a
+// multiprocessor.
 inline int64_t SharedBytesOfBlock(int blocks) {
   constexpr int64_t kReserved = 1 << 10;  // of each
-  return SharedBytesOf(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / blocks - kReserved;
+  return CurrentGpu().multiprocessor_shared_bytes / blocks - kReserved;
 }
 
 // How many pixels the regions of all thread blocks have. None where nothing is staged.
