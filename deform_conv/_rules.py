@@ -216,27 +216,14 @@ class Rules:
         expected_batch, out_h, out_w = output
         self._require(
             _equal(batch, expected_batch),
-            *(
-                argument,
-                f" {_has(argument)} batch size ",
-                batch,
-                "; that of input, ",
-                expected_batch,
-            ),
-            ", expected",
+            *(argument, f" {_has(argument)} batch size ", batch, "; that of input, "),
+            *(expected_batch, ", expected"),
         )
         for size, expected in ((h, out_h), (w, out_w)):
             self._require(
                 _equal(size, expected),
-                *(
-                    argument,
-                    f" {_has(argument)} height and width ",
-                    h,
-                    "x",
-                    w,
-                    "; those of the output, ",
-                ),
-                *(out_h, "x", out_w, ", expected"),
+                *(argument, f" {_has(argument)} height and width ", h, "x", w),
+                *("; those of the output, ", out_h, "x", out_w, ", expected"),
             )
 
 
