@@ -123,10 +123,23 @@ def integer(value, argument: str, least: int = 1) -> int:
     return number
 
 
+def _integers(value, argument: str) -> list[int]:
+    """One number or several."""
+    sequence = items(value, argument)
+    return [integer(item, argument) for item in ([value] if sequence is None else sequence)]
+
+
+def height_and_width(value, argument: str) -> list[int]:
+    """One number or (h, w), as two."""
+    numbers = _integers(value, argument)
+    if len(numbers) not in (1, 2):
+        raise ValueError(f"{argument} must be 1 or 2 integers; received {shown(value)}")
+    return [numbers[0], numbers[-1]]
+
+
 def per_dimension(value, argument: str, data_format: str) -> list[int]:
     """One number, (h, w) or four numbers, as four in the order of `data_format`."""
-    sequence = items(value, argument)
-    numbers = [integer(item, argument) for item in ([value] if sequence is None else sequence)]
+    numbers = _integers(value, argument)
     if len(numbers) == 4:
         return numbers
     if len(numbers) not in (1, 2):

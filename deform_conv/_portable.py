@@ -1,4 +1,4 @@
-"""Portable mode: `deform_conv2d` in TensorFlow's own ops, for where the compiled op cannot be."""
+"""Portable mode: the ops in TensorFlow's own ops, for where the compiled ones cannot be."""
 
 import contextlib
 import contextvars
@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import tensorflow as tf
 
 from ._library import PORTABLE
-from ._reference import deform_conv2d_reference
-from ._rules import Rules
+from ._reference import deform_aggregate2d_reference, deform_conv2d_reference
+from ._rules import Rules, of_known_rank
 
 # Of a thread, in which it also traces functions: calls in other threads do not become slow.
 _within = contextvars.ContextVar("deform_conv_portable", default=False)
@@ -16,7 +16,8 @@ _within = contextvars.ContextVar("deform_conv_portable", default=False)
 
 @contextlib.contextmanager
 def portable() -> Iterator[None]:
-    """A context in which `deform_conv2d`, and so the layers, compute by TensorFlow's own ops.
+    """A context in which `deform_conv2d` and its kin, and so the layers, compute by TensorFlow's
+    own ops.
 
     It is for programs that cannot have the compiled op, such as LiteRT (TensorFlow Lite). Results
     and gradients of any order are the same but for rounding, and take more time and memory.
@@ -50,23 +51,45 @@ def deform_conv2d_portable(input, filters, offset, mask, **attributes) -> tf.Ten
     tensors = {"input": input, "filters": filters, "offset": offset}
     if mask:
         (tensors["mask"],) = mask
-    tensors = {
-        name: tf.ensure_shape(tensor, [None] * 4, name) if tensor.shape.rank is None else tensor
-        for name, tensor in tensors.items()
-    }
-    rules = Rules()
-    output_shape = rules.check(tensors, **attributes)
-    with tf.control_dependencies(rules.assertions):
-        input, filters, offset, *mask = map(tf.identity, tensors.values())
+    (input, filters, offset, *mask), output_shape = _checked(tensors, **attributes)
     output = reference_of_op(input, filters, offset, mask, **attributes)
     output.set_shape(output_shape)
     return output
 
 
-def reference_of_op(
-    input, filters, offset, mask, *, padding, explicit_paddings=(), **attributes
-) -> tf.Tensor:
+def deform_aggregate2d_portable(input, offset, weights, **attributes) -> tf.Tensor:
+    """What the op without filters computes, likewise."""
+    tensors = {"input": input, "offset": offset, "weights": weights}
+    tensors, output_shape = _checked(tensors, **attributes)
+    output = reference_of_aggregate_op(*tensors, **attributes)
+    output.set_shape(output_shape)
+    return output
+
+
+def _checked(tensors: dict[str, tf.Tensor], **attributes) -> tuple[list[tf.Tensor], list]:
+    """The tensors, once they are checked, and the shape of the output."""
+    tensors = {name: of_known_rank(name, tensor) for name, tensor in tensors.items()}
+    rules = Rules()
+    output_shape = rules.check(tensors, **attributes)
+    with tf.control_dependencies(rules.assertions):
+        return [tf.identity(tensor) for tensor in tensors.values()], output_shape
+
+
+def reference_of_op(input, filters, offset, mask, **attributes) -> tf.Tensor:
     """The reference, from the inputs and attributes that the op takes."""
+    return deform_conv2d_reference(
+        input, filters, offset, *mask, **_reference_attributes(**attributes)
+    )
+
+
+def reference_of_aggregate_op(input, offset, weights, **attributes) -> tf.Tensor:
+    """That of the op without filters."""
+    return deform_aggregate2d_reference(
+        input, offset, weights, **_reference_attributes(**attributes)
+    )
+
+
+def _reference_attributes(*, padding, explicit_paddings=(), **attributes) -> dict:
     if padding == "EXPLICIT":
         padding = [explicit_paddings[index : index + 2] for index in range(0, 8, 2)]
-    return deform_conv2d_reference(input, filters, offset, *mask, padding=padding, **attributes)
+    return {"padding": padding, **attributes}

@@ -23,26 +23,81 @@ def deform_conv2d_reference(
 
     16-bit inputs are computed in float32 and the output is rounded back.
     """
+    kernel_h, kernel_w, group_channels, out_channels = sizes(filters)
+
+    def convolve(samples):
+        positions, taps, channels = sizes(samples)
+        groups = channels // group_channels
+        samples = tf.reshape(samples, [positions, taps, groups, group_channels])
+        of_groups = tf.reshape(
+            tf.cast(filters, samples.dtype), [taps, group_channels, groups, out_channels // groups]
+        )
+        return tf.einsum("pklc,kclo->plo", samples, of_groups)
+
+    attributes = (strides, padding, dilations, deform_groups, data_format)
+    return _from_samples(
+        convolve, out_channels, input, offset, mask, (kernel_h, kernel_w), *attributes
+    )
+
+
+def deform_aggregate2d_reference(
+    input,
+    offset,
+    weights,
+    kernel_size,
+    strides=1,
+    padding="SAME",
+    dilations=1,
+    deform_groups=1,
+    data_format="NHWC",
+):
+    """Computes what `deform_aggregate2d` computes, likewise."""
+    kernel_size = _height_and_width(kernel_size, data_format)
+    out_channels = sizes(input)[data_format.index("C")]
+    attributes = (strides, padding, dilations, deform_groups, data_format)
+    return _from_samples(
+        lambda samples: tf.reduce_sum(samples, axis=1),
+        *(out_channels, input, offset, weights, kernel_size, *attributes),
+    )
+
+
+def _from_samples(
+    combine,
+    out_channels,
+    input,
+    offset,
+    mask,
+    kernel_size,
+    strides,
+    padding,
+    dilations,
+    deform_groups,
+    data_format,
+):
+    """The output whose positions are combine(samples), from samples [positions, taps, channels]."""
     if data_format == "NCHW":
         to_nhwc, to_nchw = [0, 2, 3, 1], [0, 3, 1, 2]
-        output = deform_conv2d_reference(
+        output = _from_samples(
+            combine,
+            out_channels,
             tf.transpose(input, to_nhwc),
-            filters,
             tf.transpose(offset, to_nhwc),
             None if mask is None else tf.transpose(mask, to_nhwc),
+            kernel_size,
             _height_and_width(strides, data_format),
             padding if isinstance(padding, str) else [padding[i] for i in to_nhwc],
             _height_and_width(dilations, data_format),
             deform_groups,
+            "NHWC",
         )
         return tf.transpose(output, to_nchw)
 
     dtype = tf.convert_to_tensor(input).dtype
     compute_dtype = tf.float64 if dtype == tf.float64 else tf.float32
-    input, filters, offset = (tf.cast(t, compute_dtype) for t in (input, filters, offset))
+    input, offset = (tf.cast(t, compute_dtype) for t in (input, offset))
     batch, out_h, out_w, _ = sizes(offset)
     _, in_h, in_w, channels = sizes(input)
-    kernel_h, kernel_w, group_channels, out_channels = sizes(filters)
+    kernel_h, kernel_w = kernel_size
     strides, dilations = (_height_and_width(v, data_format) for v in (strides, dilations))
     pad_top, pad_left = (
         _pad_before(padding, axis, size, kernel, stride, dilation)
@@ -66,12 +121,10 @@ def deform_conv2d_reference(
     samples = _sample(image, g, h, w, mask)
 
     # Per position and tap, the channels of all deformable groups side by side.
-    positions, groups = batch * out_h * out_w, channels // group_channels
+    positions = batch * out_h * out_w
     samples = tf.reshape(samples, [positions, deform_groups, taps, channels // deform_groups])
     samples = tf.transpose(samples, [0, 2, 1, 3])
-    samples = tf.reshape(samples, [positions, taps, groups, group_channels])
-    filters = tf.reshape(filters, [taps, group_channels, groups, out_channels // groups])
-    output = tf.einsum("pklc,kclo->plo", samples, filters)
+    output = combine(tf.reshape(samples, [positions, taps, channels]))
     return tf.cast(tf.reshape(output, [batch, out_h, out_w, out_channels]), dtype)
 
 

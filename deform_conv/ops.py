@@ -1,4 +1,4 @@
-"""`deform_conv2d`: deformable convolution as a TensorFlow op, with its gradients."""
+"""Deformable convolution and its kin as TensorFlow ops, with their gradients."""
 
 from collections.abc import Sequence
 
@@ -7,16 +7,25 @@ import wrapt
 
 from ._arguments import (
     check_filters_order,
+    height_and_width,
     integer,
     padding_attributes,
     per_dimension,
     shown,
     to_tensor,
 )
+from ._gradients import attributes_of, gradient_of, second_order, wanted_gradients
 from ._library import check_xla, record
-from ._portable import deform_conv2d_portable, in_portable_mode, reference_of_op
+from ._portable import (
+    deform_aggregate2d_portable,
+    deform_conv2d_portable,
+    in_portable_mode,
+    reference_of_aggregate_op,
+    reference_of_op,
+)
+from ._rules import Rules
 
-__all__ = ["deform_conv2d"]
+__all__ = ["deform_aggregate2d", "deform_conv2d", "deform_depthwise_conv2d"]
 
 _ops = getattr(record, "ops", None)  # None in a process that is in portable mode
 
@@ -96,15 +105,7 @@ def deform_conv2d(
       >>> deform_conv2d(images, filters, offset).shape
       TensorShape([8, 28, 28, 16])
     """
-    if not isinstance(data_format, str) or data_format not in ("NHWC", "NCHW"):
-        raise ValueError(f"data_format must be 'NHWC' or 'NCHW'; received {shown(data_format)}")
-    if not isinstance(name, str | None):
-        raise ValueError(f"name must be a string or None; received {shown(name)}")
-    if in_portable_mode():
-        compute = deform_conv2d_portable
-    else:
-        check_xla()
-        compute = _ops.deform_conv2d
+    compute = _begin(data_format, name, "deform_conv2d", deform_conv2d_portable)
     with tf.name_scope(name or "DeformConv2D"):
         input = to_tensor(input, "input", tuple(_OFFSET_DTYPES))
         dtype, offset_dtypes = input.dtype, _OFFSET_DTYPES[input.dtype]
@@ -120,115 +121,239 @@ def deform_conv2d(
             filters=filters,
             offset=offset,
             mask=masks,
-            strides=per_dimension(strides, "strides", data_format),
-            dilations=per_dimension(dilations, "dilations", data_format),
-            deform_groups=deform_groups,
-            data_format=data_format,
-            **padding_attributes(padding),
+            **_op_attributes(strides, padding, dilations, deform_groups, data_format),
         )
+
+
+def deform_depthwise_conv2d(
+    input,
+    filters,
+    offset,
+    mask=None,
+    strides: int | Sequence[int] = 1,
+    padding: str | Sequence[Sequence[int]] = "SAME",
+    dilations: int | Sequence[int] = 1,
+    deform_groups: int = 1,
+    data_format: str = "NHWC",
+    name: str | None = None,
+) -> tf.Tensor:
+    """Convolves each channel with filters of its own, taking each sample where `offset` moves it.
+
+    `deform_conv2d` with as many groups as channels: the depthwise convolution of
+    `tf.nn.depthwise_conv2d`, which it is with an offset of zeros and no mask. Its rules, types and
+    gradients are those of `deform_conv2d`, and so are its kernels, which go without columns.
+
+    Args:
+      input: `[N, H, W, C]`, or `[N, C, H, W]` for data_format "NCHW"; float32, float64, float16 or
+        bfloat16.
+      filters: `[KH, KW, C, M]` in both data formats, M filters for each channel; dtype of `input`.
+      offset: as in `deform_conv2d`.
+      mask: as in `deform_conv2d`.
+      strides: one number, (h, w), or four numbers in the order of `data_format`. The two may
+        differ, other than in `tf.nn.depthwise_conv2d`.
+      padding: as in `deform_conv2d`.
+      dilations: as `strides`.
+      deform_groups: number of deformable groups; divides C.
+      data_format: "NHWC" or "NCHW".
+      name: a name for the operation.
+
+    Returns:
+      `[N, OH, OW, C * M]`, or `[N, C * M, OH, OW]`; dtype of `input`. Channel `c * M + m` is what
+      filter m makes of channel c.
+
+    Raises:
+      ValueError, tf.errors.InvalidArgumentError, RuntimeError: as `deform_conv2d` does.
+
+    Example:
+      >>> images = tf.random.normal([8, 28, 28, 16])
+      >>> filters = tf.random.normal([3, 3, 16, 2])
+      >>> offset = tf.random.normal([8, 28, 28, 2 * 3 * 3])
+      >>> deform_depthwise_conv2d(images, filters, offset).shape
+      TensorShape([8, 28, 28, 32])
+    """
+    _check_format_and_name(data_format, name)
+    with tf.name_scope(name or "DeformDepthwiseConv2D"):
+        input = to_tensor(input, "input", tuple(_OFFSET_DTYPES))
+        filters = to_tensor(filters, "filters", (input.dtype,), hint=input.dtype)
+        return deform_conv2d(
+            input,
+            _as_groups(input, filters, data_format),
+            *(offset, mask, strides, padding, dilations, deform_groups, data_format),
+        )
+
+
+def _as_groups(input, filters, data_format):
+    """Filters [KH, KW, C, M] as those of C groups, [KH, KW, 1, C * M]."""
+    rules = Rules()
+    kernel_h, kernel_w, channels, multiplier = rules.check_depthwise(input, filters, data_format)
+    with tf.control_dependencies(rules.assertions):
+        return tf.reshape(filters, [kernel_h, kernel_w, 1, channels * multiplier])
+
+
+def deform_aggregate2d(
+    input,
+    offset,
+    weights,
+    kernel_size: int | Sequence[int],
+    strides: int | Sequence[int] = 1,
+    padding: str | Sequence[Sequence[int]] = "SAME",
+    dilations: int | Sequence[int] = 1,
+    deform_groups: int = 1,
+    data_format: str = "NHWC",
+    name: str | None = None,
+) -> tf.Tensor:
+    """Sums up samples of `input`, taken where `offset` moves them, each times its weight.
+
+    The operation of deformable convolution version 3 (DCNv3) of Wang et al., InternImage,
+    arXiv:2211.05778, and of version 4 (DCNv4) of Xiong et al., FlashInternImage, arXiv:2401.06197.
+    There are no filters: channel c of the output comes from channel c of the input alone,
+
+        output[n, y, x, c] = sum over taps k of weights[n, y, x, g, k] * sample(n, y, x, g, k)[c]
+
+    where g is the deformable group of c. What is sampled, and the gradients through it, are as in
+    `deform_conv2d`: the output is that of `deform_depthwise_conv2d` with filters of ones, and
+    `weights` as the mask. Version 3 has weights that a softmax makes add up to 1 over the taps;
+    version 4 has them as they come.
+
+    Gradients with respect to input, offset and weights are registered; only those that are asked
+    for are computed. Second-order gradients work too, in pure TensorFlow, so slowly. Within
+    `deform_conv.portable()`, TensorFlow's own ops compute everything.
+
+    Args:
+      input: `[N, H, W, C]`, or `[N, C, H, W]` for data_format "NCHW"; float32, float64, float16 or
+        bfloat16.
+      offset: `[N, OH, OW, 2 * deform_groups * KH * KW]`, or `[N, 2 * deform_groups * KH * KW, OH,
+        OW]`; in pixels. Channel `((g * KH + ky) * KW + kx) * 2` moves the sample of tap (ky, kx)
+        in group g down, the channel after it right. Dtype of `input`, or float32 beside a 16-bit
+        input.
+      weights: `[N, OH, OW, deform_groups * KH * KW]`, or `[N, deform_groups * KH * KW, OH, OW]`;
+        channel `(g * KH + ky) * KW + kx` is the weight of that tap's sample. Dtype of `offset`.
+      kernel_size: KH and KW: one number, or (h, w).
+      strides: one number, (h, w), or four numbers in the order of `data_format`.
+      padding: "SAME", "VALID", or four pairs in the order of `data_format`, as `tf.nn.conv2d`
+        takes them: `[[0, 0], [top, bottom], [left, right], [0, 0]]` for "NHWC".
+      dilations: as `strides`.
+      deform_groups: number of deformable groups, of consecutive channels; divides C.
+      data_format: "NHWC" or "NCHW".
+      name: a name for the operation.
+
+    Returns:
+      `[N, OH, OW, C]`, or `[N, C, OH, OW]`; dtype of `input`. OH and OW are those of
+      `tf.nn.conv2d`.
+
+    Raises:
+      ValueError, tf.errors.InvalidArgumentError, RuntimeError: as `deform_conv2d` does.
+
+    Example:
+      >>> images = tf.random.normal([8, 28, 28, 64])
+      >>> offset = tf.random.normal([8, 28, 28, 4 * 2 * 3 * 3])
+      >>> weights = tf.random.normal([8, 28, 28, 4 * 3 * 3])
+      >>> deform_aggregate2d(images, offset, weights, 3, deform_groups=4).shape
+      TensorShape([8, 28, 28, 64])
+    """
+    compute = _begin(data_format, name, "deform_aggregate2d", deform_aggregate2d_portable)
+    with tf.name_scope(name or "DeformAggregate2D"):
+        input = to_tensor(input, "input", tuple(_OFFSET_DTYPES))
+        offset = to_tensor(offset, "offset", _OFFSET_DTYPES[input.dtype], hint=input.dtype)
+        weights = to_tensor(weights, "weights", (offset.dtype,), hint=offset.dtype)
+        deform_groups = integer(deform_groups, "deform_groups")
+        return compute(
+            input=input,
+            offset=offset,
+            weights=weights,
+            kernel_size=height_and_width(kernel_size, "kernel_size"),
+            **_op_attributes(strides, padding, dilations, deform_groups, data_format),
+        )
+
+
+# --- What the functions do alike ---
+
+
+def _check_format_and_name(data_format, name) -> None:
+    if not isinstance(data_format, str) or data_format not in ("NHWC", "NCHW"):
+        raise ValueError(f"data_format must be 'NHWC' or 'NCHW'; received {shown(data_format)}")
+    if not isinstance(name, str | None):
+        raise ValueError(f"name must be a string or None; received {shown(name)}")
+
+
+def _begin(data_format, name, op: str, portable):
+    """Checks what names no tensor, and returns what is to compute: the op, or `portable`."""
+    _check_format_and_name(data_format, name)
+    if in_portable_mode():
+        return portable
+    check_xla()
+    return getattr(_ops, op)
+
+
+def _op_attributes(strides, padding, dilations, deform_groups: int, data_format: str) -> dict:
+    return {
+        "strides": per_dimension(strides, "strides", data_format),
+        "dilations": per_dimension(dilations, "dilations", data_format),
+        "deform_groups": deform_groups,
+        "data_format": data_format,
+        **padding_attributes(padding),
+    }
 
 
 # --- Gradients ---
 
-_ATTRIBUTES = (
-    "strides",
-    "padding",
-    "explicit_paddings",
-    "dilations",
-    "deform_groups",
-    "data_format",
-)
-_GRADIENTS = ("grad_input", "grad_filters", "grad_offset", "grad_mask")
+_CONVOLVED = ("input", "filters", "offset", "mask")
+_AGGREGATED = ("input", "offset", "weights")
 
 
-def _attributes(op) -> dict:
-    attributes = {name: op.get_attr(name) for name in _ATTRIBUTES}
-    return {
-        name: value.decode() if isinstance(value, bytes) else value
-        for name, value in attributes.items()
-    }
-
-
-def _gradient_of(op_type: str):
-    """Makes a function the gradient of an op, in place of an earlier one.
-
-    TensorFlow takes one function for each op and keeps it. So it is given one that calls the
-    newest, for a reload or a copy of this module to take effect.
-    """
-
-    def register(function):
-        gradients = record.gradients
-        with record.lock:
-            if op_type not in gradients:
-
-                @tf.RegisterGradient(op_type)
-                def newest(op, *grad_outputs):
-                    return gradients[op_type](op, *grad_outputs)
-
-            gradients[op_type] = function
-        return function
-
-    return register
-
-
-@_gradient_of("DeformConv2D")
+@gradient_of("DeformConv2D")
 def _deform_conv2d_grad(op, grad_output):
     """Gradients of the op's inputs: input, filters, offset and, if there is one, mask."""
-    wanted = [
-        index
-        for index in range(len(op.inputs))
-        if index not in (getattr(op, "skip_input_indices", None) or ())
-    ]
-    if hasattr(op, "skip_input_indices"):
-        parts = [wanted]
-    else:
-        # A tf.gradients() graph does not say what is wanted, but prunes ops whose outputs nobody
-        # uses. Filters have an op of their own, so that a frozen layer does not pay for them.
-        parts = [[index for index in wanted if index != 1], [1]]
     input, filters, offset, *mask = op.inputs
-    gradients = [None] * len(op.inputs)
-    for part in parts:
-        outputs = _ops.deform_conv2d_grad(
+
+    def compute(**wants):
+        return _ops.deform_conv2d_grad(
             input=input,
             filters=filters,
             offset=offset,
             mask=mask,
             grad_output=grad_output,
-            **{f"want_{name}": index in part for index, name in enumerate(_GRADIENTS)},
-            **_attributes(op),
+            **wants,
+            **attributes_of(op),
         )
-        flat = tf.nest.flatten(outputs)
-        for index in part:
-            gradients[index] = flat[index]
-    return gradients
+
+    # Filters apart, so that a frozen layer does not pay for them.
+    return wanted_gradients(op, _CONVOLVED, compute, apart="filters")
 
 
-@_gradient_of("DeformConv2DGrad")
+@gradient_of("DeformConv2DGrad")
 def _deform_conv2d_grad_grad(op, *grad_gradients):
-    """Second order: differentiates the gradients of the pure TensorFlow reference."""
-    # Tensors of a known rank, each read once: in a tf.compat.v1 loop, every read of op.inputs gives
-    # another one.
-    *arguments, grad_output = [tf.ensure_shape(tensor, [None] * 4) for tensor in op.inputs]
-    wanted = [
-        index
-        for index, name in enumerate(_GRADIENTS[: len(arguments)])
-        if op.get_attr(f"want_{name}")
-    ]
-    with tf.GradientTape() as second:
-        second.watch([*arguments, grad_output])
-        with tf.GradientTape() as first:
-            first.watch(arguments)
-            input, filters, offset, *mask = arguments
-            output = reference_of_op(input, filters, offset, mask, **_attributes(op))
-        gradients = first.gradient(
-            output, [arguments[index] for index in wanted], output_gradients=grad_output
+    def reference(input, filters, offset, *mask):
+        return reference_of_op(input, filters, offset, mask, **attributes_of(op))
+
+    return second_order(op, grad_gradients, _CONVOLVED, reference)
+
+
+@gradient_of("DeformAggregate2D")
+def _deform_aggregate2d_grad(op, grad_output):
+    """Gradients of the op's inputs: input, offset and weights."""
+    input, offset, weights = op.inputs
+
+    def compute(**wants):
+        return _ops.deform_aggregate2d_grad(
+            input=input,
+            offset=offset,
+            weights=weights,
+            grad_output=grad_output,
+            **wants,
+            **attributes_of(op, "kernel_size"),
         )
-    return second.gradient(
-        gradients,
-        [*arguments, grad_output],
-        output_gradients=[grad_gradients[index] for index in wanted],
-        unconnected_gradients=tf.UnconnectedGradients.ZERO,
-    )
+
+    return wanted_gradients(op, _AGGREGATED, compute)
+
+
+@gradient_of("DeformAggregate2DGrad")
+def _deform_aggregate2d_grad_grad(op, *grad_gradients):
+    def reference(input, offset, weights):
+        attributes = attributes_of(op, "kernel_size")
+        return reference_of_aggregate_op(input, offset, weights, **attributes)
+
+    return second_order(op, grad_gradients, _AGGREGATED, reference)
 
 
 # --- ONNX ---

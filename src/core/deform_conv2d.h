@@ -14,6 +14,8 @@
 
 namespace deform_conv {
 
+// Where params.has_filters is false, filters and their gradient are null in all functions.
+
 // What a backward pass is to write; null where a gradient is not wanted.
 template <typename T, typename OffsetT = T>
 struct DeformConvGradients {

@@ -28,7 +28,8 @@ bool Known(int64_t size) { return size != kUnknown; }
 
 // What the output size of one spatial axis depends on.
 struct Axis {
-  const char* name;  // "height" or "width"
+  const char* name;             // "height" or "width"
+  const char* kernel_argument;  // the one that the kernel's size comes from
   int64_t in, kernel, stride, dilation;
   int64_t pad_before, pad_after;  // read for Padding::kExplicit
 };
@@ -44,7 +45,7 @@ std::string SizeAxis(const Axis& axis, Padding padding, int64_t* out, int64_t* p
   if (!Known(axis.kernel)) return "";
   const int64_t extent = (axis.kernel - 1) * axis.dilation + 1;
   if (extent > kMaxExtent) {
-    return Message("filters and dilations: dilated kernel ", axis.name, " ", extent,
+    return Message(axis.kernel_argument, " and dilations: dilated kernel ", axis.name, " ", extent,
                    " is too large");
   }
   int64_t padded = axis.in;
@@ -84,8 +85,8 @@ std::string CheckRange(const AttributeRange& range) {
                  received);
 }
 
-std::string CheckAttributes(const DeformConvAttributes& attributes) {
-  const AttributeRange ranges[] = {
+std::string CheckAttributes(const DeformConvAttributes& attributes, bool has_filters) {
+  std::vector<AttributeRange> ranges = {
       {"strides", 1, {attributes.stride_h, attributes.stride_w}},
       {"dilations", 1, {attributes.dilation_h, attributes.dilation_w}},
       {"padding", 0, {attributes.pad_top}},
@@ -94,6 +95,9 @@ std::string CheckAttributes(const DeformConvAttributes& attributes) {
       {"padding", 0, {attributes.pad_right}},
       {"deform_groups", 1, {attributes.deform_groups}},
   };
+  if (!has_filters) {
+    ranges.push_back({"kernel_size", 1, {attributes.kernel_h, attributes.kernel_w}});
+  }
   for (const AttributeRange& range : ranges) {
     if (std::string error = CheckRange(range); !error.empty()) return error;
   }
@@ -130,11 +134,18 @@ std::string CheckSizes(const char* tensor, const char* dimensions,
   return "";
 }
 
+// What the caller knows the mask as.
+const char* MaskName(bool has_filters) { return has_filters ? "mask" : "weights"; }
+
 std::string CheckAllSizes(const DeformConvShapes& shapes) {
   std::string error = CheckSizes("input", kImages, shapes.input);
-  if (error.empty()) error = CheckSizes("filters", "KH, KW, C / groups, O", shapes.filters);
+  if (error.empty() && shapes.has_filters) {
+    error = CheckSizes("filters", "KH, KW, C / groups, O", shapes.filters);
+  }
   if (error.empty()) error = CheckSizes("offset", kImages, shapes.offset);
-  if (error.empty() && shapes.has_mask) error = CheckSizes("mask", kImages, shapes.mask);
+  if (error.empty() && shapes.has_mask) {
+    error = CheckSizes(MaskName(shapes.has_filters), kImages, shapes.mask);
+  }
   return error;
 }
 
@@ -169,37 +180,35 @@ DeformConvParams GivenSizes(const DeformConvAttributes& attributes,
   params.dilation_w = attributes.dilation_w;
   params.deform_groups = attributes.deform_groups;
   params.has_mask = shapes.has_mask;
+  params.has_filters = shapes.has_filters;
   return params;
 }
 
 std::string SizeOutput(const DeformConvAttributes& attributes, DeformConvParams* params) {
-  const Axis height = {
-      "height",           params->in_h,       params->kernel_h,     params->stride_h,
-      params->dilation_h, attributes.pad_top, attributes.pad_bottom};
-  const Axis width = {"width",
-                      params->in_w,
-                      params->kernel_w,
-                      params->stride_w,
-                      params->dilation_w,
-                      attributes.pad_left,
-                      attributes.pad_right};
+  const char* kernel_argument = params->has_filters ? "filters" : "kernel_size";
+  const Axis height = {"height",           kernel_argument,      params->in_h,
+                       params->kernel_h,   params->stride_h,     params->dilation_h,
+                       attributes.pad_top, attributes.pad_bottom};
+  const Axis width = {
+      "width",          kernel_argument,    params->in_w,        params->kernel_w,
+      params->stride_w, params->dilation_w, attributes.pad_left, attributes.pad_right};
   std::string error = SizeAxis(height, attributes.padding, &params->out_h, &params->pad_top);
   if (!error.empty()) return error;
   return SizeAxis(width, attributes.padding, &params->out_w, &params->pad_left);
 }
 
-// `shape` is the offset's or the mask's.
-std::string CheckPerPosition(const char* argument, const std::array<int64_t, 4>& shape,
+// `shape` is the offset's or the mask's, and `argument_has` how a message begins.
+std::string CheckPerPosition(const char* argument_has, const std::array<int64_t, 4>& shape,
                              const DeformConvParams& params, int64_t per_tap, const char* rule) {
   if (Known(shape[0]) && Known(params.batch) && shape[0] != params.batch) {
-    return Message(argument, " has batch size ", shape[0], "; that of input, ", params.batch,
+    return Message(argument_has, " batch size ", shape[0], "; that of input, ", params.batch,
                    ", expected");
   }
   const bool wrong_h = Known(shape[1]) && Known(params.out_h) && shape[1] != params.out_h;
   const bool wrong_w = Known(shape[2]) && Known(params.out_w) && shape[2] != params.out_w;
   if (wrong_h || wrong_w) {
     const auto text = [](int64_t size) { return Known(size) ? std::to_string(size) : "?"; };
-    return Message(argument, " has height and width ", text(shape[1]), "x", text(shape[2]),
+    return Message(argument_has, " height and width ", text(shape[1]), "x", text(shape[2]),
                    "; those of the output, ", text(params.out_h), "x", text(params.out_w),
                    ", expected");
   }
@@ -209,7 +218,7 @@ std::string CheckPerPosition(const char* argument, const std::array<int64_t, 4>&
         Product({per_tap, params.deform_groups, params.kernel_h, params.kernel_w});
     if (shape[3] != expected) {
       const std::string number = Known(expected) ? Message(expected) : "2^63 or more";
-      return Message(argument, " has ", shape[3], " channels; ", rule, params.kernel_h, " * ",
+      return Message(argument_has, " ", shape[3], " channels; ", rule, params.kernel_h, " * ",
                      params.kernel_w, " = ", number, " expected");
     }
   }
@@ -227,7 +236,7 @@ std::string DeriveGroups(const DeformConvShapes& shapes, DeformConvParams* param
   const int64_t channels = shapes.input[3], group_channels = shapes.filters[2];
   const int64_t out_channels = shapes.filters[3];
   params->groups = kUnknown;
-  if (group_channels == 0 || out_channels == 0) {
+  if (shapes.has_filters && (group_channels == 0 || out_channels == 0)) {
     return Message("filters must have at least 1 input and 1 output channel; received ",
                    group_channels, " and ", out_channels);
   }
@@ -252,9 +261,13 @@ std::string DeriveGroups(const DeformConvShapes& shapes, DeformConvParams* param
 
 }  // namespace
 
-std::string MakeParams(const DeformConvAttributes& attributes, const DeformConvShapes& shapes,
+std::string MakeParams(const DeformConvAttributes& attributes, const DeformConvShapes& given_shapes,
                        DeformConvParams* params) {
-  std::string error = CheckAttributes(attributes);
+  DeformConvShapes shapes = given_shapes;
+  if (!shapes.has_filters) {
+    shapes.filters = {attributes.kernel_h, attributes.kernel_w, 1, shapes.input[3]};
+  }
+  std::string error = CheckAttributes(attributes, shapes.has_filters);
   if (!error.empty()) return error;
   error = CheckAllSizes(shapes);
   if (!error.empty()) return error;
@@ -265,15 +278,16 @@ std::string MakeParams(const DeformConvAttributes& attributes, const DeformConvS
   if (!error.empty()) return error;
   error = SizeOutput(attributes, params);
   if (!error.empty()) return error;
-  error = CheckPerPosition("offset", shapes.offset, *params, 2, "2 * deform_groups * ");
+  error = CheckPerPosition("offset has", shapes.offset, *params, 2, "2 * deform_groups * ");
   if (!error.empty()) return error;
   FillFrom(shapes.offset, params);
   if (shapes.has_mask) {
-    error = CheckPerPosition("mask", shapes.mask, *params, 1, "deform_groups * ");
+    error = CheckPerPosition(shapes.has_filters ? "mask has" : "weights have", shapes.mask, *params,
+                             1, "deform_groups * ");
     if (!error.empty()) return error;
     FillFrom(shapes.mask, params);
   }
-  return CheckSizes("the output of input and filters", kImages,
+  return CheckSizes(shapes.has_filters ? "the output of input and filters" : "the output", kImages,
                     {params->batch, params->out_h, params->out_w, params->out_channels});
 }
 

@@ -1,5 +1,5 @@
-// Sizes of one deformable convolution: the attributes that a caller chooses, and everything that
-// follows from them and the shapes of the tensors.
+// Sizes of one deformable convolution, or aggregation, which has no filters: the attributes that a
+// caller chooses, and everything that follows from them and the shapes of the tensors.
 
 #ifndef DEFORM_CONV_CORE_PARAMS_H_
 #define DEFORM_CONV_CORE_PARAMS_H_
@@ -25,18 +25,24 @@ struct DeformConvAttributes {
   // Read for Padding::kExplicit only.
   int64_t pad_top = 0, pad_bottom = 0, pad_left = 0, pad_right = 0;
   int64_t deform_groups = 1;
+  // Read where there are no filters only.
+  int64_t kernel_h = 0, kernel_w = 0;
 };
 
 // Shapes of tensors in native form; any dimension may be kUnknown.
 struct DeformConvShapes {
   std::array<int64_t, 4> input;    // N, H, W, C
-  std::array<int64_t, 4> filters;  // KH, KW, C / groups, O
+  std::array<int64_t, 4> filters;  // KH, KW, C / groups, O; read if has_filters
   std::array<int64_t, 4> offset;   // N, OH, OW, 2 * deform_groups * KH * KW
   std::array<int64_t, 4> mask;     // N, OH, OW, deform_groups * KH * KW; read if has_mask
   bool has_mask = false;
+  bool has_filters = true;
 };
 
 // Everything that the computation needs to know. Passed by value into kernels.
+//
+// Without filters, it aggregates: each channel is a group of its own, and its output the sum of its
+// masked samples, as with filters of ones. Errors then call the mask `weights`.
 struct DeformConvParams {
   int64_t batch, in_h, in_w, in_channels;
   int64_t out_h, out_w, out_channels;
@@ -45,7 +51,7 @@ struct DeformConvParams {
   int64_t dilation_h, dilation_w;
   int64_t pad_top, pad_left;
   int64_t groups, deform_groups;
-  bool has_mask;
+  bool has_mask, has_filters;
 
   // constexpr, so that they can be called in kernels too.
   constexpr int64_t taps() const { return kernel_h * kernel_w; }
@@ -58,7 +64,7 @@ struct DeformConvParams {
   // Numbers per output position in the offset and in the mask.
   constexpr int64_t offset_channels() const { return 2 * deform_groups * taps(); }
   constexpr int64_t mask_channels() const { return deform_groups * taps(); }
-  // Elements of the filters and of an image of the input.
+  // Elements of the filters, if there are any, and of an image of the input.
   constexpr int64_t filters_size() const { return taps() * group_in_channels() * out_channels; }
   constexpr int64_t image_size() const { return image_pixels() * in_channels; }
 };

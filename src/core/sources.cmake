@@ -27,6 +27,7 @@ set(CORE_GPU_SOURCES
   gpu/depthwise.cc
   gpu/embedded.cc
   gpu/embedding.cc
+  gpu/filters_of_ones.cc
   gpu/forward.cc
   gpu/im2col_gemm.cc
   gpu/implementations.cc

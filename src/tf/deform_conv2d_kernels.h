@@ -50,11 +50,12 @@ using tensorflow::OpKernelContext;
 using tensorflow::Tensor;
 using tensorflow::TensorShape;
 
-// What the kernels of both ops do alike, whatever the types.
+// What the kernels of all ops do alike, whatever the types.
 class DeformConv2DKernel : public OpKernel {
  public:
   explicit DeformConv2DKernel(OpKernelConstruction* context) : OpKernel(context) {
-    OP_REQUIRES_OK(context, ReadAttributes(context, &attributes_));
+    const Operation operation = OperationOf(context->def().op());
+    OP_REQUIRES_OK(context, ReadAttributes(context, operation, &attributes_));
   }
 
   void Compute(OpKernelContext* context) override {
@@ -64,8 +65,8 @@ class DeformConv2DKernel : public OpKernel {
  protected:
   virtual absl::Status ComputeStatus(OpKernelContext* context) = 0;
 
+  const OpAttributes& attributes() const { return attributes_; }
   DataFormat format() const { return attributes_.format; }
-  bool has_mask() const { return attributes_.has_mask; }
 
   absl::Status ReadShapes(OpKernelContext* context, DeformConvParams* params) const {
     return MakeParamsOf(
@@ -87,7 +88,7 @@ class DeformConv2DKernel : public OpKernel {
   OpAttributes attributes_;
 };
 
-// The ops' arguments in native form.
+// The ops' arguments in native form. What an op does not have is null.
 template <typename Backend, typename T, typename OffsetT>
 class NativeArguments {
  public:
@@ -103,11 +104,14 @@ class NativeArguments {
         mask_(context, backend, format) {}
 
   // Attaches the op's inputs, and reads the filters.
-  absl::Status Attach(OpKernelContext* context, bool has_mask) {
-    input_.Attach(context->input(kInput));
-    filters_.Attach(context->input(kFilters));
-    offset_.Attach(context->input(kOffset));
-    if (has_mask) mask_.Attach(context->input(kMask));
+  absl::Status Attach(OpKernelContext* context, const OpAttributes& attributes) {
+    const auto attach = [&](int argument, auto& tensor) {
+      if (attributes.Has(argument)) tensor.Attach(context->input(attributes.IndexOf(argument)));
+    };
+    attach(kInput, input_);
+    attach(kFilters, filters_);
+    attach(kOffset, offset_);
+    attach(kMask, mask_);
     TF_RETURN_IF_ERROR(filters_.Allocate(filters_.images()));
     return filters_.Read();
   }
@@ -151,7 +155,7 @@ class DeformConv2DOp : public DeformConv2DKernel {
     if (output->NumElements() == 0) return absl::OkStatus();
     Backend backend(context);
     Arguments arguments(context, backend, format());
-    TF_RETURN_IF_ERROR(arguments.Attach(context, has_mask()));
+    TF_RETURN_IF_ERROR(arguments.Attach(context, attributes()));
     typename Arguments::DataTensor native_output(context, backend, format());
     native_output.Attach(*output);
     const auto forward = [&](int64_t /*begin*/, int64_t count) {
@@ -174,7 +178,7 @@ class DeformConv2DGradOp : public DeformConv2DKernel {
 
  public:
   explicit DeformConv2DGradOp(OpKernelConstruction* context) : DeformConv2DKernel(context) {
-    OP_REQUIRES_OK(context, ReadWanted(context, wanted_));
+    OP_REQUIRES_OK(context, ReadWanted(context, attributes(), wanted_));
   }
 
  protected:
@@ -193,10 +197,10 @@ class DeformConv2DGradOp : public DeformConv2DKernel {
     TF_RETURN_IF_ERROR(AllocateGradient(context, kInput, &grad_input));
     TF_RETURN_IF_ERROR(AllocateGradient(context, kFilters, &grad_filters));
     TF_RETURN_IF_ERROR(AllocateGradient(context, kOffset, &grad_offset));
-    if (has_mask()) TF_RETURN_IF_ERROR(AllocateGradient(context, kMask, &grad_mask));
+    TF_RETURN_IF_ERROR(AllocateGradient(context, kMask, &grad_mask));
 
     Arguments arguments(context, backend, format());
-    TF_RETURN_IF_ERROR(arguments.Attach(context, has_mask()));
+    TF_RETURN_IF_ERROR(arguments.Attach(context, attributes()));
     DataTensor native_grad_output(context, backend, format());
     native_grad_output.Attach(grad_output);
     TF_RETURN_IF_ERROR(grad_filters.Allocate(grad_filters.images()));
@@ -220,13 +224,17 @@ class DeformConv2DGradOp : public DeformConv2DKernel {
   }
 
  private:
-  // Allocates the gradient of argument `index`: in its shape if it is wanted, else empty.
+  // Allocates the gradient of `argument`, if the op has it: in its shape if it is wanted, else
+  // empty.
   template <typename Gradient>
-  absl::Status AllocateGradient(OpKernelContext* context, int index, Gradient* gradient) const {
+  absl::Status AllocateGradient(OpKernelContext* context, int argument, Gradient* gradient) const {
+    if (!attributes().Has(argument)) return absl::OkStatus();
+    const int index = attributes().IndexOf(argument);
+    const bool wanted = wanted_[argument];
     Tensor* output;
-    const TensorShape shape = wanted_[index] ? context->input(index).shape() : TensorShape({0});
+    const TensorShape shape = wanted ? context->input(index).shape() : TensorShape({0});
     TF_RETURN_IF_ERROR(context->allocate_output(index, shape, &output));
-    if (wanted_[index]) gradient->Attach(*output);
+    if (wanted) gradient->Attach(*output);
     return absl::OkStatus();
   }
 
@@ -235,12 +243,15 @@ class DeformConv2DGradOp : public DeformConv2DKernel {
 
 }  // namespace deform_conv
 
-// Registers both ops' kernels on `device` for one pair of TensorFlow's types.
-#define DEFORM_CONV_REGISTER_PAIR(TfT, TfOffsetT, Backend, device)                           \
-  REGISTER_KERNEL_BUILDER(DEFORM_CONV_KERNEL_OF(TfT, TfOffsetT, device, "DeformConv2D"),     \
-                          DeformConv2DOp<Backend, CoreType<TfT>, CoreType<TfOffsetT>>);      \
-  REGISTER_KERNEL_BUILDER(DEFORM_CONV_KERNEL_OF(TfT, TfOffsetT, device, "DeformConv2DGrad"), \
-                          DeformConv2DGradOp<Backend, CoreType<TfT>, CoreType<TfOffsetT>>)
+// Registers all ops' kernels on `device` for one pair of TensorFlow's types.
+#define DEFORM_CONV_REGISTER_OP(name, Op, TfT, TfOffsetT, Backend, device)     \
+  REGISTER_KERNEL_BUILDER(DEFORM_CONV_KERNEL_OF(TfT, TfOffsetT, device, name), \
+                          Op<Backend, CoreType<TfT>, CoreType<TfOffsetT>>)
+#define DEFORM_CONV_REGISTER_PAIR(...)                                          \
+  DEFORM_CONV_REGISTER_OP("DeformConv2D", DeformConv2DOp, __VA_ARGS__);         \
+  DEFORM_CONV_REGISTER_OP("DeformConv2DGrad", DeformConv2DGradOp, __VA_ARGS__); \
+  DEFORM_CONV_REGISTER_OP("DeformAggregate2D", DeformConv2DOp, __VA_ARGS__);    \
+  DEFORM_CONV_REGISTER_OP("DeformAggregate2DGrad", DeformConv2DGradOp, __VA_ARGS__)
 
 #define DEFORM_CONV_REGISTER(Backend, device) \
   DEFORM_CONV_FOR_TYPE_PAIRS(DEFORM_CONV_REGISTER_PAIR, Backend, device)

@@ -22,17 +22,18 @@ std::vector<int64_t> Dimensions(InferenceContext* context, int index) {
   return dimensions;
 }
 
-absl::Status InferParams(InferenceContext* context, OpAttributes* attributes,
+absl::Status InferParams(InferenceContext* context, Operation operation, OpAttributes* attributes,
                          DeformConvParams* params) {
-  TF_RETURN_IF_ERROR(ReadAttributes(context, attributes));
+  TF_RETURN_IF_ERROR(ReadAttributes(context, operation, attributes));
   const auto dimensions = [context](int index) { return Dimensions(context, index); };
   return MakeParamsOf(*attributes, dimensions, params);
 }
 
+template <Operation kOperation>
 absl::Status ForwardShape(InferenceContext* context) {
   OpAttributes attributes;
   DeformConvParams params;
-  TF_RETURN_IF_ERROR(InferParams(context, &attributes, &params));
+  TF_RETURN_IF_ERROR(InferParams(context, kOperation, &attributes, &params));
   std::vector<DimensionHandle> dimensions;
   for (const int64_t size : FromNativeShape(
            attributes.format, {params.batch, params.out_h, params.out_w, params.out_channels})) {
@@ -43,16 +44,18 @@ absl::Status ForwardShape(InferenceContext* context) {
 }
 
 // Each gradient has its argument's shape, or is empty where it is not wanted.
+template <Operation kOperation>
 absl::Status GradShape(InferenceContext* context) {
   OpAttributes attributes;
   DeformConvParams params;
-  TF_RETURN_IF_ERROR(InferParams(context, &attributes, &params));
+  TF_RETURN_IF_ERROR(InferParams(context, kOperation, &attributes, &params));
   TF_RETURN_IF_ERROR(
       CheckGradOutput(attributes.format, params, Dimensions(context, context->num_inputs() - 1)));
+  bool wanted[kArguments];
+  TF_RETURN_IF_ERROR(ReadWanted(context, attributes, wanted));
   for (int i = 0; i < context->num_outputs(); ++i) {
-    bool wanted;
-    TF_RETURN_IF_ERROR(context->GetAttr(kWantAttributes[i], &wanted));
-    context->set_output(i, wanted ? context->input(i) : context->Vector(0));
+    const bool is_wanted = wanted[attributes.ArgumentAt(i)];
+    context->set_output(i, is_wanted ? context->input(i) : context->Vector(0));
   }
   return absl::OkStatus();
 }
@@ -74,7 +77,7 @@ REGISTER_OP("DeformConv2D")
     .Attr("dilations: list(int) = [1, 1, 1, 1]")
     .Attr("deform_groups: int = 1")
     .Attr("data_format: {'NHWC', 'NCHW'} = 'NHWC'")
-    .SetShapeFn(ForwardShape)
+    .SetShapeFn(ForwardShape<Operation::kConvolve>)
     .Doc(R"doc(
 Deformable convolution, version 1 (https://arxiv.org/abs/1703.06211), or version 2 with a mask
 (https://arxiv.org/abs/1811.11168).
@@ -113,12 +116,67 @@ REGISTER_OP("DeformConv2DGrad")
     .Attr("dilations: list(int) = [1, 1, 1, 1]")
     .Attr("deform_groups: int = 1")
     .Attr("data_format: {'NHWC', 'NCHW'} = 'NHWC'")
-    .SetShapeFn(GradShape)
+    .SetShapeFn(GradShape<Operation::kConvolve>)
     .Doc(R"doc(
 Gradients of DeformConv2D with respect to its inputs.
 
 Takes the inputs and attributes of DeformConv2D and the gradient of its output. A gradient that is
 not wanted is not computed, and an empty tensor stands in its place.
+)doc");
+
+REGISTER_OP("DeformAggregate2D")
+    .Input("input: T")
+    .Input("offset: Toffset")
+    .Input("weights: Toffset")
+    .Output("output: T")
+    .Attr("T: {half, bfloat16, float, double}")
+    .Attr("Toffset: {half, bfloat16, float, double}")
+    .Attr("kernel_size: list(int)")
+    .Attr("strides: list(int)")
+    .Attr("padding: {'SAME', 'VALID', 'EXPLICIT'}")
+    .Attr("explicit_paddings: list(int) = []")
+    .Attr("dilations: list(int) = [1, 1, 1, 1]")
+    .Attr("deform_groups: int = 1")
+    .Attr("data_format: {'NHWC', 'NCHW'} = 'NHWC'")
+    .SetShapeFn(ForwardShape<Operation::kAggregate>)
+    .Doc(R"doc(
+The sum of deformable samples, each times a weight: the operation of deformable convolution,
+versions 3 (https://arxiv.org/abs/2211.05778) and 4 (https://arxiv.org/abs/2401.06197).
+
+input: [N, H, W, C], or [N, C, H, W] for data_format NCHW.
+offset: as that of DeformConv2D.
+weights: [N, OH, OW, deform_groups * KH * KW], or with the channels second: as the mask of
+  DeformConv2D.
+output: [N, OH, OW, C], or with the channels second.
+kernel_size: KH and KW.
+strides: one number per dimension of `input`.
+dilations: one number per dimension of `input`.
+explicit_paddings: two numbers per dimension of `input`, for padding EXPLICIT.
+)doc");
+
+REGISTER_OP("DeformAggregate2DGrad")
+    .Input("input: T")
+    .Input("offset: Toffset")
+    .Input("weights: Toffset")
+    .Input("grad_output: T")
+    .Output("grad_input: T")
+    .Output("grad_offset: Toffset")
+    .Output("grad_weights: Toffset")
+    .Attr("T: {half, bfloat16, float, double}")
+    .Attr("Toffset: {half, bfloat16, float, double}")
+    .Attr("want_grad_input: bool = true")
+    .Attr("want_grad_offset: bool = true")
+    .Attr("want_grad_weights: bool = true")
+    .Attr("kernel_size: list(int)")
+    .Attr("strides: list(int)")
+    .Attr("padding: {'SAME', 'VALID', 'EXPLICIT'}")
+    .Attr("explicit_paddings: list(int) = []")
+    .Attr("dilations: list(int) = [1, 1, 1, 1]")
+    .Attr("deform_groups: int = 1")
+    .Attr("data_format: {'NHWC', 'NCHW'} = 'NHWC'")
+    .SetShapeFn(GradShape<Operation::kAggregate>)
+    .Doc(R"doc(
+Gradients of DeformAggregate2D with respect to its inputs, as those of DeformConv2DGrad.
 )doc");
 
 }  // namespace deform_conv

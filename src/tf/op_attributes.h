@@ -12,36 +12,63 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "absl/strings/string_view.h"
 #include "core/params.h"
 #include "core/types.h"
 
 namespace deform_conv {
 
+// What the ops compute, each with an op for its gradients: DeformConv2D, which has filters, or
+// DeformAggregate2D, which has none.
+enum class Operation { kConvolve, kAggregate };
+
+inline Operation OperationOf(absl::string_view op_type) {
+  return op_type.find("Aggregate") == op_type.npos ? Operation::kConvolve : Operation::kAggregate;
+}
+
+// What the ops' arguments are for. Those of an op are its inputs, in this order, and the gradient
+// op has grad_output after them.
+enum Argument { kInput, kFilters, kOffset, kMask, kArguments };
+
 struct OpAttributes {
+  Operation operation = Operation::kConvolve;
   DeformConvAttributes conv;
   DataFormat format = DataFormat::kNhwc;
   bool has_mask = false;
+
+  bool has_filters() const { return operation == Operation::kConvolve; }
+  bool Has(int argument) const {
+    return argument == kFilters ? has_filters() : argument == kMask ? has_mask : true;
+  }
+  int arguments() const { return kArguments - !has_filters() - !has_mask; }
+
+  // The input that is `argument`, which the op has; also the gradient op's output.
+  int IndexOf(int argument) const { return argument - (argument > kFilters && !has_filters()); }
+  // What input `index` is; kArguments for grad_output.
+  int ArgumentAt(int index) const {
+    if (index >= arguments()) return kArguments;
+    return index + (index >= kFilters && !has_filters());
+  }
+
+  // What errors and attributes call `argument`.
+  const char* NameOf(int argument) const {
+    constexpr const char* kNames[] = {"input", "filters", "offset", "mask", "grad_output"};
+    return argument == kMask && !has_filters() ? "weights" : kNames[argument];
+  }
 };
 
-// The ops' arguments by the index of the input. A mask may be missing, and the gradient op has
-// grad_output last.
-enum Argument { kInput, kFilters, kOffset, kMask, kArguments };
-
-// What errors call input `index` of the ops.
-inline const char* ArgumentName(int index, bool has_mask) {
-  constexpr const char* kNames[] = {"input", "filters", "offset", "mask", "grad_output"};
-  return kNames[index < kMask || (index == kMask && has_mask) ? index : kArguments];
-}
-
-// The gradient op's attributes that say which gradients are wanted.
-constexpr const char* kWantAttributes[kArguments] = {"want_grad_input", "want_grad_filters",
-                                                     "want_grad_offset", "want_grad_mask"};
-
+// Reads the gradient op's attributes that say which gradients are wanted. There are none of what
+// the op does not have.
 template <typename Context>
-absl::Status ReadWanted(Context* context, bool (&wanted)[kArguments]) {
+absl::Status ReadWanted(Context* context, const OpAttributes& attributes,
+                        bool (&wanted)[kArguments]) {
   for (int i = 0; i < kArguments; ++i) {
-    const absl::Status status = context->GetAttr(kWantAttributes[i], &wanted[i]);
+    wanted[i] = false;
+    if (i == kFilters && !attributes.has_filters()) continue;
+    const absl::Status status =
+        context->GetAttr(absl::StrCat("want_grad_", attributes.NameOf(i)), &wanted[i]);
     if (!status.ok()) return status;
+    wanted[i] = wanted[i] && attributes.Has(i);
   }
   return absl::OkStatus();
 }
@@ -123,9 +150,38 @@ absl::Status ReadPadding(Context* context, DataFormat format, DeformConvAttribut
   return absl::OkStatus();
 }
 
+// Reads whether there is a mask. An op has no optional inputs, but lists of them.
+template <typename Context>
+absl::Status ReadMaskCount(Context* context, bool* has_mask) {
+  int count;
+  const absl::Status status = context->GetAttr("mask_count", &count);
+  if (!status.ok()) return status;
+  if (count > 1) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("mask must be one tensor or none; received ", count));
+  }
+  *has_mask = count == 1;
+  return absl::OkStatus();
+}
+
+template <typename Context>
+absl::Status ReadKernelSize(Context* context, DeformConvAttributes* conv) {
+  std::vector<int64_t> sizes;
+  const absl::Status status = context->GetAttr("kernel_size", &sizes);
+  if (!status.ok()) return status;
+  if (sizes.size() != 2) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("kernel_size must be 2 numbers; received [", absl::StrJoin(sizes, ", "), "]"));
+  }
+  conv->kernel_h = sizes[0];
+  conv->kernel_w = sizes[1];
+  return absl::OkStatus();
+}
+
 // `Context` is an OpKernelConstruction or an InferenceContext.
 template <typename Context>
-absl::Status ReadAttributes(Context* context, OpAttributes* attributes) {
+absl::Status ReadAttributes(Context* context, Operation operation, OpAttributes* attributes) {
+  attributes->operation = operation;
   std::string format;
   DeformConvAttributes& conv = attributes->conv;
   absl::Status status = context->GetAttr("data_format", &format);
@@ -140,30 +196,9 @@ absl::Status ReadAttributes(Context* context, OpAttributes* attributes) {
   if (!status.ok()) return status;
   status = context->GetAttr("deform_groups", &conv.deform_groups);
   if (!status.ok()) return status;
-  int mask_count;  // an op has no optional inputs, but lists of them
-  status = context->GetAttr("mask_count", &mask_count);
-  if (!status.ok()) return status;
-  if (mask_count > 1) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("mask must be one tensor or none; received ", mask_count));
-  }
-  attributes->has_mask = mask_count == 1;
-  return absl::OkStatus();
-}
-
-// The shapes of the ops' arguments as MakeParams takes them. `mask` is null where none is given.
-inline absl::Status ToNativeShapes(DataFormat format, const std::vector<int64_t>& input,
-                                   const std::vector<int64_t>& filters,
-                                   const std::vector<int64_t>& offset,
-                                   const std::vector<int64_t>* mask, DeformConvShapes* shapes) {
-  absl::Status status = ToNativeShape("input", format, input, &shapes->input);
-  if (!status.ok()) return status;
-  status = ToNativeShape("filters", DataFormat::kNhwc, filters, &shapes->filters);
-  if (!status.ok()) return status;
-  status = ToNativeShape("offset", format, offset, &shapes->offset);
-  if (!status.ok()) return status;
-  shapes->has_mask = mask != nullptr;
-  return mask == nullptr ? absl::OkStatus() : ToNativeShape("mask", format, *mask, &shapes->mask);
+  if (operation == Operation::kConvolve) return ReadMaskCount(context, &attributes->has_mask);
+  attributes->has_mask = true;
+  return ReadKernelSize(context, &conv);
 }
 
 // The sizes that follow from the attributes and the shapes of the ops' arguments. `dimensions(i)`
@@ -171,13 +206,18 @@ inline absl::Status ToNativeShapes(DataFormat format, const std::vector<int64_t>
 template <typename Dimensions>
 absl::Status MakeParamsOf(const OpAttributes& attributes, const Dimensions& dimensions,
                           DeformConvParams* params) {
-  std::vector<int64_t> mask;
-  if (attributes.has_mask) mask = dimensions(kMask);
   DeformConvShapes shapes;
-  const absl::Status status =
-      ToNativeShapes(attributes.format, dimensions(kInput), dimensions(kFilters),
-                     dimensions(kOffset), attributes.has_mask ? &mask : nullptr, &shapes);
-  if (!status.ok()) return status;
+  shapes.has_filters = attributes.has_filters();
+  shapes.has_mask = attributes.has_mask;
+  std::array<int64_t, 4>* const native[] = {&shapes.input, &shapes.filters, &shapes.offset,
+                                            &shapes.mask};
+  for (int i = 0; i < kArguments; ++i) {
+    if (!attributes.Has(i)) continue;
+    const DataFormat format = i == kFilters ? DataFormat::kNhwc : attributes.format;
+    const absl::Status status =
+        ToNativeShape(attributes.NameOf(i), format, dimensions(attributes.IndexOf(i)), native[i]);
+    if (!status.ok()) return status;
+  }
   const std::string error = MakeParams(attributes.conv, shapes, params);
   return error.empty() ? absl::OkStatus() : absl::InvalidArgumentError(error);
 }

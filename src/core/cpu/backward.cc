@@ -109,8 +109,9 @@ class Backward {
 
   int64_t RowSize() const { return params_.in_w * params_.in_channels; }
 
-  // Elements of the sum of a slice's filters' gradients.
+  // Elements of the sum of a slice's filters' gradients, if they are wanted.
   int64_t PartialSize(const ChannelSlice& slice) const {
+    if (!params_.has_filters) return 0;
     return slice.groups * params_.taps() * slice.width * params_.group_out_channels();
   }
 

@@ -83,7 +83,7 @@ struct ChannelRuns {
 // filters to all output channels of its own group.
 template <typename T>
 struct DirectFilters {
-  T* data;  // null where a gradient is not wanted
+  T* data;  // null where there are none, and where a gradient is not wanted
   int64_t group_in, group_out;
   int64_t channels;  // of the input, in all groups
 };
@@ -133,7 +133,8 @@ struct CpuKernels {
                bool accumulate);
 
   // Narrow groups, without columns and GEMMs. The runs have whole groups, and their `column` is
-  // where their channels begin in the filters.
+  // where their channels begin in the filters. Without filters, groups are 1 channel each, and
+  // samples are added up as they are.
   //   row  workspace [group_out, channels of the longest run]; unused where groups are 1 channel
   //   each
 

@@ -88,6 +88,7 @@ class PackedFilters {
 
   // Packs the filters of `slices`.
   void Pack(const std::vector<ChannelSlice>& slices, const T* filters, const CpuThreads& threads) {
+    if (!params_.has_filters) return;
     begins_.assign(1, 0);
     for (const ChannelSlice& slice : slices) {
       begins_.push_back(begins_.back() + slice.groups * GroupSize(slice));
@@ -106,8 +107,10 @@ class PackedFilters {
     });
   }
 
-  // The packed filters of the i-th slice, in the order of DirectFilters.
-  const T* Direct(int64_t i) const { return packed_.data() + begins_[i]; }
+  // The packed filters of the i-th slice, in the order of DirectFilters; null where there are none.
+  const T* Direct(int64_t i) const {
+    return params_.has_filters ? packed_.data() + begins_[i] : nullptr;
+  }
 
   // The packed filters of the i-th slice's j-th group.
   const T* Group(const ChannelSlice& slice, int64_t i, int64_t j) const {
@@ -116,6 +119,7 @@ class PackedFilters {
 
  private:
   int64_t GroupSize(const ChannelSlice& slice) const {
+    if (!params_.has_filters) return 0;
     const int64_t rows = params_.taps() * slice.width, cols = params_.group_out_channels();
     if (direct_) return rows * cols;
     return form_ == GemmForm::kTransposeB ? RoundUp(rows, kernels_.gemm_panel) * cols

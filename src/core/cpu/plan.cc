@@ -33,6 +33,7 @@ int64_t ChannelFilters(const DeformConvParams& params) {
 }  // namespace
 
 bool IsDirect(const DeformConvParams& params) {
+  if (!params.has_filters) return true;
   const int64_t in = params.group_in_channels(), out = params.group_out_channels();
   const bool faster = (in <= kDirectGroupIn && out <= kDirectGroupOut) ||
                       (in <= kDirectFewIn && out <= kDirectOutOfFew);

@@ -25,8 +25,8 @@ constexpr int64_t kTileBytes = int64_t{1} << 19;
 
 // --- The choice between two ways ---
 
-// Whether a layer goes through the direct kernels, for narrow groups, rather than through columns
-// and GEMMs: whether they can, and are faster.
+// Whether a layer goes through the direct kernels, for narrow groups or no filters, rather than
+// through columns and GEMMs: whether they can, and are faster.
 bool IsDirect(const DeformConvParams& params);
 
 // --- Channels ---

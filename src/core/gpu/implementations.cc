@@ -10,6 +10,7 @@
 #include "core/gpu/columns_backward.h"
 #include "core/gpu/depthwise.h"
 #include "core/gpu/embedded.h"
+#include "core/gpu/filters_of_ones.h"
 #include "core/gpu/im2col_gemm.h"
 #include "core/gpu/some_images.h"
 #include "core/return_if_error.h"
@@ -25,6 +26,13 @@ constexpr char kAddsWithAtomics[] = "it adds with atomics, and determinism is as
 template <typename Call>
 std::string AlwaysFits(const Call&) {
   return "";
+}
+
+// Why GEMMs and tensor cores, which multiply by filters, cannot serve the layer, or an empty
+// string.
+template <typename Call>
+std::string NoFiltersMisfit(const Call& call) {
+  return call.params.has_filters ? "" : "there are no filters";
 }
 
 template <int kCost, typename Call>
@@ -54,6 +62,7 @@ SomeImages<T> FirstFusedImages(const Call<T>& call) {
 
 template <typename T>
 std::string ImplicitGemmMisfit(const ForwardCall<T>& call) {
+  DEFORM_CONV_RETURN_IF_ERROR(NoFiltersMisfit(call));
   DEFORM_CONV_RETURN_IF_ERROR(PrecisionMisfit<T>(call.device));
   if constexpr (!std::is_same_v<T, double>) {
     const SomeImages<T> some = FirstFusedImages(call);
@@ -225,11 +234,12 @@ std::string RunSorted(const Col2ImCall<T>& call) {
   return RunOthers(call);
 }
 
-// --- Depthwise layers ---
+// --- Depthwise layers, and those without filters ---
 
 template <typename Call>
 std::string DepthwiseMisfit(const Call& call) {
-  if (call.params.groups == 1 || call.params.groups != call.params.in_channels) {
+  const DeformConvParams& params = call.params;
+  if (params.has_filters && (params.groups == 1 || params.groups != params.in_channels)) {
     return "the layer is not depthwise";
   }
   if (call.params.out_positions() == 0) return "the output is empty";
@@ -257,6 +267,27 @@ std::string DepthwiseBackwardMisfit(const BackwardCall<T>& call) {
   return cuda::DepthwiseBackwardMisfit<T>(call.params);
 }
 
+// Where no depthwise kernel fits a layer without filters: its sizes are beyond their limits, or its
+// gradient is to be deterministic.
+template <typename Call>
+std::string FiltersOfOnesMisfit(const Call& call) {
+  return call.params.has_filters ? "there are filters" : "";
+}
+
+// --- GEMMs ---
+
+template <typename T>
+std::string EmbeddedMisfit(const ForwardCall<T>& call) {
+  DEFORM_CONV_RETURN_IF_ERROR(NoFiltersMisfit(call));
+  return EmbeddedForwardMisfit(call);
+}
+
+template <typename T>
+std::string EmbeddedMisfit(const BackwardCall<T>& call) {
+  DEFORM_CONV_RETURN_IF_ERROR(NoFiltersMisfit(call));
+  return EmbeddedBackwardMisfit(call);
+}
+
 }  // namespace
 
 template <typename T>
@@ -269,8 +300,9 @@ const std::vector<Implementation<ForwardCall<T>>>& ForwardImplementations() {
       {"StagedDepthwise", KernelPath::kGeneral, StagedDepthwiseForwardMisfit<T>, Cost<0>,
        ForwardStagedDepthwise<T>},
       {"Depthwise", KernelPath::kGeneral, DepthwiseForwardMisfit<T>, Cost<1>, ForwardDepthwise<T>},
-      {"Embedded", KernelPath::kAny, EmbeddedForwardMisfit<T>, Cost<2>, ForwardEmbedded<T>},
-      {"Im2ColGemm", KernelPath::kGeneral, AlwaysFits, Cost<4>, Im2ColGemm<T>},
+      {"Embedded", KernelPath::kAny, EmbeddedMisfit<T>, Cost<2>, ForwardEmbedded<T>},
+      {"Im2ColGemm", KernelPath::kGeneral, NoFiltersMisfit, Cost<4>, Im2ColGemm<T>},
+      {"FiltersOfOnes", KernelPath::kAny, FiltersOfOnesMisfit, Cost<6>, ForwardWithOnes<T>},
   };
   return list;
 }
@@ -280,8 +312,9 @@ const std::vector<Implementation<BackwardCall<T>>>& BackwardImplementations() {
   static const std::vector<Implementation<BackwardCall<T>>> list = {
       {"Depthwise", KernelPath::kGeneral, DepthwiseBackwardMisfit<T>, Cost<0>,
        BackpropDepthwise<T>},
-      {"Embedded", KernelPath::kAny, EmbeddedBackwardMisfit<T>, Cost<1>, BackpropEmbedded<T>},
-      {"Columns", KernelPath::kAny, AlwaysFits, Cost<2>, BackpropByColumns<T>},
+      {"Embedded", KernelPath::kAny, EmbeddedMisfit<T>, Cost<1>, BackpropEmbedded<T>},
+      {"Columns", KernelPath::kAny, NoFiltersMisfit, Cost<2>, BackpropByColumns<T>},
+      {"FiltersOfOnes", KernelPath::kAny, FiltersOfOnesMisfit, Cost<3>, BackpropWithOnes<T>},
   };
   return list;
 }

@@ -36,26 +36,24 @@ class CpuBackend {
   ffi::ThreadPool pool_;
 };
 
-ffi::Error Forward(ffi::ThreadPool pool, ffi::Span<const int64_t> words, ffi::AnyBuffer input,
-                   ffi::AnyBuffer filters, ffi::AnyBuffer offset, ffi::RemainingArgs masks,
-                   ffi::Result<ffi::AnyBuffer> output) {
+template <Operation kOperation>
+ffi::Error Forward(ffi::ThreadPool pool, ffi::Dictionary attributes, ffi::RemainingArgs operands,
+                   ffi::RemainingRets results) {
   CpuBackend backend(std::move(pool));
-  return HandleForward(backend, words, input, filters, offset, masks, *output);
+  return HandleForward(backend, CustomCall(kOperation, attributes, operands, results));
 }
 
-ffi::Error Backward(ffi::ThreadPool pool, ffi::Span<const int64_t> words, int64_t wanted,
-                    ffi::AnyBuffer input, ffi::AnyBuffer filters, ffi::AnyBuffer offset,
-                    ffi::AnyBuffer grad_output, ffi::RemainingArgs masks,
+template <Operation kOperation>
+ffi::Error Backward(ffi::ThreadPool pool, ffi::Dictionary attributes, ffi::RemainingArgs operands,
                     ffi::RemainingRets results) {
   CpuBackend backend(std::move(pool));
-  return HandleBackward(backend, words, wanted, input, filters, offset, grad_output, masks,
-                        results);
+  return HandleBackward(backend, CustomCall(kOperation, attributes, operands, results));
 }
 
-XLA_FFI_DEFINE_HANDLER(kForward, Forward, BindForward(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
-XLA_FFI_DEFINE_HANDLER(kBackward, Backward, BindBackward(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
-XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), kForwardCall, "Host", kForward);
-XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), kBackwardCall, "Host", kBackward);
+auto BindDevice() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>(); }
+
+DEFORM_CONV_REGISTER_CALLS(Convolve, "Host", BindDevice());
+DEFORM_CONV_REGISTER_CALLS(Aggregate, "Host", BindDevice());
 
 }  // namespace
 }  // namespace deform_conv

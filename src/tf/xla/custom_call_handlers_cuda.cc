@@ -84,29 +84,26 @@ class CudaBackend {
   XlaCudaDevice device_;
 };
 
+template <Operation kOperation>
 ffi::Error Forward(stream_executor::Stream* stream, ffi::ScratchAllocator memory,
-                   ffi::Span<const int64_t> words, ffi::AnyBuffer input, ffi::AnyBuffer filters,
-                   ffi::AnyBuffer offset, ffi::RemainingArgs masks,
-                   ffi::Result<ffi::AnyBuffer> output) {
+                   ffi::Dictionary attributes, ffi::RemainingArgs operands,
+                   ffi::RemainingRets results) {
   CudaBackend backend(stream, memory);
-  return HandleForward(backend, words, input, filters, offset, masks, *output);
+  return HandleForward(backend, CustomCall(kOperation, attributes, operands, results));
 }
 
+template <Operation kOperation>
 ffi::Error Backward(stream_executor::Stream* stream, ffi::ScratchAllocator memory,
-                    ffi::Span<const int64_t> words, int64_t wanted, ffi::AnyBuffer input,
-                    ffi::AnyBuffer filters, ffi::AnyBuffer offset, ffi::AnyBuffer grad_output,
-                    ffi::RemainingArgs masks, ffi::RemainingRets results) {
+                    ffi::Dictionary attributes, ffi::RemainingArgs operands,
+                    ffi::RemainingRets results) {
   CudaBackend backend(stream, memory);
-  return HandleBackward(backend, words, wanted, input, filters, offset, grad_output, masks,
-                        results);
+  return HandleBackward(backend, CustomCall(kOperation, attributes, operands, results));
 }
 
 auto BindDevice() { return ffi::Ffi::Bind().Ctx<StreamOfXla>().Ctx<ffi::ScratchAllocator>(); }
 
-XLA_FFI_DEFINE_HANDLER(kForward, Forward, BindForward(BindDevice()));
-XLA_FFI_DEFINE_HANDLER(kBackward, Backward, BindBackward(BindDevice()));
-XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), kForwardCall, "CUDA", kForward);
-XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), kBackwardCall, "CUDA", kBackward);
+DEFORM_CONV_REGISTER_CALLS(Convolve, "CUDA", BindDevice());
+DEFORM_CONV_REGISTER_CALLS(Aggregate, "CUDA", BindDevice());
 
 }  // namespace
 }  // namespace deform_conv

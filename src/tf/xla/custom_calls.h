@@ -1,8 +1,11 @@
-// What the ops compile to under XLA: two custom calls, known by name to both sides.
+// What the ops compile to under XLA: custom calls, known by name to both sides.
 //
 //   deform_conv2d_forward(input, filters, offset[, mask]) -> output
 //   deform_conv2d_backward(input, filters, offset, grad_output[, mask]) -> the wanted ones of
 //       grad_input, grad_filters, grad_offset, grad_mask
+//   deform_aggregate2d_forward(input, offset, weights) -> output
+//   deform_aggregate2d_backward(input, offset, grad_output, weights) -> the wanted ones of
+//       grad_input, grad_offset, grad_weights
 //
 // All tensors are row-major in NHWC. Offset and mask are float, or double beside double. On the CPU
 // the others are too; on a GPU they may be of the 16-bit types.
@@ -16,15 +19,28 @@
 #include <vector>
 
 #include "core/params.h"
+#include "tf/op_attributes.h"
 
 namespace deform_conv {
 
-constexpr char kForwardCall[] = "deform_conv2d_forward";
-constexpr char kBackwardCall[] = "deform_conv2d_backward";
+struct CustomCalls {
+  const char* function;  // in Python
+  const char* forward;
+  const char* backward;
+};
+
+constexpr CustomCalls CallsOf(Operation operation) {
+  if (operation == Operation::kConvolve) {
+    return {"deform_conv2d", "deform_conv2d_forward", "deform_conv2d_backward"};
+  }
+  return {"deform_aggregate2d", "deform_aggregate2d_forward", "deform_aggregate2d_backward"};
+}
 
 // Attributes of the calls: the ops' attributes, as words, and backward a bit for each gradient that
-// is wanted. Sizes come from the tensors.
+// is wanted, by Argument. Sizes come from the tensors, and where there are no filters, the kernel's
+// from an attribute.
 constexpr char kAttributesAttribute[] = "attributes";
+constexpr char kKernelSizeAttribute[] = "kernel_size";
 constexpr char kWantedAttribute[] = "wanted";
 
 // A compiled module may outlive the library that made it. This changes with what the words mean.

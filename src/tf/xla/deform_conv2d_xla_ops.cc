@@ -25,12 +25,13 @@ using tensorflow::XlaOpKernelContext;
 
 enum class XlaDevice { kCpu, kGpu };
 
-// What the two ops do alike. Only a GPU computes on 16-bit tensors as they are.
+// What all ops do alike. Only a GPU computes on 16-bit tensors as they are.
 template <XlaDevice kDevice>
 class DeformConv2DXlaOp : public XlaOpKernel {
  public:
   explicit DeformConv2DXlaOp(OpKernelConstruction* context) : XlaOpKernel(context) {
-    OP_REQUIRES_OK(context, ReadAttributes(context, &attributes_));
+    const Operation operation = OperationOf(context->def().op());
+    OP_REQUIRES_OK(context, ReadAttributes(context, operation, &attributes_));
     // An error in a custom call on a GPU may end the process, so it is reported here.
     if (kDevice == XlaDevice::kGpu) {
       OP_REQUIRES_OK(context, PathOfEnvironment().status());
@@ -38,7 +39,7 @@ class DeformConv2DXlaOp : public XlaOpKernel {
   }
 
  protected:
-  bool has_mask() const { return attributes_.has_mask; }
+  const OpAttributes& attributes() const { return attributes_; }
 
   absl::Status ReadShapes(XlaOpKernelContext* context, DeformConvParams* params) const {
     for (int i = 0; i < context->num_inputs(); ++i) {
@@ -46,8 +47,9 @@ class DeformConv2DXlaOp : public XlaOpKernel {
       TF_RETURN_IF_ERROR(shape.status());
       if (shape->is_static()) continue;
       return absl::InvalidArgumentError(
-          absl::StrCat("XLA compiles deform_conv2d for static shapes only; received ",
-                       shape->ToString(), " as ", ArgumentName(i, has_mask())));
+          absl::StrCat("XLA compiles ", CallsOf(attributes_.operation).function,
+                       " for static shapes only; received ", shape->ToString(), " as ",
+                       attributes_.NameOf(attributes_.ArgumentAt(i))));
     }
     return MakeParamsOf(
         attributes_, [context](int index) { return Dimensions(context, index); }, params);
@@ -70,7 +72,8 @@ class DeformConv2DXlaOp : public XlaOpKernel {
 
   // Input `index`, in native form.
   xla::XlaOp ToNative(XlaOpKernelContext* context, int index) const {
-    const bool is_offset_or_mask = index == kOffset || (index == kMask && has_mask());
+    const int argument = attributes_.ArgumentAt(index);
+    const bool is_offset_or_mask = argument == kOffset || argument == kMask;
     const xla::PrimitiveType type = context->input_xla_type(index);
     const xla::XlaOp value = xla::ConvertElementType(
         context->Input(index), is_offset_or_mask ? XlaComputeType(type) : NativeType(type));
@@ -85,9 +88,15 @@ class DeformConv2DXlaOp : public XlaOpKernel {
 
   // The attributes of a custom call; `more` are those besides the op's, each after a comma.
   std::string Attributes(const std::string& more = "") const {
+    std::string kernel_size;
+    if (!attributes_.has_filters()) {
+      kernel_size =
+          absl::StrCat(", ", kKernelSizeAttribute, " = array<i64: ", attributes_.conv.kernel_h,
+                       ", ", attributes_.conv.kernel_w, ">");
+    }
     return absl::StrCat("{", kAttributesAttribute,
-                        " = array<i64: ", absl::StrJoin(ToWords(attributes_.conv), ", "), ">", more,
-                        "}");
+                        " = array<i64: ", absl::StrJoin(ToWords(attributes_.conv), ", "), ">",
+                        kernel_size, more, "}");
   }
 
   // Calls `target` with row-major operands and results.
@@ -118,7 +127,8 @@ class DeformConv2DXlaOp : public XlaOpKernel {
   }
 
   bool IsTransposed(int index) const {
-    return index != kFilters && attributes_.format == DataFormat::kNchw;  // filters never are
+    return attributes_.ArgumentAt(index) != kFilters &&  // they never are
+           attributes_.format == DataFormat::kNchw;
   }
 
   OpAttributes attributes_;
@@ -133,14 +143,14 @@ class ForwardXlaOp : public DeformConv2DXlaOp<kDevice> {
     DeformConvParams params;
     OP_REQUIRES_OK(context, this->ReadShapes(context, &params));
     std::vector<xla::XlaOp> operands;
-    for (int i = 0; i < (this->has_mask() ? kArguments : kMask); ++i) {
+    for (int i = 0; i < this->attributes().arguments(); ++i) {
       operands.push_back(this->ToNative(context, i));
     }
     const xla::PrimitiveType type = context->input_xla_type(kInput);
     const xla::Shape result = this->RowMajor(
         this->NativeType(type), {params.batch, params.out_h, params.out_w, params.out_channels});
-    const xla::XlaOp output =
-        this->Call(context, kForwardCall, operands, result, this->Attributes());
+    const xla::XlaOp output = this->Call(context, CallsOf(this->attributes().operation).forward,
+                                         operands, result, this->Attributes());
     context->SetOutput(0, this->FromNative(output, kInput, type));
   }
 };
@@ -149,39 +159,42 @@ template <XlaDevice kDevice>
 class BackwardXlaOp : public DeformConv2DXlaOp<kDevice> {
  public:
   explicit BackwardXlaOp(OpKernelConstruction* context) : DeformConv2DXlaOp<kDevice>(context) {
-    OP_REQUIRES_OK(context, ReadWanted(context, wanted_));
+    OP_REQUIRES_OK(context, ReadWanted(context, this->attributes(), wanted_));
   }
 
   void Compile(XlaOpKernelContext* context) override {
     DeformConvParams params;
     OP_REQUIRES_OK(context, this->ReadShapes(context, &params));
     OP_REQUIRES_OK(context, this->CheckGradOutput(context, params));
+    const OpAttributes& attributes = this->attributes();
     std::vector<xla::XlaOp> arguments;
     for (int i = 0; i < context->num_inputs(); ++i) arguments.push_back(this->ToNative(context, i));
     // The mask, of which there may be none, comes last.
-    std::vector<xla::XlaOp> operands = {arguments[kInput], arguments[kFilters], arguments[kOffset],
-                                        arguments.back()};
-    if (this->has_mask()) operands.push_back(arguments[kMask]);
+    std::vector<xla::XlaOp> operands(arguments.begin(),
+                                     arguments.begin() + attributes.IndexOf(kMask));
+    operands.push_back(arguments.back());
+    if (attributes.has_mask) operands.push_back(arguments[attributes.IndexOf(kMask)]);
 
     std::vector<xla::Shape> results;
     int64_t wanted_bits = 0;
     for (int i = 0; i < context->num_outputs(); ++i) {
-      if (!wanted_[i]) continue;
+      const int argument = attributes.ArgumentAt(i);
+      if (!wanted_[argument]) continue;
       const auto shape = context->builder()->GetShape(arguments[i]);
       OP_REQUIRES_OK(context, shape.status());
       results.push_back(this->RowMajor(shape->element_type(), shape->dimensions()));
-      wanted_bits |= int64_t{1} << i;
+      wanted_bits |= int64_t{1} << argument;
     }
     xla::XlaOp gradients;
     if (!results.empty()) {
       const std::string wanted = absl::StrCat(", ", kWantedAttribute, " = ", wanted_bits, " : i64");
-      gradients = this->Call(context, kBackwardCall, operands,
+      gradients = this->Call(context, CallsOf(attributes.operation).backward, operands,
                              xla::ShapeUtil::MakeTupleShape(results), this->Attributes(wanted));
     }
     int64_t next = 0;
     for (int i = 0; i < context->num_outputs(); ++i) {
       const xla::PrimitiveType type = context->input_xla_type(i);
-      context->SetOutput(i, wanted_[i]
+      context->SetOutput(i, wanted_[attributes.ArgumentAt(i)]
                                 ? this->FromNative(xla::GetTupleElement(gradients, next++), i, type)
                                 : xla::Broadcast(xla::Zero(context->builder(), type), {0}));
     }
@@ -193,11 +206,13 @@ class BackwardXlaOp : public DeformConv2DXlaOp<kDevice> {
 
 // Registered as kernels, not with REGISTER_XLA_OP: XLA turns those into kernels once, at its first
 // use, and would miss a library loaded later.
-#define DEFORM_CONV_REGISTER_PAIR(TfT, TfOffsetT, kDevice, device)                           \
-  REGISTER_KERNEL_BUILDER(DEFORM_CONV_KERNEL_OF(TfT, TfOffsetT, device, "DeformConv2D"),     \
-                          ForwardXlaOp<kDevice>);                                            \
-  REGISTER_KERNEL_BUILDER(DEFORM_CONV_KERNEL_OF(TfT, TfOffsetT, device, "DeformConv2DGrad"), \
-                          BackwardXlaOp<kDevice>)
+#define DEFORM_CONV_REGISTER_OP(name, Op, TfT, TfOffsetT, kDevice, device) \
+  REGISTER_KERNEL_BUILDER(DEFORM_CONV_KERNEL_OF(TfT, TfOffsetT, device, name), Op<kDevice>)
+#define DEFORM_CONV_REGISTER_PAIR(...)                                     \
+  DEFORM_CONV_REGISTER_OP("DeformConv2D", ForwardXlaOp, __VA_ARGS__);      \
+  DEFORM_CONV_REGISTER_OP("DeformConv2DGrad", BackwardXlaOp, __VA_ARGS__); \
+  DEFORM_CONV_REGISTER_OP("DeformAggregate2D", ForwardXlaOp, __VA_ARGS__); \
+  DEFORM_CONV_REGISTER_OP("DeformAggregate2DGrad", BackwardXlaOp, __VA_ARGS__)
 DEFORM_CONV_FOR_TYPE_PAIRS(DEFORM_CONV_REGISTER_PAIR, XlaDevice::kCpu,
                            tensorflow::DEVICE_CPU_XLA_JIT);
 DEFORM_CONV_FOR_TYPE_PAIRS(DEFORM_CONV_REGISTER_PAIR, XlaDevice::kGpu,

@@ -5,7 +5,7 @@
 // With the filters as DirectFilters has them, each input channel has a sum of its own for each
 // output channel of its group, and only at last are those of a group's channels added up, once for
 // all taps. Backward goes the same way in reverse: the output's gradient is spread over the group's
-// channels, once for all taps.
+// channels, once for all taps. Without filters, nothing stands between sample and sum.
 
 #ifndef DEFORM_CONV_CORE_CPU_ISA_DIRECT_H_
 #define DEFORM_CONV_CORE_CPU_ISA_DIRECT_H_
@@ -85,10 +85,11 @@ struct PositionSamples {
   }
 };
 
-// The sizes of a group: known to the compiler, or else 0 and only in the filters.
-template <int in, int out>
+// The sizes of a group: known to the compiler, or else 0 and only in the filters, if there are any.
+template <int in, int out, bool has_filters = true>
 struct GroupSizes {
   static constexpr int kIn = in, kOut = out;
+  static constexpr bool kHasFilters = has_filters;
 
   template <typename Filters>
   static DEFORM_CONV_INLINE int64_t In(const Filters& filters) {
@@ -100,10 +101,13 @@ struct GroupSizes {
   }
 };
 
+using WithoutFilters = GroupSizes<1, 1, false>;
+
 // Calls run(GroupSizes) for those of a layer that forward is compiled for. Backward has the first
-// and the last: it gains little by others.
+// two and the last: it gains little by others.
 template <typename T, typename Run>
 DEFORM_CONV_INLINE void WithGroupSizes(const DirectFilters<const T>& filters, const Run& run) {
+  if (filters.data == nullptr) return run(WithoutFilters());
   const int64_t size = filters.group_in == filters.group_out ? filters.group_in : 0;
   if (size == 1) return run(GroupSizes<1, 1>());
   if constexpr (kKnownSizes<T>) {
@@ -116,14 +120,19 @@ DEFORM_CONV_INLINE void WithGroupSizes(const DirectFilters<const T>& filters, co
 
 // Sums over the taps for `lanes * vectors` input channels and each output channel of their groups,
 // in registers. They are written `sums_stride` apart.
-template <int n, int vectors, int group_out, bool has_mask, typename T>
+template <int n, int vectors, typename Sizes, bool has_mask, typename T>
 DEFORM_CONV_INLINE void SumInRegisters(const PositionSamples<T>& samples, int64_t i,
                                        const DirectFilters<const T>& filters, const T* filter,
                                        T* to, int64_t sums_stride) {
+  constexpr int group_out = Sizes::kOut;
   alignas(kVectorBytes) Vector<T, n> sums[vectors][group_out] = {};
   const int64_t out_stride = filters.channels, tap_stride = group_out * filters.channels;
   samples.template ForEach<n, vectors, has_mask>(
       i, [&](int64_t tap, int v, const Vector<T, n>& sample) DEFORM_CONV_INLINE_LAMBDA {
+        if constexpr (!Sizes::kHasFilters) {
+          sums[v][0] += sample;
+          return;
+        }
         const T* from = filter + tap * tap_stride + v * n;
         Unrolled<group_out>([&](int k) DEFORM_CONV_INLINE_LAMBDA {
           sums[v][k] += sample * Load<n>(from + k * out_stride);
@@ -210,11 +219,11 @@ void DirectForwardFor(const DeformConvParams& params, const ChannelRuns& runs,
             T* result = output + (tile.begin + row) * out_channels +
                         run.channel / Sizes::In(filters) * Sizes::Out(filters);
             T* to = Sizes::kOut == 1 ? result : sums;
-            const T* const filter = filters.data + run.column;
+            const T* const filter = Sizes::kHasFilters ? filters.data + run.column : nullptr;
             if constexpr (Sizes::kOut > 0) {
               ForEachBlock<T, kLanes<T>, kBlockVectors / Sizes::kOut>(
                   run.count, [&](int64_t i, auto lanes, auto vectors) DEFORM_CONV_INLINE_LAMBDA {
-                    SumInRegisters<lanes(), vectors(), Sizes::kOut, has_mask>(
+                    SumInRegisters<lanes(), vectors(), Sizes, has_mask>(
                         samples, i, filters, filter + i, to + i, run.count);
                   });
             } else {
@@ -233,7 +242,7 @@ void DirectForward(const DeformConvParams& params, const ChannelRuns& runs,
   WithGroupSizes(filters, [&](auto sizes) {
     auto* forward = DirectForwardFor<true, decltype(sizes), T>;
     // Elsewhere, multiplying by masks of 1 takes a small part of the time.
-    if constexpr (sizes.kOut == 1) {
+    if constexpr (sizes.kOut == 1 && sizes.kHasFilters) {
       if (tensors.mask == nullptr) forward = DirectForwardFor<false, decltype(sizes), T>;
     }
     forward(params, runs, tile, tensors, zeros, filters, row, output);
@@ -267,15 +276,19 @@ void DirectBackwardFor(const DeformConvParams& params, const ChannelRuns& runs,
             [&](int64_t tap, const TileSample<T>& sample, int64_t at) DEFORM_CONV_INLINE_LAMBDA {
               const int64_t out_stride = filters.channels;
               const int64_t first = tap * group_out * out_stride + run.column;
-              const T* filter = filters.data + first;
+              const T* filter = Sizes::kHasFilters ? filters.data + first : nullptr;
               T* grad_filter = want_filters ? grad_filters.data + first : nullptr;
               BackpropSample<want_input, want_offset_or_mask, want_filters>(
                   copy, run, run.count, sample, n, at,
                   [=](int64_t i, auto lanes) DEFORM_CONV_INLINE_LAMBDA {
                     constexpr int n = lanes();
-                    Vector<T, n> grad = Load<n>(grads + i) * Load<n>(filter + i);
-                    for (int64_t k = 1; k < group_out; ++k) {
-                      grad += Load<n>(grads + k * count + i) * Load<n>(filter + k * out_stride + i);
+                    Vector<T, n> grad = Load<n>(grads + i);
+                    if constexpr (Sizes::kHasFilters) {
+                      grad *= Load<n>(filter + i);
+                      for (int64_t k = 1; k < group_out; ++k) {
+                        grad +=
+                            Load<n>(grads + k * count + i) * Load<n>(filter + k * out_stride + i);
+                      }
                     }
                     return grad;
                   },
@@ -296,16 +309,22 @@ void DirectBackward(const DeformConvParams& params, const ChannelRuns& runs,
                     T* ignored, const DirectFilters<const T>& filters, const T* grad_output, T* row,
                     const SampledGradients<T>& gradients, const DirectFilters<T>& grad_filters) {
   const SampleBackprop<T> backprop(params, tile, tensors, zeros, ignored, gradients);
-  WithWanted(gradients, grad_filters.data != nullptr,
-             [&](auto want_input, auto want_offset_or_mask, auto want_filters) {
-               const bool depthwise = filters.group_in == 1 && filters.group_out == 1;
-               const auto backward = depthwise
-                                         ? DirectBackwardFor<want_input(), want_offset_or_mask(),
-                                                             want_filters(), GroupSizes<1, 1>, T>
-                                         : DirectBackwardFor<want_input(), want_offset_or_mask(),
-                                                             want_filters(), GroupSizes<0, 0>, T>;
-               backward(params, runs, tile, backprop, filters, grad_output, row, grad_filters);
-             });
+  WithWanted(
+      gradients, grad_filters.data != nullptr,
+      [&](auto want_input, auto want_offset_or_mask, auto want_filters) {
+        const bool depthwise = filters.group_in == 1 && filters.group_out == 1;
+        auto* backward = depthwise ? DirectBackwardFor<want_input(), want_offset_or_mask(),
+                                                       want_filters(), GroupSizes<1, 1>, T>
+                                   : DirectBackwardFor<want_input(), want_offset_or_mask(),
+                                                       want_filters(), GroupSizes<0, 0>, T>;
+        if constexpr (!want_filters()) {
+          if (filters.data == nullptr) {
+            backward =
+                DirectBackwardFor<want_input(), want_offset_or_mask(), false, WithoutFilters, T>;
+          }
+        }
+        backward(params, runs, tile, backprop, filters, grad_output, row, grad_filters);
+      });
   AddOffsetAndMaskGradients(params, tile, gradients);
 }
 

@@ -3,6 +3,7 @@
 #ifndef DEFORM_CONV_CORE_CUDA_GENERAL_DEPTHWISE_CUH_
 #define DEFORM_CONV_CORE_CUDA_GENERAL_DEPTHWISE_CUH_
 
+#include <string>
 #include <type_traits>
 
 #include "core/bilinear.h"
@@ -39,6 +40,31 @@ struct TapSample {
 
   __device__ __forceinline__ bool inside() const { return h.inside & w.inside; }
 };
+
+// What each input channel meets: filters to several outputs or to one, or none, as if they were 1.
+enum class Filters { kToSeveral, kToOne, kNone };
+
+// Whether a channel has one output.
+constexpr bool HasOneOutput(Filters filters) { return filters != Filters::kToSeveral; }
+
+inline Filters FiltersOf(const DeformConvParams& params) {
+  if (!params.has_filters) return Filters::kNone;
+  return params.group_out_channels() == 1 ? Filters::kToOne : Filters::kToSeveral;
+}
+
+// Calls run(std::integral_constant<Filters, ...>) with those of a layer.
+template <typename Run>
+std::string WithFilters(const DeformConvParams& params, const Run& run) {
+  switch (FiltersOf(params)) {
+    case Filters::kNone:
+      return run(std::integral_constant<Filters, Filters::kNone>());
+    case Filters::kToOne:
+      return run(std::integral_constant<Filters, Filters::kToOne>());
+    case Filters::kToSeveral:
+      break;
+  }
+  return run(std::integral_constant<Filters, Filters::kToSeveral>());
+}
 
 // The filters or outputs of `kSize` input channels: neighbours where a channel has one output
 // (kOneOutput), `multiplier` apart elsewhere.

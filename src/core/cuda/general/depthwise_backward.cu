@@ -84,10 +84,11 @@ struct PatchMemory {
   int* ends;                      // [pixels]: where each pixel's entries end
   // Of a chunk of channels. Rows of lanes that read at once read copies of the operands in banks of
   // their own.
-  Vector<T, kSize>* operands;  // [positions + taps][copies][lanes]: grad_output, then filters
-  Vector<T, kSize>* pixels;    // [pixels][lanes]
-  Entry<OffsetT>* entries;     // [positions * taps * corners], sorted by pixel
-  Products* products;          // [positions][taps]: of the columns' gradient with each corner
+  // [positions + taps][copies][lanes]: grad_output, then filters, where there are some
+  Vector<T, kSize>* operands;
+  Vector<T, kSize>* pixels;  // [pixels][lanes]
+  Entry<OffsetT>* entries;   // [positions * taps * corners], sorted by pixel
+  Products* products;        // [positions][taps]: of the columns' gradient with each corner
 
   static int64_t Bytes(const PatchPlan& plan, int64_t taps) {
     const int64_t samples = plan.positions() * taps;
@@ -261,9 +262,9 @@ struct Lane {
   }
 };
 
-// Reads the gradient of the output and the filters, for the channels of a lane: from shared memory
-// where a channel has one output.
-template <typename T, int kSize, bool kOneOutput>
+// Reads the gradient of the output and the filters, if there are any, for the channels of a lane:
+// from shared memory where a channel has one output.
+template <typename T, int kSize, Filters kFilters>
 struct OperandReader {
   const Vector<T, kSize>* gradients;  // the lane's of the patch's first position
   const Vector<T, kSize>* filters;    // the lane's of the first tap
@@ -283,12 +284,16 @@ struct OperandReader {
   }
   // The columns' gradient.
   __device__ __forceinline__ Vector<T, kSize> Columns(int p, int tap) const {
-    return Multiply(Gradient(p), filters[tap << staged_log2]);
+    if constexpr (kFilters == Filters::kNone) {
+      return Gradient(p);
+    } else {
+      return Multiply(Gradient(p), filters[tap << staged_log2]);
+    }
   }
 };
 
 template <typename T, int kSize>
-struct OperandReader<T, kSize, false> {
+struct OperandReader<T, kSize, Filters::kToSeveral> {
   const FusedSizes& sizes;
   const PatchPlan& plan;
   const T* gradients;  // at the patch's first position
@@ -333,7 +338,7 @@ struct OperandReader<T, kSize, false> {
 };
 
 // Begins to copy what the plan says of a chunk of channels: the region's pixels, the operands.
-template <typename T, int kSize, bool kOneOutput>
+template <typename T, int kSize, Filters kFilters>
 __device__ void StageChunk(const FusedSizes& sizes,
                            const SampledTensors<T, ComputeType<T>>& tensors,
                            const DepthwiseGradients<T>& gradients, const PatchPlan& plan,
@@ -345,20 +350,25 @@ __device__ void StageChunk(const FusedSizes& sizes,
     StageRegion(sizes, plan.region, patch.region, image, lane.in_group ? lane.channel : -1,
                 lane.lane, 1 << LanesLog2<T, kSize>(plan), lane.row, memory.pixels);
   }
-  if (!kOneOutput) return;
+  if (!HasOneOutput(kFilters)) return;
+  constexpr bool kHasFilters = kFilters != Filters::kNone;
   const int positions = plan.positions(), copies_log2 = CopiesLog2<T, kSize>(plan);
+  const int operands = positions + (kHasFilters ? sizes.taps : 0);
 #pragma unroll 1  // or registers would spill
-  for (int i = lane.row; i < (positions + sizes.taps) << copies_log2; i += lane.rows) {
+  for (int i = lane.row; i < operands << copies_log2; i += lane.rows) {
     const int operand = i >> copies_log2;
     bool valid = lane.in_group;
     const T* from = gradients.filters + (operand - positions) * sizes.out_channels;
-    if (operand < positions) {
+    if (!kHasFilters || operand < positions) {
       const Position position = patch.PositionOf(plan, operand);
       valid = valid && Exists(sizes, position);
       from = gradients.grad_output + int64_t{PositionIndex(sizes, position)} * sizes.out_channels;
     }
     CopyToShared(memory.operands + (i << LanesLog2<T, kSize>(plan)) + lane.lane,
-                 valid ? from + lane.channel : gradients.filters, valid);
+                 valid         ? from + lane.channel
+                 : kHasFilters ? gradients.filters
+                               : gradients.grad_output,
+                 valid);
   }
 }
 
@@ -480,7 +490,7 @@ __device__ __forceinline__ void SampleColumn(const PatchSample<ComputeType<T>>& 
 //
 // A warp has rows of lanes. A row takes one sample at a time, its lanes the channels. The warps
 // have equal parts of the samples, in the order of their taps.
-template <typename T, int kSize, bool kOneOutput>
+template <typename T, int kSize, Filters kFilters>
 __device__ void MultiplySamples(const FusedSizes& sizes,
                                 const SampledTensors<T, ComputeType<T>>& tensors,
                                 const DepthwiseGradients<T>& gradients, const PatchPlan& plan,
@@ -497,10 +507,11 @@ __device__ void MultiplySamples(const FusedSizes& sizes,
   const int warp = threadIdx.x / kWarp;
   const int first = sizes.taps * parts * warp / kWarps;
   const int last = sizes.taps * parts * (warp + 1) / kWarps;
-  const bool want_filters = gradients.grad_filters != nullptr;
+  constexpr bool kOneOutput = HasOneOutput(kFilters);
+  const bool want_filters = kFilters != Filters::kNone && gradients.grad_filters != nullptr;
   const int multiplier = kOneOutput ? 1 : sizes.group_out_channels;
 
-  const OperandReader<T, kSize, kOneOutput> operands(sizes, gradients, plan, patch, memory, lane);
+  const OperandReader<T, kSize, kFilters> operands(sizes, gradients, plan, patch, memory, lane);
   const int64_t before = int64_t{ImagePixel(sizes, patch.first.n)} * sizes.in_channels;
   const CornerReader<T, kSize> corner_reader = {plan.stages_region, memory.pixels + lane.lane,
                                                 1 << lanes_log2, tensors.input + before,
@@ -567,7 +578,7 @@ __device__ void MultiplySamples(const FusedSizes& sizes,
 
 // Adds to the input's gradient what the entries bring. Rows of lanes have equal parts of them, so a
 // pixel's may be in the parts of several.
-template <typename T, int kSize, bool kOneOutput>
+template <typename T, int kSize, Filters kFilters>
 __device__ void AddEntries(const FusedSizes& sizes, const DepthwiseGradients<T>& gradients,
                            const PatchPlan& plan, const Patch& patch,
                            const PatchMemory<T, kSize>& memory, int chunk) {
@@ -577,7 +588,7 @@ __device__ void AddEntries(const FusedSizes& sizes, const DepthwiseGradients<T>&
   const int count = memory.ends[plan.region.pixels() - 1];
   const int begin = count * lane.row / lane.rows, end = count * (lane.row + 1) / lane.rows;
   if (begin == end) return;
-  const OperandReader<T, kSize, kOneOutput> operands(sizes, gradients, plan, patch, memory, lane);
+  const OperandReader<T, kSize, kFilters> operands(sizes, gradients, plan, patch, memory, lane);
   Number* const grad_input = gradients.sampled.input +
                              int64_t{ImagePixel(sizes, patch.first.n)} * sizes.in_channels +
                              lane.channel;
@@ -638,21 +649,21 @@ constexpr int kBlocksOfSeveralOutputs = 4;
 #else
 constexpr int kBlocksOfSeveralOutputs = 2;
 #endif
-template <typename T, int kSize, bool kOneOutput>
-constexpr int kBlocksOfRegisters = sizeof(T) == 8       ? 3
-                                   : !kForMma<T, kSize> ? 4
-                                   : kOneOutput         ? 3
-                                                        : kBlocksOfSeveralOutputs;
+template <typename T, int kSize, Filters kFilters>
+constexpr int kBlocksOfRegisters = sizeof(T) == 8           ? 3
+                                   : !kForMma<T, kSize>     ? 4
+                                   : HasOneOutput(kFilters) ? 3
+                                                            : kBlocksOfSeveralOutputs;
 
-template <typename T, int kSize, bool kOneOutput>
-__global__ void __launch_bounds__(kThreadsPerBlock, kBlocksOfRegisters<T, kSize, kOneOutput>)
+template <typename T, int kSize, Filters kFilters>
+__global__ void __launch_bounds__(kThreadsPerBlock, kBlocksOfRegisters<T, kSize, kFilters>)
     DepthwiseBackwardKernel(FusedSizes sizes, SampledTensors<T, ComputeType<T>> tensors,
                             DepthwiseGradients<T> gradients, PatchPlan plan) {
   extern __shared__ __align__(16) char shared[];
   const Patch patch(sizes, plan);
   const PatchMemory<T, kSize> memory(shared, plan, sizes.taps);
   const int pixels = plan.region.pixels();
-  StageChunk<T, kSize, kOneOutput>(sizes, tensors, gradients, plan, patch, memory, 0);
+  StageChunk<T, kSize, kFilters>(sizes, tensors, gradients, plan, patch, memory, 0);
   for (int i = threadIdx.x; i < pixels; i += kThreadsPerBlock) memory.ends[i] = 0;
   __syncthreads();
   LocatePatch(sizes, tensors, plan, patch, memory);
@@ -666,15 +677,15 @@ __global__ void __launch_bounds__(kThreadsPerBlock, kBlocksOfRegisters<T, kSize,
   for (int chunk = 0; chunk * chunk_channels < sizes.deform_group_channels; ++chunk) {
     if (chunk > 0) {
       __syncthreads();
-      StageChunk<T, kSize, kOneOutput>(sizes, tensors, gradients, plan, patch, memory, chunk);
+      StageChunk<T, kSize, kFilters>(sizes, tensors, gradients, plan, patch, memory, chunk);
     }
     FinishCopies();
     __syncthreads();
     if (plan.want_scatter) {
-      AddEntries<T, kSize, kOneOutput>(sizes, gradients, plan, patch, memory, chunk);
+      AddEntries<T, kSize, kFilters>(sizes, gradients, plan, patch, memory, chunk);
     }
     __syncthreads();
-    MultiplySamples<T, kSize, kOneOutput>(sizes, tensors, gradients, plan, patch, memory, chunk);
+    MultiplySamples<T, kSize, kFilters>(sizes, tensors, gradients, plan, patch, memory, chunk);
   }
   if (!plan.want_offset_or_mask) return;
   __syncthreads();
@@ -720,14 +731,14 @@ PatchPlan PlanPatches(const DeformConvParams& params) {
 }
 
 // Lays the lanes over the channels, and chooses what is staged.
-template <typename T, int kSize, bool kOneOutput>
+template <typename T, int kSize, Filters kFilters>
 PatchPlan PlanBackward(const DeformConvParams& params) {
   PatchPlan plan = PlanPatches(params);
   const int64_t vectors = CeilDiv<int64_t>(params.deform_group_channels(), kSize);
   plan.lanes_log2 = ChooseLanesLog2(vectors);
   const int lanes_log2 = LanesLog2<T, kSize>(plan);
   plan.keeps_entries = vectors > 1 << lanes_log2;
-  plan.stages_operands = kOneOutput;
+  plan.stages_operands = HasOneOutput(kFilters);
   plan.region.LayOver(kThreadsPerBlock >> lanes_log2);
   // Four pixels are read for each sample.
   plan.stages_region = plan.region.pixels() <= 2 * plan.positions() * params.taps();
@@ -737,16 +748,16 @@ PatchPlan PlanBackward(const DeformConvParams& params) {
   return plan;
 }
 
-template <typename T, int kSize, bool kOneOutput>
+template <typename T, int kSize, Filters kFilters>
 std::string Launch(const DeformConvParams& params, const SampledTensors<T, ComputeType<T>>& tensors,
                    const DepthwiseGradients<CudaType<T>>& gradients, void* stream) {
   using Element = CudaType<T>;
-  PatchPlan plan = PlanBackward<T, kSize, kOneOutput>(params);
+  PatchPlan plan = PlanBackward<T, kSize, kFilters>(params);
   plan.want_scatter = gradients.sampled.input != nullptr;
   plan.want_offset_or_mask =
       gradients.sampled.offset != nullptr || gradients.sampled.mask != nullptr;
   const int64_t bytes = PatchMemory<Element, kSize>::Bytes(plan, static_cast<int>(params.taps()));
-  const auto kernel = DepthwiseBackwardKernel<Element, kSize, kOneOutput>;
+  const auto kernel = DepthwiseBackwardKernel<Element, kSize, kFilters>;
   DEFORM_CONV_RETURN_IF_ERROR(AllowSharedBytes("DepthwiseBackwardKernel", kernel, bytes));
   const dim3 blocks(static_cast<unsigned>(params.batch * plan.patches_h * plan.patches_w),
                     static_cast<unsigned>(params.deform_groups));
@@ -761,8 +772,9 @@ std::string DepthwiseBackwardMisfit(const DeformConvParams& params) {
   DEFORM_CONV_RETURN_IF_ERROR(SizesOfImageMisfit(params));
   if (params.out_positions() * params.in_channels == 0) return "";
   const int64_t bytes =
-      std::max(SharedBytes<T, kVec16Size<T>>(params, PlanBackward<T, kVec16Size<T>, true>(params)),
-               SharedBytes<T, 1>(params, PlanBackward<T, 1, true>(params)));
+      std::max(SharedBytes<T, kVec16Size<T>>(
+                   params, PlanBackward<T, kVec16Size<T>, Filters::kToOne>(params)),
+               SharedBytes<T, 1>(params, PlanBackward<T, 1, Filters::kToOne>(params)));
   if (params.taps() > kMostTaps || bytes > CurrentGpu().block_shared_bytes) {
     return "the kernel has too many taps";
   }
@@ -784,11 +796,11 @@ std::string DepthwiseBackward(const DeformConvParams& params,
   const bool vectorize = params.deform_group_channels() % kSize == 0 && IsAligned(tensors.input) &&
                          IsAligned(filters) && IsAligned(grad_output) &&
                          IsAligned(gradients.input) && IsAligned(grad_filters);
-  const bool one_output = params.group_out_channels() == 1;
-  const auto launch = vectorize ? (one_output ? Launch<T, kSize, true> : Launch<T, kSize, false>)
-                                : (one_output ? Launch<T, 1, true> : Launch<T, 1, false>);
-  return launch(params, tensors, {AsCuda(filters), AsCuda(grad_output), gradients, grad_filters},
-                stream);
+  return WithFilters(params, [&](auto kind) {
+    const auto launch = vectorize ? Launch<T, kSize, kind()> : Launch<T, 1, kind()>;
+    return launch(params, tensors, {AsCuda(filters), AsCuda(grad_output), gradients, grad_filters},
+                  stream);
+  });
 }
 
 #define DEFORM_CONV_INSTANTIATE(T)                                                           \

@@ -64,12 +64,13 @@ struct DepthwiseTable {
   }
 };
 
-template <typename T, int kSize, bool kOneOutput>
+template <typename T, int kSize, Filters kFilters>
 __global__ void __launch_bounds__(kThreadsPerBlock)
     DepthwiseForwardKernel(FusedSizes sizes, SampledTensors<T, ComputeType<T>> tensors,
                            const T* __restrict__ filters, DepthwisePlan plan,
                            T* __restrict__ output) {
   using Number = ComputeType<T>;
+  constexpr bool kOneOutput = HasOneOutput(kFilters);
   extern __shared__ __align__(16) char shared[];
   const int samples = plan.groups * sizes.taps;
   const DepthwiseTable<T, kSize> table(shared, samples * plan.stride);
@@ -104,7 +105,7 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
   const T* const image = tensors.input + c;
   for (int m = 0; m < multiplier; ++m) {
     Number sums[kSize] = {};
-    const T* filter = filters + c * multiplier + m;
+    const T* filter = kFilters == Filters::kNone ? nullptr : filters + c * multiplier + m;
     int entry = group * sizes.taps * plan.stride + p;
 #pragma unroll(kOneOutput ? 3 : 1)
     for (int tap = 0; tap < sizes.taps; ++tap) {
@@ -113,14 +114,18 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
       Vector<T, kSize> corners[kCorners];
       LoadCorners(top_left, row, pixel, sample.packed_pixel, corners);
       const auto values = Interpolate<T, kSize>(table.weights[entry], corners);
-      const auto factors = LoadOutputs<kSize, kOneOutput>(filter, multiplier);
+      if constexpr (kFilters == Filters::kNone) {
+        AddProduct(sample.mask, values, sums);
+      } else {
+        const auto factors = LoadOutputs<kSize, kOneOutput>(filter, multiplier);
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        sums[i] += sample.mask * static_cast<Number>(values.elements[i]) *
-                   static_cast<Number>(factors.elements[i]);
+        for (int i = 0; i < kSize; ++i) {
+          sums[i] += sample.mask * static_cast<Number>(values.elements[i]) *
+                     static_cast<Number>(factors.elements[i]);
+        }
+        filter += sizes.out_channels;
       }
       entry += plan.stride;
-      filter += sizes.out_channels;
     }
     if constexpr (kOneOutput) {
       Store(out, sums);
@@ -158,7 +163,7 @@ DepthwisePlan PlanForward(const DeformConvParams& params) {
   return plan;
 }
 
-template <typename T, int kSize, bool kOneOutput>
+template <typename T, int kSize, Filters kFilters>
 std::string Launch(const DeformConvParams& params, const SampledTensors<T, ComputeType<T>>& tensors,
                    const T* filters, T* output, void* stream) {
   using Element = CudaType<T>;
@@ -166,7 +171,7 @@ std::string Launch(const DeformConvParams& params, const SampledTensors<T, Compu
   const int64_t bytes = int64_t{DepthwiseTable<Element, kSize>::kEntryBytes} * plan.stride *
                         plan.groups * params.taps();
   const dim3 blocks(Blocks(params.out_positions(), plan.positions), plan.slices);
-  return LaunchKernel("DepthwiseForwardKernel", DepthwiseForwardKernel<Element, kSize, kOneOutput>,
+  return LaunchKernel("DepthwiseForwardKernel", DepthwiseForwardKernel<Element, kSize, kFilters>,
                       blocks, kThreadsPerBlock, bytes, stream, FusedSizes(params), AsCuda(tensors),
                       AsCuda(filters), plan, AsCuda(output));
 }
@@ -192,10 +197,10 @@ std::string DepthwiseForward(const DeformConvParams& params,
   if (params.out_positions() * params.in_channels == 0) return "";
   const bool vectorize = params.deform_group_channels() % kSize == 0 && IsAligned(tensors.input) &&
                          IsAligned(filters) && IsAligned(output);
-  const bool one_output = params.group_out_channels() == 1;
-  const auto launch = vectorize ? (one_output ? Launch<T, kSize, true> : Launch<T, kSize, false>)
-                                : (one_output ? Launch<T, 1, true> : Launch<T, 1, false>);
-  return launch(params, tensors, filters, output, stream);
+  return WithFilters(params, [&](auto kind) {
+    const auto launch = vectorize ? Launch<T, kSize, kind()> : Launch<T, 1, kind()>;
+    return launch(params, tensors, filters, output, stream);
+  });
 }
 
 #define DEFORM_CONV_INSTANTIATE(T)                                         \

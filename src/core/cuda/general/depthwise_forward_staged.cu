@@ -97,7 +97,7 @@ constexpr int kBlocksOfRegisters = sizeof(T) == 8   ? 3
                                    : sizeof(T) == 2 ? kBlocksOfPairs
                                                     : 4;
 
-template <typename T, int kSize>
+template <typename T, int kSize, bool kHasFilters>
 __global__ void __launch_bounds__(kThreadsPerBlock, kBlocksOfRegisters<T>)
     StagedDepthwiseForwardKernel(FusedSizes sizes, SampledTensors<T, ComputeType<T>> tensors,
                                  const T* __restrict__ filters, ForwardPlan plan,
@@ -180,10 +180,11 @@ __global__ void __launch_bounds__(kThreadsPerBlock, kBlocksOfRegisters<T>)
   const int group = plan.slices_of_group > 1 ? 0 : plan.by_group_channels.Divide(in_slice);
   const CornerReader<T, kSize> reader = {true, pixels + lane, plan.lanes, image, c};
   Number sums[kTogether][kSize] = {};
-  const T* filter = filters + c;
+  const T* filter = kHasFilters ? filters + c : nullptr;
   const Sample* of_tap = table + row * plan.groups + group;
   for (int tap = 0; tap < sizes.taps; ++tap) {
-    const auto factors = LoadOutputs<kSize, true>(filter, 1);
+    Vector<T, kSize> factors;
+    if constexpr (kHasFilters) factors = LoadOutputs<kSize, true>(filter, 1);
     Sample samples[kTogether];
     bool all_staged = true;
 #pragma unroll
@@ -195,9 +196,13 @@ __global__ void __launch_bounds__(kThreadsPerBlock, kBlocksOfRegisters<T>)
       const auto values = Interpolate<T, kSize>(samples[j].weights, corners);
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
+        const Number value = static_cast<Number>(values.elements[i]);
         // Written out, or the compiler would share the additions of both cases below.
-        sums[j][i] = fma(mask * static_cast<Number>(values.elements[i]),
-                         static_cast<Number>(factors.elements[i]), sums[j][i]);
+        if constexpr (kHasFilters) {
+          sums[j][i] = fma(mask * value, static_cast<Number>(factors.elements[i]), sums[j][i]);
+        } else {
+          sums[j][i] = fma(mask, value, sums[j][i]);
+        }
       }
     };
     if (all_staged) {
@@ -215,7 +220,7 @@ __global__ void __launch_bounds__(kThreadsPerBlock, kBlocksOfRegisters<T>)
         add(j, corners, samples[j].place.in_region() ? Number(1) : samples[j].mask);
       }
     }
-    filter += sizes.out_channels;
+    if constexpr (kHasFilters) filter += sizes.out_channels;
     of_tap += plan.stride;
   }
 #pragma unroll
@@ -360,7 +365,8 @@ std::string StagedDepthwiseForward(const DeformConvParams& params,
   const ForwardPlan plan = PlanForward<T, kSize>(params);
   const int64_t bytes = TableBytes<T, kSize>(params, plan, plan.positions()) +
                         RegionBytes<T, kSize>(plan, plan.region);
-  const auto kernel = StagedDepthwiseForwardKernel<Element, kSize>;
+  const auto kernel = params.has_filters ? StagedDepthwiseForwardKernel<Element, kSize, true>
+                                         : StagedDepthwiseForwardKernel<Element, kSize, false>;
   DEFORM_CONV_RETURN_IF_ERROR(AllowSharedBytes("StagedDepthwiseForwardKernel", kernel, bytes));
   const int64_t blocks = params.batch * plan.tiles * plan.slices;
   return LaunchKernel("StagedDepthwiseForwardKernel", kernel, static_cast<unsigned>(blocks),

@@ -65,7 +65,8 @@ std::string Col2ImSorted(const DeformConvParams& params,
 std::string Col2ImSortedMisfit(const DeformConvParams& params);
 
 // A depthwise layer's output: each convolution group has one input channel, and any number of
-// output channels. No columns, no GEMM. At most FusedImages() images.
+// output channels. No columns, no GEMM. At most FusedImages() images. Where the layer has no
+// filters, `filters` is null in all depthwise functions.
 template <typename T>
 std::string DepthwiseForward(const DeformConvParams& params,
                              const SampledTensors<T, ComputeType<T>>& tensors, const T* filters,
@@ -127,6 +128,10 @@ std::string EmbedFilters(const Embedding& embedding, const T* filters, T* larger
 template <typename From, typename To>
 std::string ExtractFilters(const Embedding& embedding, const From* larger, bool add, To* filters,
                            void* stream);
+
+// to[i] = 1
+template <typename T>
+std::string FillWithOnes(int64_t count, T* to, void* stream);
 
 // Sets memory to zero bytes.
 std::string Zero(void* memory, int64_t bytes, void* stream);

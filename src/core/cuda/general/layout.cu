@@ -60,6 +60,12 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
   }
 }
 
+template <typename T>
+__global__ void __launch_bounds__(kThreadsPerBlock) OnesKernel(int64_t count, T* __restrict__ to) {
+  const int64_t i = int64_t{blockIdx.x} * kThreadsPerBlock + threadIdx.x;
+  if (i < count) to[i] = static_cast<T>(ComputeType<T>(1));
+}
+
 template <typename From, typename To>
 std::string Transpose(int64_t batch, int64_t rows, int64_t cols, const From* from, To* to,
                       void* stream) {
@@ -107,6 +113,13 @@ std::string Add(int64_t count, const From* from, To* to, void* stream) {
   return Convert<true>(count, from, to, stream);
 }
 
+template <typename T>
+std::string FillWithOnes(int64_t count, T* to, void* stream) {
+  if (count == 0) return "";
+  return LaunchKernel("OnesKernel", OnesKernel<CudaType<T>>, Blocks(count, kThreadsPerBlock),
+                      kThreadsPerBlock, 0, stream, count, AsCuda(to));
+}
+
 std::string Zero(void* memory, int64_t bytes, void* stream) {
   if (bytes == 0) return "";
   return ErrorOf(cudaMemsetAsync(memory, 0, bytes, StreamOf(stream)), "cudaMemsetAsync");
@@ -127,6 +140,10 @@ DEFORM_CONV_INSTANTIATE(BFloat16, float)
 
 template std::string Add<Half, float>(int64_t, const Half*, float*, void*);
 template std::string Add<BFloat16, float>(int64_t, const BFloat16*, float*, void*);
+
+#define DEFORM_CONV_INSTANTIATE(T) template std::string FillWithOnes<T>(int64_t, T*, void*);
+DEFORM_CONV_FOR_ELEMENT_TYPES(DEFORM_CONV_INSTANTIATE)
+#undef DEFORM_CONV_INSTANTIATE
 
 }  // namespace cuda
 }  // namespace deform_conv
