@@ -12,6 +12,7 @@ import typing as _typing
 __version__ = "0.2.0"  # before the imports: the loader of the library reads it
 
 from ._library import library_path, xla_kernels_loaded
+from ._one_dimension import deform_conv1d
 from ._portable import portable
 from .ops import deform_conv2d
 
@@ -21,7 +22,14 @@ if _typing.TYPE_CHECKING:
     from .torch import from_torch as from_torch
 
 # Without the names that need Keras: a star import would need it too.
-__all__ = ["__version__", "deform_conv2d", "library_path", "portable", "xla_kernels_loaded"]
+__all__ = [
+    "__version__",
+    "deform_conv1d",
+    "deform_conv2d",
+    "library_path",
+    "portable",
+    "xla_kernels_loaded",
+]
 
 
 def __getattr__(name: str):

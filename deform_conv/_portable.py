@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from ._library import PORTABLE
 from ._reference import deform_conv2d_reference
-from ._rules import Rules
+from ._rules import checked
 
 # Of a thread, in which it also traces functions: calls in other threads do not become slow.
 _within = contextvars.ContextVar("deform_conv_portable", default=False)
@@ -42,22 +42,10 @@ def in_portable_mode() -> bool:
 
 
 def deform_conv2d_portable(input, filters, offset, mask, **attributes) -> tf.Tensor:
-    """What the op computes, from the same inputs and attributes, with its checks.
-
-    Sizes that are known at run time only are checked then, but not in LiteRT, which has no
-    assertions.
-    """
-    tensors = {"input": input, "filters": filters, "offset": offset}
-    if mask:
-        (tensors["mask"],) = mask
-    tensors = {
-        name: tf.ensure_shape(tensor, [None] * 4, name) if tensor.shape.rank is None else tensor
-        for name, tensor in tensors.items()
-    }
-    rules = Rules()
-    output_shape = rules.check(tensors, **attributes)
-    with tf.control_dependencies(rules.assertions):
-        input, filters, offset, *mask = map(tf.identity, tensors.values())
+    """What the op computes, from the same inputs and attributes, with its checks."""
+    names = ("input", "filters", "offset", "mask")
+    tensors = dict(zip(names, (input, filters, offset, *mask), strict=False))
+    (input, filters, offset, *mask), output_shape = checked(tensors, **attributes)
     output = reference_of_op(input, filters, offset, mask, **attributes)
     output.set_shape(output_shape)
     return output

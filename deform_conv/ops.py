@@ -7,11 +7,11 @@ import wrapt
 
 from ._arguments import (
     check_filters_order,
+    check_texts,
     integer,
     padding_attributes,
     per_dimension,
-    shown,
-    to_tensor,
+    to_tensors,
 )
 from ._library import check_xla, record
 from ._portable import deform_conv2d_portable, in_portable_mode, reference_of_op
@@ -19,14 +19,6 @@ from ._portable import deform_conv2d_portable, in_portable_mode, reference_of_op
 __all__ = ["deform_conv2d"]
 
 _ops = getattr(record, "ops", None)  # None in a process that is in portable mode
-
-# Positions and sums are in float32 for 16-bit types, so these may have float32 offsets and masks.
-_OFFSET_DTYPES = {
-    tf.float32: (tf.float32,),
-    tf.float64: (tf.float64,),
-    tf.float16: (tf.float16, tf.float32),
-    tf.bfloat16: (tf.bfloat16, tf.float32),
-}
 
 
 def deform_conv2d(
@@ -96,23 +88,14 @@ def deform_conv2d(
       >>> deform_conv2d(images, filters, offset).shape
       TensorShape([8, 28, 28, 16])
     """
-    if not isinstance(data_format, str) or data_format not in ("NHWC", "NCHW"):
-        raise ValueError(f"data_format must be 'NHWC' or 'NCHW'; received {shown(data_format)}")
-    if not isinstance(name, str | None):
-        raise ValueError(f"name must be a string or None; received {shown(name)}")
+    check_texts(data_format, name)
     if in_portable_mode():
         compute = deform_conv2d_portable
     else:
         check_xla()
         compute = _ops.deform_conv2d
     with tf.name_scope(name or "DeformConv2D"):
-        input = to_tensor(input, "input", tuple(_OFFSET_DTYPES))
-        dtype, offset_dtypes = input.dtype, _OFFSET_DTYPES[input.dtype]
-        filters = to_tensor(filters, "filters", (dtype,), hint=dtype)
-        offset = to_tensor(offset, "offset", offset_dtypes, hint=dtype)
-        masks = []
-        if mask is not None:
-            masks = [to_tensor(mask, "mask", (offset.dtype,), hint=offset.dtype)]
+        input, filters, offset, *masks = to_tensors(input, filters, offset, mask)
         deform_groups = integer(deform_groups, "deform_groups")
         check_filters_order(input, filters, offset, deform_groups, data_format)
         return compute(
