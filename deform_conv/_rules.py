@@ -57,7 +57,9 @@ class Rules:
             *(f"{argument} must have rank {expected}; received shape ", tf.shape(tensor)),
         )
         with tf.control_dependencies(self.assertions):
-            return tf.ensure_shape(tensor, [None] * expected, argument)
+            tensor = tf.identity(tensor)
+        tensor.set_shape([None] * expected)
+        return tensor
 
     def check(
         self,
@@ -105,11 +107,11 @@ class Rules:
                 )
                 # What the input does not tell, the offset may.
                 output = [
-                    size if tf.is_tensor(other) else other
+                    size if _is_tensor(other) else other
                     for size, other in zip(output, place, strict=True)
                 ]
         batch, *out_sizes, out_channels = (
-            None if tf.is_tensor(size) else size for size in (*output, out_channels)
+            None if _is_tensor(size) else size for size in (*output, out_channels)
         )
         if data_format.endswith("C"):
             return [batch, *out_sizes, out_channels]
@@ -117,10 +119,10 @@ class Rules:
 
     def _require(self, holds, *message) -> None:
         """Raises, or has the graph raise, where a rule does not hold."""
-        if tf.is_tensor(holds):
+        if _is_tensor(holds):
             self.assertions.append(tf.debugging.Assert(holds, list(message)))
         elif not holds:
-            text = "".join("?" if tf.is_tensor(part) else str(part) for part in message)
+            text = "".join("?" if _is_tensor(part) else str(part) for part in message)
             if tf.executing_eagerly():
                 raise tf.errors.InvalidArgumentError(None, None, text)
             raise ValueError(text)
@@ -213,7 +215,7 @@ class Rules:
     def _check_extent(self, extent, name) -> None:
         # A tensor of 32 bits is no more.
         self._require(
-            True if tf.is_tensor(extent) else extent <= MAX_EXTENT, f"{name} {extent} is too large"
+            True if _is_tensor(extent) else extent <= MAX_EXTENT, f"{name} {extent} is too large"
         )
 
     def _check_place(self, argument, place, output) -> None:
@@ -234,6 +236,10 @@ class Rules:
             )
 
 
+def _is_tensor(size) -> bool:
+    return isinstance(size, tf.Tensor)  # tf.is_tensor takes as long as an op
+
+
 def _native(values, data_format) -> list:
     """Values of all dimensions, with that of the channels last."""
     if data_format.endswith("C"):
@@ -250,4 +256,4 @@ def _between(separator: str, values) -> list:
 
 def _equal(size, other):
     # In graphs of version 1, == compares tensors as objects.
-    return tf.equal(size, other) if tf.is_tensor(size) or tf.is_tensor(other) else size == other
+    return tf.equal(size, other) if _is_tensor(size) or _is_tensor(other) else size == other
