@@ -52,11 +52,12 @@ class Rules:
     def ranked(self, argument: str, tensor: tf.Tensor) -> tf.Tensor:
         """A tensor of unknown rank as one of the rank that it must have."""
         expected = self._rank + 2
-        self._require(
-            tf.equal(tf.rank(tensor), expected),
-            *(f"{argument} must have rank {expected}; received shape ", tf.shape(tensor)),
+        assertion = tf.raw_ops.Assert(
+            condition=tf.equal(tf.rank(tensor), expected),
+            data=[f"{argument} must have rank {expected}; received shape ", tf.shape(tensor)],
+            name=argument,
         )
-        with tf.control_dependencies(self.assertions):
+        with tf.control_dependencies([assertion]):
             tensor = tf.identity(tensor)
         tensor.set_shape([None] * expected)
         return tensor
