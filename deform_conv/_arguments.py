@@ -14,6 +14,7 @@ MAX_EXTENT = 2**31 - 1
 
 # The axes of images of each rank. The number of offsets for a sample is the rank too.
 AXES = {1: ("length",), 2: ("height", "width")}
+LETTERS = {1: "L", 2: "HW"}
 DATA_FORMATS = {1: ("NWC", "NCW"), 2: ("NHWC", "NCHW")}
 _COUNTS = {3: "three", 4: "four"}
 
