@@ -391,11 +391,17 @@ class DeformableConvolution(ExtendedConvolution):
             data_format=self._tensorflow_format,
         )
         if self.use_bias:
-            # Keras's own addition (3.15) takes a channels-first bias for one along the width
-            # wherever the output is as wide as it has channels.
-            bias = keras.ops.cast(self.bias, self.compute_dtype)
-            outputs = tf.nn.bias_add(outputs, bias, data_format=self._tensorflow_format)
+            outputs = self._with_bias(outputs)
         return outputs if self.activation is None else self.activation(outputs)
+
+    def _with_bias(self, outputs):
+        # Keras's own addition (3.15) takes a channels-first bias for one along the width wherever
+        # the output is as wide as it has channels.
+        bias = keras.ops.cast(self.bias, self.compute_dtype)
+        if self._tensorflow_format == "NCW":
+            # LiteRT's converter would take the sequences of a BiasAdd for images.
+            return outputs + bias[:, tf.newaxis]
+        return tf.nn.bias_add(outputs, bias, data_format=self._tensorflow_format)
 
     def compute_output_shape(self, input_shape):
         image_shape, *given = _shapes(input_shape)

@@ -85,34 +85,53 @@ def deform_conv1d(
         tensors = to_tensors(input, filters, offset, mask, rank=1)
         deform_groups = integer(deform_groups, "deform_groups")
         check_filters_order(*tensors[:3], deform_groups, data_format)
-        strides = per_dimension(stride, "stride", data_format)
-        dilations = per_dimension(dilations, "dilations", data_format)
-        attributes = padding_attributes(padding, dimensions=3)
-        # The op would name axes and numbers that the caller does not have.
-        tensors, _ = checked(
-            dict(zip(("input", "filters", "offset", "mask"), tensors, strict=False)),
-            strides=strides,
-            dilations=dilations,
-            deform_groups=deform_groups,
-            data_format=data_format,
-            **attributes,
-        )
-        input, filters, offset, *mask = tensors
-        explicit = attributes.get("explicit_paddings", [])
-        pairs = list(zip(explicit[::2], explicit[1::2], strict=True))
-        row = 1 if data_format == "NWC" else 2  # the axis of height, in images of one row
-        output = deform_conv2d(
-            tf.expand_dims(input, row),
-            tf.expand_dims(filters, 0),
-            _with_vertical_zeros(offset, data_format),
-            *(tf.expand_dims(tensor, row) for tensor in mask),
-            strides=_with_height(strides, row, 1),
-            padding=_with_height(pairs, row, (0, 0)) if pairs else padding,
-            dilations=_with_height(dilations, row, 1),
-            deform_groups=deform_groups,
-            data_format="NHWC" if data_format == "NWC" else "NCHW",
-        )
-        return tf.squeeze(output, row)
+        attributes = {
+            "strides": per_dimension(stride, "stride", data_format),
+            "dilations": per_dimension(dilations, "dilations", data_format),
+            "deform_groups": deform_groups,
+            "data_format": data_format,
+            **padding_attributes(padding, dimensions=3),
+        }
+        # deform_conv2d would name axes and numbers that the caller does not have.
+        names = ("input", "filters", "offset", "mask")
+        tensors, output_shape = checked(dict(zip(names, tensors, strict=False)), **attributes)
+        output = _convolve_rows(*tensors, **attributes)
+        output.set_shape(output_shape)
+        return output
+
+
+def _convolve_rows(
+    input,
+    filters,
+    offset,
+    mask=None,
+    *,
+    strides,
+    padding,
+    dilations,
+    deform_groups,
+    data_format,
+    explicit_paddings=(),
+) -> tf.Tensor:
+    """The output, from what `checked` took."""
+    row = 1 if data_format == "NWC" else 2  # the axis of height, in images of one row
+    if padding == "EXPLICIT":
+        pairs = zip(explicit_paddings[::2], explicit_paddings[1::2], strict=True)
+        padding = _with_height(list(pairs), row, (0, 0))
+    output = deform_conv2d(
+        tf.expand_dims(input, row),
+        tf.expand_dims(filters, 0),
+        _with_vertical_zeros(offset, data_format),
+        None if mask is None else tf.expand_dims(mask, row),
+        strides=_with_height(strides, row, 1),
+        padding=padding,
+        dilations=_with_height(dilations, row, 1),
+        deform_groups=deform_groups,
+        data_format="NHWC" if data_format == "NWC" else "NCHW",
+    )
+    # LiteRT's converter (2.21) fails on tf.squeeze where the length is unknown.
+    out_sizes = sizes(output)
+    return tf.reshape(output, [*out_sizes[:row], *out_sizes[row + 1 :]])
 
 
 def _with_height(values, row: int, of_height) -> list:
