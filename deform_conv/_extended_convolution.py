@@ -33,7 +33,7 @@ class ExtendedConvolution:
         return [none, none, *self._pads]
 
     def compute_output_shape(self, input_shape):
-        if self.padding in ("valid", "same"):
+        if isinstance(self.padding, str):
             return super().compute_output_shape(input_shape)
         channel_axis, first = (-1, 1) if self.data_format == "channels_last" else (1, 2)
         shape = list(input_shape)
