@@ -1,7 +1,7 @@
 """Deformable convolution for TensorFlow.
 
-from deform_conv import deform_conv2d, deformable, from_torch
-from deform_conv.layers import DeformableConv2D
+from deform_conv import deform_conv1d, deform_conv2d, deformable, from_torch
+from deform_conv.layers import DeformableConv1D, DeformableConv2D
 
 `deformable`, `from_torch` and `layers` need Keras, and import it when they are first asked for.
 """

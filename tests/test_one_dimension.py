@@ -266,7 +266,9 @@ def test_second_derivatives_are_the_numerical_ones(of, rng):
     ],
     ids=lambda value: getattr(value, "name", None),
 )
-def test_every_type_gives_what_float64_gives(dtype, offset_dtype, tolerance, data_format, rng):
+def test_every_type_gives_what_float64_gives(
+    dtype, offset_dtype, tolerance, data_format, device, rng
+):
     case = sequences_case(rng, length=40, channels=16, deform_groups=2)
     case = case.rounded_to(dtype, offset_dtype)
     attributes = attributes_in(case, data_format)
