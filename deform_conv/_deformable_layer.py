@@ -356,10 +356,10 @@ class DeformableConvolution(ExtendedConvolution):
     def _held(self, offset):
         """The offsets that the layer samples with.
 
-        In a "causal" layer, no sample lies behind the step of its output: a larger offset is held
+        In a "causal" layer, no sample is later than the step of its output: a larger offset is held
         at the largest one, and has no gradient. The largest is a little below the whole number of
-        steps, so that the sample there lies between that step and the one before it. The step
-        behind, which would have a weight of 0, then has no part in the derivative either.
+        steps, so that the sample there lies between the output's step and the one before it. The
+        step after it, which would have a weight of 0, then has no part in the derivative either.
         """
         if self.padding != "causal":
             return offset

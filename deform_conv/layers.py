@@ -106,8 +106,8 @@ class DeformableConv1D(DeformableConvolution, ExtendedConv1D):
     and masks in float32 at least.
 
     With padding "causal", an output depends on the inputs up to its own step alone, as in
-    `Conv1D`: an offset that would move a sample behind that step, given or the layer's own, is
-    held there, and has no gradient while it is. `offset(inputs)` are the offsets that are held.
+    `Conv1D`: an offset that would move a sample past that step, given or the layer's own, is held
+    there, and has no gradient while it is. `offset(inputs)` returns what is held.
 
     Args:
       filters, kernel_size, strides, data_format, dilation_rate, groups, activation, use_bias,

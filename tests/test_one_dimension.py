@@ -7,9 +7,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import Case, relative_error, run, script, second_derivatives
+from conftest import PROJECT, Case, relative_error, run, script, second_derivatives
 
-import deform_conv
 from deform_conv import deform_conv1d, deformable, portable
 from deform_conv.layers import DeformableConv1D, DeformableConv2D
 
@@ -423,7 +422,7 @@ def test_wrong_shape_that_is_known_at_run_time_only_is_one_too(shapes, attribute
         function(*map(tf.zeros, (FITTING | shapes).values()))
     # TensorFlow quotes each part of the message, and has no commas in a shape.
     text = str(error.value).replace("] [", "").replace("\\'", "'")
-    assert message.partition(" [")[0] in text.replace("received shape ", "received shape")
+    assert message.partition(" [")[0] in text
 
 
 @pytest.mark.parametrize("data_format", FORMATS)
@@ -698,8 +697,64 @@ def test_a_keras_file_needs_no_more_than_the_import_of_the_layers(sequences, tmp
         f"print(type(keras.models.load_model({str(tmp_path / 'model.keras')!r}).layers[0]))"
     )
     (tmp_path / "program.py").write_text(program)
-    printed = script(tmp_path / "program.py", PYTHONPATH=str(deform_conv.__path__[0]) + "/..")
+    printed = script(tmp_path / "program.py", PYTHONPATH=str(PROJECT))
     assert "DeformableConv1D" in printed.stdout
+
+
+@pytest.mark.parametrize("length", [12, None])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"padding": "causal"},
+        {"padding": "same", "strides": 2, "modulated": True},
+        {"padding": 1, "data_format": "channels_first", "deform_groups": 2},
+    ],
+    ids=str,
+)
+def test_onnx_and_litert_compute_the_same(arguments, length, sequences, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    for name in ("onnx", "tf2onnx"):
+        pytest.importorskip(name)
+    from deform_conv.onnx import export
+
+    data_format = arguments.get("data_format", "channels_last")
+    inputs = keras.Input((length, 4) if data_format == "channels_last" else (4, length))
+    layer = DeformableConv1D(6, 3, **arguments)
+    model = keras.Model(inputs, layer(inputs))
+    moved(layer)
+    given = in_keras_format(sequences, data_format).numpy()
+    expected = model(given)
+
+    export(model, tmp_path / "model.onnx", verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    (output,) = session.run(None, {session.get_inputs()[0].name: given})
+    np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-5)
+
+    converter = tf.lite.TFLiteConverter.from_keras_model(model)
+    with portable():
+        interpreter = tf.lite.Interpreter(model_content=converter.convert())
+    (argument,), (result,) = interpreter.get_input_details(), interpreter.get_output_details()
+    interpreter.resize_tensor_input(argument["index"], given.shape)
+    interpreter.allocate_tensors()
+    interpreter.set_tensor(argument["index"], given)
+    interpreter.invoke()
+    np.testing.assert_allclose(
+        interpreter.get_tensor(result["index"]), expected, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_fit_learns_with_xla_as_without(sequences):
+    targets = np.zeros((2, 6), np.float32)
+    losses = []
+    for jit_compile in (False, True):
+        keras.utils.set_random_seed(3)
+        layer = DeformableConv1D(6, 3, padding="causal", modulated=True)
+        pooling = keras.layers.GlobalMaxPooling1D()
+        model = keras.Sequential([keras.Input((None, 4)), layer, pooling])
+        model.compile(keras.optimizers.SGD(0.01), "mse", jit_compile=jit_compile)
+        losses.append(model.fit(sequences, targets, epochs=5, verbose=0).history["loss"])
+    assert losses[0][-1] < losses[0][0]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
 
 
 def test_weights_of_a_plain_network_are_loaded(sequences, tmp_path):
