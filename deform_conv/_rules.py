@@ -134,7 +134,7 @@ class Rules:
             *("filters have ", filter_channels, " channels in [KH, KW, C, M]; the input's "),
             *(channels, " expected"),
         )
-        channels = filter_channels if tf.is_tensor(channels) else channels
+        channels = filter_channels if _is_tensor(channels) else channels
         return [*kernel, channels, multiplier]
 
     def _require(self, holds, *message) -> None:
