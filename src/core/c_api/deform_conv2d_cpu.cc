@@ -57,9 +57,9 @@ const char* deform_conv2d_forward_cpu(const DeformConvProblem* problem, const vo
   return deform_conv::Call(
       *problem, threads, [&](const auto& params, const auto& cpu_threads, auto element) {
         using T = decltype(element);
-        deform_conv::DeformConv2DForwardCpu<T>(
-            params, deform_conv::Tensors<T>(input, offset, mask), static_cast<const T*>(filters),
-            cpu_threads, static_cast<T*>(output));
+        deform_conv::DeformConv2DForwardCpu<T>(params, deform_conv::Tensors<T>(input, offset, mask),
+                                               static_cast<const T*>(filters), cpu_threads,
+                                               static_cast<T*>(output));
       });
 }
 

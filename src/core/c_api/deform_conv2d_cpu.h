@@ -1,5 +1,5 @@
-// The CPU half of the core behind a C interface, with threads of its own: to test and time it beside
-// any framework, without TensorFlow.
+// The CPU half of the core behind a C interface, with threads of its own: to test and time it
+// beside any framework, without TensorFlow.
 
 #ifndef DEFORM_CONV_CORE_C_API_DEFORM_CONV2D_CPU_H_
 #define DEFORM_CONV_CORE_C_API_DEFORM_CONV2D_CPU_H_
