@@ -1,6 +1,7 @@
 """Arguments in the form that the op takes, or a ValueError that says why they have none."""
 
 import contextlib
+import math
 import operator
 import reprlib
 from collections.abc import Callable, Iterator, Sequence
@@ -85,8 +86,8 @@ def plain(value, argument: str):
                 f"{argument} must be known while the graph is made; received {shown(value)}"
             )
     array = np.asarray(array)
-    # Four pairs are the most that an attribute holds. A batch of images would be a very long list.
-    return array.tolist() if array.size <= 8 else value
+    # Five pairs are the most that an attribute holds. A batch of images would be a very long list.
+    return array.tolist() if array.size <= 10 else value
 
 
 def items(value, argument: str) -> list | None:
@@ -124,25 +125,32 @@ def integer(value, argument: str, least: int = 1) -> int:
 
 
 def per_dimension(value, argument: str, data_format: str) -> list[int]:
-    """One number, (h, w) or four numbers, as four in the order of `data_format`."""
+    """One number, or one for each spatial axis, as one for each letter of `data_format`."""
+    rank = len(data_format)
+    axes = rank - 2
     sequence = items(value, argument)
     numbers = [integer(item, argument) for item in ([value] if sequence is None else sequence)]
-    if len(numbers) == 4:
+    if len(numbers) == rank:
         return numbers
-    if len(numbers) not in (1, 2):
-        raise ValueError(f"{argument} must be 1, 2 or 4 integers; received {shown(value)}")
-    h, w = numbers[0], numbers[-1]
-    return [1, h, w, 1] if data_format == "NHWC" else [1, 1, h, w]
+    if len(numbers) not in (1, axes):
+        raise ValueError(
+            f"{argument} must be 1, {axes} or {rank} integers; received {shown(value)}"
+        )
+    spatial = numbers * axes if len(numbers) == 1 else numbers
+    return [1, *spatial, 1] if data_format.endswith("C") else [1, 1, *spatial]
 
 
-def padding_attributes(padding) -> dict:
-    """The op's attributes for "SAME", "VALID" or four pairs."""
+def padding_attributes(padding, data_format: str = "NHWC") -> dict:
+    """The op's attributes for "SAME", "VALID" or a pair for each letter of `data_format`."""
+    rank = len(data_format)
     if isinstance(padding, str) and padding in ("SAME", "VALID"):
         return {"padding": padding}
     pairs = [items(pair, "padding") for pair in items(padding, "padding") or ()]
-    if len(pairs) != 4 or any(pair is None or len(pair) != 2 for pair in pairs):
+    if len(pairs) != rank or any(pair is None or len(pair) != 2 for pair in pairs):
+        number = {4: "four", 5: "five"}[rank]
         raise ValueError(
-            f"padding must be 'SAME', 'VALID' or four pairs of integers; received {shown(padding)}"
+            f"padding must be 'SAME', 'VALID' or {number} pairs of integers; received "
+            f"{shown(padding)}"
         )
     explicit = [integer(number, "padding", least=0) for pair in pairs for number in pair]
     return {"padding": "EXPLICIT", "explicit_paddings": explicit}
@@ -150,23 +158,26 @@ def padding_attributes(padding) -> dict:
 
 def check_filters_order(input, filters, offset, deform_groups: int, data_format: str) -> None:
     """Raises if the filters fit as [O, C / groups, KH, KW] alone, the order of other libraries."""
+    rank = len(data_format)
     shapes = [tensor.shape for tensor in (input, filters, offset)]
-    if any(shape.rank != 4 for shape in shapes):
+    if any(shape.rank != rank for shape in shapes):
         return
-    axis = 3 if data_format == "NHWC" else 1
-    channels, offset_channels = shapes[0][axis], shapes[2][axis]
+    channels, offset_channels = (shapes[i][data_format.index("C")] for i in (0, 2))
     sizes = shapes[1].as_list()
     if None in (channels, offset_channels, *sizes):
         return
+    axes = rank - 2
 
-    def fit(kernel_h, kernel_w, group_channels, _out_channels):
-        taps = deform_groups * kernel_h * kernel_w
-        return group_channels and channels % group_channels == 0 and offset_channels == 2 * taps
+    def fit(kernel, group_channels):
+        taps = deform_groups * math.prod(kernel)
+        return group_channels and channels % group_channels == 0 and offset_channels == axes * taps
 
-    out_channels, group_channels, kernel_h, kernel_w = sizes
-    if not fit(*sizes) and fit(kernel_h, kernel_w, group_channels, out_channels):
+    if not fit(sizes[:axes], sizes[axes]) and fit(sizes[2:], sizes[1]):
+        spatial = data_format.replace("N", "").replace("C", "")
+        kernel = ", ".join(f"K{axis}" for axis in spatial)
+        order = [*range(2, rank), 1, 0]
         raise ValueError(
-            "filters must be [KH, KW, C / groups, O] (HWIO); received "
-            f"{sizes}, which fits as [O, C / groups, KH, KW] (OIHW): pass "
-            "tf.transpose(filters, [2, 3, 1, 0])"
+            f"filters must be [{kernel}, C / groups, O] ({spatial}IO); received "
+            f"{sizes}, which fits as [O, C / groups, {kernel}] (OI{spatial}): pass "
+            f"tf.transpose(filters, {order})"
         )

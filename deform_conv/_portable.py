@@ -1,4 +1,4 @@
-"""Portable mode: `deform_conv2d` in TensorFlow's own ops, for where the compiled op cannot be."""
+"""Portable mode: the convolutions in TensorFlow's own ops, for where the compiled op cannot be."""
 
 import contextlib
 import contextvars
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import tensorflow as tf
 
 from ._library import PORTABLE
-from ._reference import deform_conv2d_reference
+from ._reference import deform_conv_reference
 from ._rules import Rules
 
 # Of a thread, in which it also traces functions: calls in other threads do not become slow.
@@ -16,7 +16,7 @@ _within = contextvars.ContextVar("deform_conv_portable", default=False)
 
 @contextlib.contextmanager
 def portable() -> Iterator[None]:
-    """A context in which `deform_conv2d`, and so the layers, compute by TensorFlow's own ops.
+    """A context in which the convolutions, and so the layers, compute by TensorFlow's own ops.
 
     It is for programs that cannot have the compiled op, such as LiteRT (TensorFlow Lite). Results
     and gradients of any order are the same but for rounding, and take more time and memory.
@@ -41,7 +41,7 @@ def in_portable_mode() -> bool:
     return PORTABLE or _within.get()
 
 
-def deform_conv2d_portable(input, filters, offset, mask, **attributes) -> tf.Tensor:
+def deform_conv_portable(input, filters, offset, mask, **attributes) -> tf.Tensor:
     """What the op computes, from the same inputs and attributes, with its checks.
 
     Sizes that are known at run time only are checked then, but not in LiteRT, which has no
@@ -50,8 +50,9 @@ def deform_conv2d_portable(input, filters, offset, mask, **attributes) -> tf.Ten
     tensors = {"input": input, "filters": filters, "offset": offset}
     if mask:
         (tensors["mask"],) = mask
+    rank = len(attributes["data_format"])
     tensors = {
-        name: tf.ensure_shape(tensor, [None] * 4, name) if tensor.shape.rank is None else tensor
+        name: tf.ensure_shape(tensor, [None] * rank, name) if tensor.shape.rank is None else tensor
         for name, tensor in tensors.items()
     }
     rules = Rules()
@@ -68,5 +69,5 @@ def reference_of_op(
 ) -> tf.Tensor:
     """The reference, from the inputs and attributes that the op takes."""
     if padding == "EXPLICIT":
-        padding = [explicit_paddings[index : index + 2] for index in range(0, 8, 2)]
-    return deform_conv2d_reference(input, filters, offset, *mask, padding=padding, **attributes)
+        padding = list(zip(explicit_paddings[::2], explicit_paddings[1::2], strict=True))
+    return deform_conv_reference(input, filters, offset, *mask, padding=padding, **attributes)

@@ -1,12 +1,17 @@
 """What the op requires of its attributes and shapes, for portable mode, where there is no op.
 
-The rules and their messages are those of src/core/params.cc and src/tf/op_attributes.h.
+The rules and their messages are those of src/core/params{,3d}.cc and src/tf/op_attributes{,3d}.h.
 """
+
+import itertools
+import math
 
 import tensorflow as tf
 
 from ._arguments import MAX_EXTENT
-from ._reference import sizes
+from ._reference import native_axes, sizes
+
+AXIS_NAMES = {"D": "depth", "H": "height", "W": "width"}
 
 
 class Rules:
@@ -30,38 +35,39 @@ class Rules:
         explicit_paddings=(),
     ) -> list[int | None]:
         """Checks everything, and returns the shape of the output."""
-        strides = self._height_and_width("strides", strides, data_format)
-        dilations = self._height_and_width("dilations", dilations, data_format)
+        names = [AXIS_NAMES[axis] for axis in data_format if axis in AXIS_NAMES]
+        axes = len(names)
+        self._names = f"{', '.join(names[:-1])} and {names[-1]}"
+        strides = self._spatial("strides", strides, data_format)
+        dilations = self._spatial("dilations", dilations, data_format)
         pads = self._pads(padding, explicit_paddings, data_format)
         self._check_range("deform_groups", 1, [deform_groups], deform_groups)
         shapes = {
-            name: self._native_shape(name, tensor, "NHWC" if name == "filters" else data_format)
-            for name, tensor in tensors.items()
+            name: self._native_shape(name, tensor, data_format) for name, tensor in tensors.items()
         }
-        batch, in_h, in_w, channels = shapes["input"]
-        kernel_h, kernel_w, group_channels, out_channels = shapes["filters"]
-        for size in (kernel_h, kernel_w):
+        batch, *in_size, channels = shapes["input"]
+        *kernel, group_channels, out_channels = shapes["filters"]
+        for size in kernel:
             self._require(
                 size > 0,
-                f"filters must have a height and width from 1 to {MAX_EXTENT}; received ",
-                *(kernel_h, "x", kernel_w),
+                f"filters must have a {self._names} from 1 to {MAX_EXTENT}; received ",
+                *_joined(kernel, "x"),
             )
         self._check_channels(channels, group_channels, out_channels, deform_groups)
         output = [
             batch,
-            self._out_size("height", in_h, kernel_h, strides[0], dilations[0], pads[0]),
-            self._out_size("width", in_w, kernel_w, strides[1], dilations[1], pads[1]),
+            *map(self._out_size, names, in_size, kernel, strides, dilations, pads),
         ]
         for name in ("offset", "mask"):
             if name in shapes:
-                rule, factor = ("2 * ", 2) if name == "offset" else ("", 1)
+                rule, factor = (f"{axes} * ", axes) if name == "offset" else ("", 1)
                 *place, found = shapes[name]
                 self._check_place(name, place, output)
-                expected = factor * deform_groups * kernel_h * kernel_w
+                expected = factor * deform_groups * math.prod(kernel)
                 self._require(
                     _equal(found, expected),
                     *(name, " has ", found, " channels; ", rule, "deform_groups * "),
-                    *(kernel_h, " * ", kernel_w, " = ", expected, " expected"),
+                    *(*_joined(kernel, " * "), " = ", expected, " expected"),
                 )
                 # What the input does not tell, the offset may.
                 output = [
@@ -69,7 +75,8 @@ class Rules:
                     for size, other in zip(output, place, strict=True)
                 ]
         shape = [None if tf.is_tensor(size) else size for size in (*output, out_channels)]
-        return shape if data_format == "NHWC" else [shape[axis] for axis in (0, 3, 1, 2)]
+        native = native_axes(data_format)
+        return [shape[native.index(axis)] for axis in range(len(native))]
 
     def _require(self, holds, *message) -> None:
         """Raises, or has the graph raise, where a rule does not hold."""
@@ -87,35 +94,38 @@ class Rules:
             f"{argument} must be from {least} to {MAX_EXTENT}; received {received}",
         )
 
-    def _height_and_width(self, argument, values, data_format) -> tuple[int, int]:
-        batch, h, w, channels = _native(values, data_format)
+    def _spatial(self, argument, values, data_format) -> tuple[int, ...]:
+        batch, *spatial, channels = _native(values, data_format)
         self._require(
             batch == channels == 1,
-            f"{argument} must be 4 numbers, 1 for batch and channels; received {values}",
+            f"{argument} must be {len(data_format)} numbers, 1 for batch and channels; received "
+            f"{values}",
         )
-        self._check_range(argument, 1, (h, w), (h, w))
-        return h, w
+        self._check_range(argument, 1, spatial, tuple(spatial))
+        return tuple(spatial)
 
     def _pads(self, padding, explicit, data_format) -> list[tuple[int, int] | None]:
-        """Padding before and after, of height and width; None for "SAME"."""
+        """Padding before and after, of each spatial axis; None for "SAME"."""
         if padding != "EXPLICIT":
-            return [None if padding == "SAME" else (0, 0)] * 2
+            return [None if padding == "SAME" else (0, 0)] * (len(data_format) - 2)
         pairs = zip(explicit[::2], explicit[1::2], strict=True)
-        batch, h, w, channels = _native(list(pairs), data_format)
+        batch, *spatial, channels = _native(list(pairs), data_format)
         self._require(
             batch == channels == (0, 0),
-            f"padding must be 4 pairs of numbers, 0 for batch and channels; received {explicit}",
+            f"padding must be {len(data_format)} pairs of numbers, 0 for batch and channels; "
+            f"received {explicit}",
         )
-        for number in (*h, *w):
+        for number in itertools.chain(*spatial):
             self._check_range("padding", 0, [number], number)
-        return [h, w]
+        return spatial
 
     def _native_shape(self, argument, tensor, data_format) -> list:
+        rank = len(data_format)
         self._require(
-            tensor.shape.rank == 4,
-            f"{argument} must have rank 4; received shape {tensor.shape.as_list()}",
+            tensor.shape.rank == rank,
+            f"{argument} must have rank {rank}; received shape {tensor.shape.as_list()}",
         )
-        return _native(sizes(tensor), data_format)
+        return sizes(tensor) if argument == "filters" else _native(sizes(tensor), data_format)
 
     def _check_channels(self, channels, group_channels, out_channels, deform_groups) -> None:
         for size in (group_channels, out_channels):
@@ -146,7 +156,7 @@ class Rules:
             )
 
     def _out_size(self, axis, size, kernel, stride, dilation, pads):
-        """The output's height or width."""
+        """The output's size along an axis."""
         extent = (kernel - 1) * dilation + 1
         self._check_extent(extent, f"filters and dilations: dilated kernel {axis}")
         if pads is None:
@@ -170,25 +180,30 @@ class Rules:
         )
 
     def _check_place(self, argument, place, output) -> None:
-        """Checks the batch size, height and width of offset or mask."""
-        batch, h, w = place
-        expected_batch, out_h, out_w = output
+        """Checks the batch size and the spatial sizes of offset or mask."""
+        batch, *found = place
+        expected_batch, *out = output
         self._require(
             _equal(batch, expected_batch),
             *(argument, " has batch size ", batch, "; that of input, ", expected_batch),
             ", expected",
         )
-        for size, expected in ((h, out_h), (w, out_w)):
+        for size, expected in zip(found, out, strict=True):
             self._require(
                 _equal(size, expected),
-                *(argument, " has height and width ", h, "x", w, "; those of the output, "),
-                *(out_h, "x", out_w, ", expected"),
+                *(argument, f" has {self._names} ", *_joined(found, "x")),
+                *("; those of the output, ", *_joined(out, "x"), ", expected"),
             )
 
 
 def _native(values, data_format) -> list:
-    """Four values in the order NHWC."""
-    return [values[axis] for axis in ((0, 1, 2, 3) if data_format == "NHWC" else (0, 2, 3, 1))]
+    """Values in the order batch, spatial axes, channels."""
+    return [values[axis] for axis in native_axes(data_format)]
+
+
+def _joined(parts, separator) -> list:
+    """`parts` with `separator` between them."""
+    return [item for part in parts for item in (separator, part)][1:]
 
 
 def _equal(size, other):

@@ -14,7 +14,7 @@ from ._arguments import (
     to_tensor,
 )
 from ._library import check_xla, record
-from ._portable import deform_conv2d_portable, in_portable_mode, reference_of_op
+from ._portable import deform_conv_portable, in_portable_mode, reference_of_op
 
 __all__ = ["deform_conv2d"]
 
@@ -96,36 +96,58 @@ def deform_conv2d(
       >>> deform_conv2d(images, filters, offset).shape
       TensorShape([8, 28, 28, 16])
     """
-    if not isinstance(data_format, str) or data_format not in ("NHWC", "NCHW"):
-        raise ValueError(f"data_format must be 'NHWC' or 'NCHW'; received {shown(data_format)}")
-    if not isinstance(name, str | None):
-        raise ValueError(f"name must be a string or None; received {shown(name)}")
+    _check_data_format(data_format, ("NHWC", "NCHW"))
+    _check_name(name)
     if in_portable_mode():
-        compute = deform_conv2d_portable
+        compute = deform_conv_portable
     else:
         check_xla()
         compute = _ops.deform_conv2d
     with tf.name_scope(name or "DeformConv2D"):
-        input = to_tensor(input, "input", tuple(_OFFSET_DTYPES))
-        dtype, offset_dtypes = input.dtype, _OFFSET_DTYPES[input.dtype]
-        filters = to_tensor(filters, "filters", (dtype,), hint=dtype)
-        offset = to_tensor(offset, "offset", offset_dtypes, hint=dtype)
-        masks = []
-        if mask is not None:
-            masks = [to_tensor(mask, "mask", (offset.dtype,), hint=offset.dtype)]
-        deform_groups = integer(deform_groups, "deform_groups")
-        check_filters_order(input, filters, offset, deform_groups, data_format)
         return compute(
-            input=input,
-            filters=filters,
-            offset=offset,
-            mask=masks,
-            strides=per_dimension(strides, "strides", data_format),
-            dilations=per_dimension(dilations, "dilations", data_format),
-            deform_groups=deform_groups,
-            data_format=data_format,
-            **padding_attributes(padding),
+            **_op_arguments(
+                *(input, filters, offset, mask),
+                *(strides, padding, dilations, deform_groups, data_format),
+            )
         )
+
+
+def _check_data_format(data_format, allowed: tuple[str, str]) -> None:
+    if not isinstance(data_format, str) or data_format not in allowed:
+        raise ValueError(
+            f"data_format must be {allowed[0]!r} or {allowed[1]!r}; received {shown(data_format)}"
+        )
+
+
+def _check_name(name) -> None:
+    if not isinstance(name, str | None):
+        raise ValueError(f"name must be a string or None; received {shown(name)}")
+
+
+def _op_arguments(
+    input, filters, offset, mask, strides, padding, dilations, deform_groups, data_format
+) -> dict:
+    """Inputs and attributes of the op for two or three axes, checked but for shapes."""
+    input = to_tensor(input, "input", tuple(_OFFSET_DTYPES))
+    dtype, offset_dtypes = input.dtype, _OFFSET_DTYPES[input.dtype]
+    filters = to_tensor(filters, "filters", (dtype,), hint=dtype)
+    offset = to_tensor(offset, "offset", offset_dtypes, hint=dtype)
+    masks = []
+    if mask is not None:
+        masks = [to_tensor(mask, "mask", (offset.dtype,), hint=offset.dtype)]
+    deform_groups = integer(deform_groups, "deform_groups")
+    check_filters_order(input, filters, offset, deform_groups, data_format)
+    return {
+        "input": input,
+        "filters": filters,
+        "offset": offset,
+        "mask": masks,
+        "strides": per_dimension(strides, "strides", data_format),
+        "dilations": per_dimension(dilations, "dilations", data_format),
+        "deform_groups": deform_groups,
+        "data_format": data_format,
+        **padding_attributes(padding, data_format),
+    }
 
 
 # --- Gradients ---
@@ -173,7 +195,14 @@ def _gradient_of(op_type: str):
 
 @_gradient_of("DeformConv2D")
 def _deform_conv2d_grad(op, grad_output):
-    """Gradients of the op's inputs: input, filters, offset and, if there is one, mask."""
+    return first_order(op, grad_output, _ops.deform_conv2d_grad)
+
+
+def first_order(op, grad_output, compute):
+    """Gradients of the op's inputs: input, filters, offset and, if there is one, mask.
+
+    `compute` is the op that computes them.
+    """
     wanted = [
         index
         for index in range(len(op.inputs))
@@ -188,7 +217,7 @@ def _deform_conv2d_grad(op, grad_output):
     input, filters, offset, *mask = op.inputs
     gradients = [None] * len(op.inputs)
     for part in parts:
-        outputs = _ops.deform_conv2d_grad(
+        outputs = compute(
             input=input,
             filters=filters,
             offset=offset,
@@ -204,11 +233,13 @@ def _deform_conv2d_grad(op, grad_output):
 
 
 @_gradient_of("DeformConv2DGrad")
-def _deform_conv2d_grad_grad(op, *grad_gradients):
+def second_order(op, *grad_gradients):
     """Second order: differentiates the gradients of the pure TensorFlow reference."""
+    attributes = _attributes(op)
+    rank = len(attributes["data_format"])
     # Tensors of a known rank, each read once: in a tf.compat.v1 loop, every read of op.inputs gives
     # another one.
-    *arguments, grad_output = [tf.ensure_shape(tensor, [None] * 4) for tensor in op.inputs]
+    *arguments, grad_output = [tf.ensure_shape(tensor, [None] * rank) for tensor in op.inputs]
     wanted = [
         index
         for index, name in enumerate(_GRADIENTS[: len(arguments)])
@@ -219,7 +250,7 @@ def _deform_conv2d_grad_grad(op, *grad_gradients):
         with tf.GradientTape() as first:
             first.watch(arguments)
             input, filters, offset, *mask = arguments
-            output = reference_of_op(input, filters, offset, mask, **_attributes(op))
+            output = reference_of_op(input, filters, offset, mask, **attributes)
         gradients = first.gradient(
             output, [arguments[index] for index in wanted], output_gradients=grad_output
         )
