@@ -1,6 +1,6 @@
 """Deformable convolution for TensorFlow.
 
-from deform_conv import deform_conv2d, deformable, from_torch
+from deform_conv import deform_conv2d, deform_conv3d, deformable, from_torch
 from deform_conv.layers import DeformableConv2D
 
 `deformable`, `from_torch` and `layers` need Keras, and import it when they are first asked for.
@@ -14,6 +14,7 @@ __version__ = "0.2.0"  # before the imports: the loader of the library reads it
 from ._library import library_path, xla_kernels_loaded
 from ._portable import portable
 from .ops import deform_conv2d
+from .ops3d import deform_conv3d
 
 if _typing.TYPE_CHECKING:
     from . import layers as layers
@@ -21,7 +22,14 @@ if _typing.TYPE_CHECKING:
     from .torch import from_torch as from_torch
 
 # Without the names that need Keras: a star import would need it too.
-__all__ = ["__version__", "deform_conv2d", "library_path", "portable", "xla_kernels_loaded"]
+__all__ = [
+    "__version__",
+    "deform_conv2d",
+    "deform_conv3d",
+    "library_path",
+    "portable",
+    "xla_kernels_loaded",
+]
 
 
 def __getattr__(name: str):

@@ -3,6 +3,8 @@
 
 set(CORE_SOURCES
   params.cc
+  params3d.cc
+  size_rules.cc
 )
 
 set(CORE_CPU_SOURCES
@@ -12,6 +14,8 @@ set(CORE_CPU_SOURCES
   cpu/kernels.cc
   cpu/plan.cc
   cpu/threads.cc
+  cpu/volume_backward.cc
+  cpu/volume_forward.cc
 )
 
 # Compiled once per instruction set.
