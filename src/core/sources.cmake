@@ -34,6 +34,7 @@ set(CORE_GPU_SOURCES
   gpu/forward.cc
   gpu/im2col_gemm.cc
   gpu/implementations.cc
+  gpu/volume.cc
 )
 
 # For every GPU.
@@ -48,6 +49,7 @@ set(CORE_CUDA_SOURCES
   cuda/general/embedding.cu
   cuda/general/im2col.cu
   cuda/general/layout.cu
+  cuda/general/volume.cu
 )
 
 # In the instructions of compute capability 9.0 alone.
