@@ -21,6 +21,7 @@ set(CORE_CPU_SOURCES
 # Compiled once per instruction set.
 set(CORE_CPU_ISA_SOURCES
   cpu/isa/kernels_isa.cc
+  cpu/isa/volume_isa.cc
 )
 
 # C++ without CUDA's headers.

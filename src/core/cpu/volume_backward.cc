@@ -27,7 +27,8 @@ class VolumeBackward {
         gradients_(gradients),
         all_runs_(RunsOf(params)),
         runs_{all_runs_.data(), all_runs_.data() + all_runs_.size()},
-        width_(params.taps() * params.in_channels) {
+        width_(params.taps() * params.in_channels),
+        ranges_(TapRanges(params, kernels_.gemm_panel, threads.count)) {
     if (gradients.sampled.any() && params.out_positions() > 0) PackFilters(filters);
   }
 
@@ -52,13 +53,18 @@ class VolumeBackward {
                 [&](int64_t begin, int64_t end) { std::fill(data + begin, data + end, T(0)); });
   }
 
-  // The filters as the columns' gradient needs them: for each tap of each group, transposed.
+  // The filters as the columns' gradient needs them: for each range of taps, transposed.
   void PackFilters(const T* filters) {
-    tap_size_ =
-        params_.group_out_channels() * RoundUp(params_.group_in_channels(), kernels_.gemm_panel);
-    filters_.assign(GroupTap::Count(params_) * tap_size_, T(0));
-    ForEachGroupTap([&](int64_t i, const GroupTap& at) {
-      kernels_.pack_transposed(at.Filters(planar_, filters), 0, filters_.data() + i * tap_size_);
+    int64_t size = 0;
+    for (const TapRange& range : ranges_) {
+      range_begins_.push_back(size);
+      size += params_.group_out_channels() *
+              RoundUp(range.count * params_.group_in_channels(), kernels_.gemm_panel);
+    }
+    filters_.assign(size, T(0));
+    ForEachTapRange([&](int64_t i, const TapRange& range) {
+      kernels_.pack_transposed(range.Filters(planar_, filters), 0,
+                               filters_.data() + range_begins_[i]);
     });
   }
 
@@ -78,10 +84,10 @@ class VolumeBackward {
 
   // Writes the columns' gradient.
   void BackpropColumns(const VolumeTile<T>& band, const Matrix<T>& columns) const {
-    ForEachGroupTap([&](int64_t i, const GroupTap& at) {
+    ForEachTapRange([&](int64_t i, const TapRange& range) {
       kernels_.gemm(GemmForm::kPlain,
-                    GroupOutput(planar_, at.group, grad_output_, band.begin, band.end),
-                    filters_.data() + i * tap_size_, at.Columns(planar_, columns),
+                    GroupOutput(planar_, range.group, grad_output_, band.begin, band.end),
+                    filters_.data() + range_begins_[i], range.Columns(planar_, columns),
                     /*accumulate=*/false);
     });
   }
@@ -115,17 +121,17 @@ class VolumeBackward {
       kernels_.pack(GroupOutput(planar_, group, grad_output_, band.begin, band.end), 0,
                     band.positions(), packed_output_.data() + group * group_size);
     });
-    ForEachGroupTap([&](int64_t /*i*/, const GroupTap& at) {
-      kernels_.gemm(GemmForm::kTransposeA, AsConst(at.Columns(planar_, columns)),
-                    packed_output_.data() + at.group * group_size,
-                    at.Filters(planar_, gradients_.filters), /*accumulate=*/true);
+    ForEachTapRange([&](int64_t /*i*/, const TapRange& range) {
+      kernels_.gemm(GemmForm::kTransposeA, AsConst(range.Columns(planar_, columns)),
+                    packed_output_.data() + range.group * group_size,
+                    range.Filters(planar_, gradients_.filters), /*accumulate=*/true);
     });
   }
 
   template <typename Work>
-  void ForEachGroupTap(const Work& work) const {
-    ForEachOn(threads_, GroupTap::Count(params_),
-              [&](int64_t i) { work(i, GroupTap::At(params_, i)); });
+  void ForEachTapRange(const Work& work) const {
+    ForEachOn(threads_, static_cast<int64_t>(ranges_.size()),
+              [&](int64_t i) { work(i, ranges_[i]); });
   }
 
   // Calls work(tile) for tiles that cover the band, side by side.
@@ -153,8 +159,9 @@ class VolumeBackward {
   const DeformConvGradients<T>& gradients_;
   const std::vector<ChannelRun> all_runs_;
   const ChannelRuns runs_;
-  const int64_t width_;                    // of a row of columns
-  int64_t tap_size_ = 0;                   // of the packed filters
+  const int64_t width_;  // of a row of columns
+  const std::vector<TapRange> ranges_;
+  std::vector<int64_t> range_begins_;      // within the packed filters
   WorkspaceVector<T> filters_;             // packed
   WorkspaceVector<TapSample<T>> samples_;  // of a band
   WorkspaceVector<T> columns_;             // of a band, or their gradient

@@ -23,10 +23,11 @@ class PackedVolumeFilters {
     const DeformConvParams planar = params.planar();
     group_size_ = depth_ * RoundUp(params.group_out_channels(), kernels.gemm_panel);
     packed_.resize(params.groups * group_size_);
-    ForEachOn(threads, GroupTap::Count(params), [&](int64_t i) {
-      const GroupTap at = GroupTap::At(params, i);
-      kernels.pack(at.Filters(planar, filters), at.tap * params.group_in_channels(), depth_,
-                   packed_.data() + at.group * group_size_);
+    const std::vector<TapRange> ranges = TapRanges(params, kernels.gemm_panel, threads.count);
+    ForEachOn(threads, static_cast<int64_t>(ranges.size()), [&](int64_t i) {
+      const TapRange& range = ranges[i];
+      kernels.pack(range.Filters(planar, filters), range.begin * params.group_in_channels(), depth_,
+                   packed_.data() + range.group * group_size_);
     });
   }
 

@@ -43,29 +43,42 @@ int64_t PositionsWithin(const DeformConv3DParams& params, int64_t bytes) {
   return std::clamp<int64_t>(bytes / of_position, 1, std::max<int64_t>(params.out_positions(), 1));
 }
 
-// A tap of a convolution group: the part of the filters and columns that is one small matrix.
-struct GroupTap {
-  int64_t group, tap;
+// Neighbouring taps of a convolution group: a part of the filters, and the columns that it meets.
+struct TapRange {
+  int64_t group, begin, count;
 
-  static int64_t Count(const DeformConv3DParams& params) { return params.groups * params.taps(); }
-  static GroupTap At(const DeformConv3DParams& params, int64_t i) {
-    return {i / params.taps(), i % params.taps()};
-  }
-
-  // [group_in_channels, group_out_channels], within filters or a gradient of filters.
+  // [count * group_in_channels, group_out_channels], within filters or a gradient of filters.
   template <typename T>
   Matrix<T> Filters(const DeformConvParams& planar, T* filters) const {
     const int64_t width = planar.group_in_channels();
-    return RowsOf(GroupFilters(planar, group, filters), tap * width, width);
+    return RowsOf(GroupFilters(planar, group, filters), begin * width, count * width);
   }
-  // [rows, group_in_channels], within columns of all groups.
+  // [rows, count * group_in_channels], within columns of all groups.
   template <typename T>
   Matrix<T> Columns(const DeformConvParams& planar, const Matrix<T>& columns) const {
     const int64_t width = planar.group_in_channels();
-    return {columns.data + (group * planar.taps() + tap) * width, columns.rows, width,
+    return {columns.data + (group * planar.taps() + begin) * width, columns.rows, count * width,
             columns.stride};
   }
 };
+
+// All taps of all groups, in ranges for threads to share out: with about `wanted` channels each.
+// Narrower matrices would leave parts of a GEMM's panels unused.
+inline std::vector<TapRange> TapRanges(const DeformConv3DParams& params, int64_t wanted,
+                                       int64_t threads) {
+  constexpr int64_t kRangesOfThread = 2;
+  const int64_t taps = params.taps();
+  const int64_t wide = CeilDiv(wanted, params.group_in_channels());
+  const int64_t shared = params.groups * taps / (kRangesOfThread * threads);
+  const int64_t most = std::clamp<int64_t>(std::min(wide, shared), 1, taps);
+  std::vector<TapRange> ranges;
+  for (int64_t group = 0; group < params.groups; ++group) {
+    for (int64_t tap = 0; tap < taps; tap += most) {
+      ranges.push_back({group, tap, std::min(most, taps - tap)});
+    }
+  }
+  return ranges;
+}
 
 }  // namespace deform_conv
 

@@ -19,7 +19,6 @@
 #include "core/cpu/isa/im2col.h"
 #include "core/cpu/isa/layout.h"
 #include "core/cpu/isa/locate.h"
-#include "core/cpu/isa/volume.h"
 #include "core/cpu/kernels.h"
 
 namespace deform_conv {
@@ -31,13 +30,6 @@ constexpr CpuKernels<T> kKernels = {
     Col2Im<T>, Pack<T>,   PackTransposed<T>, Gemm<T>,   DirectForward<T>, DirectBackward<T>};
 extern const CpuKernels<float> kFloatKernels = kKernels<float>;
 extern const CpuKernels<double> kDoubleKernels = kKernels<double>;
-
-template <typename T>
-constexpr CpuVolumeKernels<T> kVolumeKernels = {LocateVolume<T>, VolumeIm2Col<T>,
-                                                BackpropSampling<T>, VolumeScatter<T>};
-extern const CpuVolumeKernels<float> kFloatVolumeKernels = kVolumeKernels<float>;
-extern const CpuVolumeKernels<double> kDoubleVolumeKernels = kVolumeKernels<double>;
-
 extern const CpuLayoutKernels<float> kFloatLayout = {ToNative<float, float>,
                                                      FromNative<float, float>};
 extern const CpuLayoutKernels<double> kDoubleLayout = {ToNative<double, double>,

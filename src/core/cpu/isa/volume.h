@@ -1,5 +1,5 @@
 // Sampling volumes on one CPU thread, vectorised over channels. The contracts are in
-// cpu/volume_kernels.h. Included only by kernels_isa.cc, which is compiled once per instruction
+// cpu/volume_kernels.h. Included only by volume_isa.cc, which is compiled once per instruction
 // set.
 
 #ifndef DEFORM_CONV_CORE_CPU_ISA_VOLUME_H_
