@@ -79,8 +79,6 @@ def deform_conv3d(
       ValueError: an argument has the wrong form or dtype, or a static shape does not fit.
       tf.errors.InvalidArgumentError: a shape that is known at run time only does not fit. Either
         names the argument, what is expected and what was received.
-      tf.errors.UnimplementedError: on a GPU, the gradient of `input` is wanted, and
-        `tf.config.experimental.enable_op_determinism()` is on.
 
     Example:
       >>> volumes = tf.random.normal([2, 8, 28, 28, 3])

@@ -616,37 +616,59 @@ def test_op_runs_on_the_gpu(rng):
     assert all("GPU" in value.device for value in results.values())
 
 
-DETERMINISTIC = """
+@pytest.mark.gpu
+def test_positions_in_several_chunks(rng):
+    """Their columns take more than the 512 MiB of a chunk."""
+    case = random_volume_case(rng, batch=1, size=(13, 60, 64), channels=64, out_channels=4)
+    results = {}
+    for device in ("CPU:0", "GPU:0"):
+        with tf.device(device):
+            results[device] = run(case.tensors(), case.attributes, function=deform_conv3d)
+    for key, value in results["GPU:0"].items():
+        assert relative_error(value, results["CPU:0"][key]) <= 1e-12, key
+
+
+REPEAT = """
 import numpy as np
 import tensorflow as tf
-from conftest import run
+from conftest import relative_error, run
 from deform_conv import deform_conv3d
 from volumes import random_volume_case
 tf.config.experimental.enable_op_determinism()
-case = random_volume_case(np.random.default_rng(1))
-with tf.device("GPU:0"):
-    tensors = case.tensors()
-    with tf.GradientTape() as tape:
-        tape.watch([tensors["offset"], tensors["filters"]])
-        output = deform_conv3d(**tensors, **case.attributes)
-    tape.gradient(output, [tensors["offset"], tensors["filters"]])
-    try:
-        run(tensors, case.attributes, function=deform_conv3d)
-    except tf.errors.UnimplementedError as error:
-        print(error.message)
+case = random_volume_case(
+    np.random.default_rng(1), size=(6, 11, 12), channels=24, out_channels=12, groups=2,
+    deform_groups=3, offset_scale=4.0,
+)
+for dtype in (tf.float32, tf.float64, tf.float16, tf.bfloat16):
+    with tf.device("GPU:0"):
+        tensors = case.tensors(dtype)
+        runs = set()
+        for _ in range(20):
+            results = run(tensors, case.attributes, function=deform_conv3d)
+            runs.add(b"".join(results[key].numpy().tobytes() for key in sorted(results)))
+    with tf.device("CPU:0"):
+        expected = run(case.tensors(dtype), case.attributes, function=deform_conv3d)
+    errors = [
+        relative_error(tf.cast(value, tf.float64), tf.cast(expected[key], tf.float64))
+        for key, value in results.items()
+    ]
+    print(dtype.name, len(runs), max(errors))
 """
 
 
 @pytest.mark.gpu
-def test_with_determinism_the_gradient_of_the_input_is_refused_on_a_gpu():
+def test_with_determinism_repetitions_on_a_gpu_are_bit_identical_and_right():
     paths = [str(PROJECT), str(PROJECT / "tests"), os.environ.get("PYTHONPATH", "")]
     printed = subprocess.run(
-        [sys.executable, "-c", DETERMINISTIC],
+        [sys.executable, "-c", REPEAT],
         cwd=PROJECT,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
         check=True,
     ).stdout
-    assert "DeformConv3D has no deterministic gradient of its input on a GPU" in printed
-    assert "enable_op_determinism" in printed
+    tolerances = {"float32": 1e-5, "float64": 1e-12, "float16": 1e-2, "bfloat16": 4e-2}
+    for line, dtype in zip(printed.splitlines()[-4:], tolerances, strict=True):
+        name, runs, error = line.split()
+        assert (name, runs) == (dtype, "1")
+        assert float(error) <= tolerances[dtype]

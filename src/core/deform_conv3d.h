@@ -41,9 +41,7 @@ DEFORM_CONV_EXPORT void DeformConv3DBackwardCpu(const DeformConv3DParams& params
 
 // --- GPU ---
 
-// As DeformConv2DForwardGpu() and DeformConv2DBackwardGpu(), but the input's gradient is always
-// summed in an order that is not fixed: with device.deterministic(), the caller must not ask for
-// it. T is float, double, Half or BFloat16.
+// As DeformConv2DForwardGpu() and DeformConv2DBackwardGpu(). T is float, double, Half or BFloat16.
 
 template <typename T>
 DEFORM_CONV_EXPORT std::string DeformConv3DForwardGpu(

@@ -51,6 +51,7 @@ set(CORE_CUDA_SOURCES
   cuda/general/im2col.cu
   cuda/general/layout.cu
   cuda/general/volume.cu
+  cuda/general/volume_sorted.cu
 )
 
 # In the instructions of compute capability 9.0 alone.

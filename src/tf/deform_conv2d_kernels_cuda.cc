@@ -82,11 +82,6 @@ class CudaBackend {
                         const SampledTensors<T, ComputeType<T>>& tensors, const T* filters,
                         const T* grad_output, bool /*add_filters*/,
                         const DeformConvGradients<T, ComputeType<T>>& gradients) {
-    if (device_.deterministic() && gradients.sampled.input != nullptr) {
-      return absl::UnimplementedError(
-          "DeformConv3D has no deterministic gradient of its input on a GPU, and "
-          "tf.config.experimental.enable_op_determinism() asks for one; compute it on a CPU");
-    }
     return device_.StatusOf(
         DeformConv3DBackwardGpu<T>(params, tensors, filters, grad_output, device_, gradients));
   }

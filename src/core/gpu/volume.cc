@@ -18,6 +18,7 @@ namespace {
 template <typename T>
 std::string AllocateColumns(const DeformConvParams& planar, GpuDevice& device, int64_t* chunk,
                             T** columns) {
+  if (device.path() == KernelPath::kFused) return "no fused kernel takes three dimensions";
   *chunk = PositionsOfChunk(planar, sizeof(T), device.columns_bytes());
   return device.Allocate(ColumnsBytes(planar, *chunk, sizeof(T)),
                          reinterpret_cast<void**>(columns));
@@ -67,8 +68,8 @@ class VolumeBackward {
   }
 
   std::string BackpropChunk(int64_t begin, int64_t end) {
-    const SampledGradients<ComputeType<T>> sampled = {input_sum_.data(), gradients_.sampled.offset,
-                                                      gradients_.sampled.mask};
+    SampledGradients<ComputeType<T>> sampled = {input_sum_.data(), gradients_.sampled.offset,
+                                                gradients_.sampled.mask};
     const bool want_filters = gradients_.filters != nullptr;
     const auto output = OutputOfGroups(planar_, grad_output_, begin, end);
     const auto columns = ColumnsOfGroups(planar_, columns_, end - begin);
@@ -76,6 +77,11 @@ class VolumeBackward {
       DEFORM_CONV_RETURN_IF_ERROR(GemmOfGroups(planar_, device_, GemmForm::kTransposeB, output,
                                                FiltersOfGroups(planar_, filters_), columns,
                                                /*accumulate=*/false));
+      if (device_.deterministic() && sampled.input != nullptr) {
+        DEFORM_CONV_RETURN_IF_ERROR(cuda::VolumeCol2ImSorted<T>(
+            params_, tensors_, begin, end, columns_, sampled.input, workspace_, device_.stream()));
+        sampled.input = nullptr;
+      }
       DEFORM_CONV_RETURN_IF_ERROR(cuda::VolumeCol2Im<T>(params_, tensors_, begin, end, want_filters,
                                                         columns_, sampled, device_.stream()));
     } else if (want_filters) {
@@ -100,6 +106,7 @@ class VolumeBackward {
   const T* grad_output_;
   GpuDevice& device_;
   const DeformConvGradients<T, ComputeType<T>>& gradients_;
+  Workspace workspace_{device_};  // of sorting
   GradientSum<T> input_sum_, filters_sum_;
   T* columns_ = nullptr;  // of a chunk
 };

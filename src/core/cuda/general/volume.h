@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <string>
 
+#include "core/gpu/workspace.h"
 #include "core/params3d.h"
 #include "core/sampling.h"
 #include "core/types.h"
@@ -27,6 +28,14 @@ std::string VolumeCol2Im(const DeformConv3DParams& params,
                          const SampledTensors<T, ComputeType<T>>& tensors, int64_t begin,
                          int64_t end, bool replace, T* columns,
                          const SampledGradients<ComputeType<T>>& gradients, void* stream);
+
+// Adds to grad_input what VolumeCol2Im adds, but in an order that is always the same, as
+// Col2ImSorted does. `columns` is left as it is.
+template <typename T>
+std::string VolumeCol2ImSorted(const DeformConv3DParams& params,
+                               const SampledTensors<T, ComputeType<T>>& tensors, int64_t begin,
+                               int64_t end, const T* columns, ComputeType<T>* grad_input,
+                               Workspace& workspace, void* stream);
 
 }  // namespace cuda
 }  // namespace deform_conv
