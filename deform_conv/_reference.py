@@ -72,7 +72,10 @@ def deform_conv_reference(
         mask = tf.cast(mask, compute_dtype)
 
     # Samples, one a row: [batch * positions * deform_groups * taps, deform group's channels].
-    image = tf.reshape(input, [batch, *in_size, deform_groups, channels // deform_groups])
+    # One pixel more on each axis, of zeros, stands for those that do not exist.
+    image = tf.pad(input, [[0, 0], *[[0, 1]] * axes, [0, 0]])
+    padded_size = [size + 1 for size in in_size]
+    image = tf.reshape(image, [batch, *padded_size, deform_groups, channels // deform_groups])
     samples = _sample(image, g, located, mask)
 
     # Per position and tap, the channels of all deformable groups side by side.
@@ -124,16 +127,16 @@ def _locate(base, offset, size):
 def _sample(image, g, located, mask):
     """Samples image[n, ..., g, :] where each axis is located, by linear interpolation along each.
 
-    Scaled by the mask, if there is one; 0 outside, whatever the mask.
+    The last pixel of each axis is no part of the image, and zero. Scaled by the mask, if there is
+    one; 0 outside, whatever the mask.
     """
     lows, fractions, insides = zip(*located, strict=True)
     axes = len(located)
-    batch, *in_size, _, _ = sizes(image)
+    batch, *padded_size, _, _ = sizes(image)
+    in_size = [size - 1 for size in padded_size]
     inside = functools.reduce(tf.logical_and, insides)
     n = tf.reshape(tf.range(batch), [-1] + [1] * (axes + 1))
     n, g = (tf.broadcast_to(index, tf.shape(inside)) for index in (n, g))
-    # One pixel more, of zeros, in place of those that do not exist.
-    image = tf.pad(image, [[0, 0], *[[0, 1]] * axes, [0, 0], [0, 0]])
     samples = 0
     for steps in itertools.product((0, 1), repeat=axes):  # to the corners around the sample
         corner = [low + step for low, step in zip(lows, steps, strict=True)]

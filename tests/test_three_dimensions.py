@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from conftest import PROJECT, Case, relative_error, run, second_derivatives
+from test_portable import INTERPRETERS
 from volumes import by_formula, random_volume_case
 
 from deform_conv import deform_conv2d, deform_conv3d, portable
@@ -523,6 +524,28 @@ def test_portable_mode_computes_the_same(data_format, rng):
     assert not any("Deform" in op_type for op_type in types)
     for key, value in actual.items():
         assert relative_error(value, expected[key]) <= 1e-12, key
+
+
+@pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated")
+def test_portable_mode_runs_in_litert(rng):
+    case = random_volume_case(rng, batch=1, deform_groups=2)
+    tensors = case.tensors(tf.float32)
+    filters = tensors.pop("filters")
+
+    def convolve(input, offset, mask):
+        return deform_conv3d(input, filters, offset, mask, **case.attributes)
+
+    specs = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in tensors.values()]
+    with portable():
+        function = tf.function(convolve).get_concrete_function(*specs)
+        program = tf.lite.TFLiteConverter.from_concrete_functions([function]).convert()
+    interpreter = INTERPRETERS[-1](model_content=program)
+    interpreter.allocate_tensors()
+    for given, tensor in zip(interpreter.get_input_details(), tensors.values(), strict=True):
+        interpreter.set_tensor(given["index"], tensor)
+    interpreter.invoke()
+    (result,) = interpreter.get_output_details()
+    assert relative_error(interpreter.get_tensor(result["index"]), convolve(**tensors)) <= 1e-6
 
 
 def test_jit_compile_computes_the_same(rng):
