@@ -1,7 +1,7 @@
 """Deformable convolution for TensorFlow.
 
-from deform_conv import deform_conv1d, deform_conv2d, deform_depthwise_conv2d, deform_aggregate2d
-from deform_conv import deformable, from_torch
+from deform_conv import deform_conv1d, deform_conv2d, deform_conv3d
+from deform_conv import deform_aggregate2d, deform_depthwise_conv2d, deformable, from_torch
 from deform_conv.layers import DeformableConv1D, DeformableConv2D
 
 `deformable`, `from_torch` and `layers` need Keras, and import it when they are first asked for.
@@ -16,6 +16,7 @@ from ._library import library_path, xla_kernels_loaded
 from ._one_dimension import deform_conv1d
 from ._portable import portable
 from .ops import deform_aggregate2d, deform_conv2d, deform_depthwise_conv2d
+from .ops3d import deform_conv3d
 
 if _typing.TYPE_CHECKING:
     from . import layers as layers
@@ -28,6 +29,7 @@ __all__ = [
     "deform_aggregate2d",
     "deform_conv1d",
     "deform_conv2d",
+    "deform_conv3d",
     "deform_depthwise_conv2d",
     "library_path",
     "portable",

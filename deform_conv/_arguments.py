@@ -13,10 +13,10 @@ import tensorflow as tf
 MAX_EXTENT = 2**31 - 1
 
 # The axes of images of each rank. The number of offsets for a sample is the rank too.
-AXES = {1: ("length",), 2: ("height", "width")}
-LETTERS = {1: "L", 2: "HW"}
-DATA_FORMATS = {1: ("NWC", "NCW"), 2: ("NHWC", "NCHW")}
-_COUNTS = {3: "three", 4: "four"}
+AXES = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}
+LETTERS = {1: "L", 2: "HW", 3: "DHW"}
+DATA_FORMATS = {1: ("NWC", "NCW"), 2: ("NHWC", "NCHW"), 3: ("NDHWC", "NCDHW")}
+_COUNTS = {3: "three", 4: "four", 5: "five"}
 
 # Positions and sums are in float32 for 16-bit types, so these may have float32 offsets and masks.
 _OFFSET_DTYPES = {
@@ -121,9 +121,10 @@ def check_texts(data_format, name, rank: int = 2) -> None:
 def _advice(value, rank: int) -> str:
     # By name: this module works without Keras.
     if any(cls.__name__ == "KerasTensor" for cls in type(value).__mro__):
+        layer = f"use DeformableConv{rank}D, or " if rank < 3 else ""
         return (
-            f", which stands for a tensor in a Keras model: use DeformableConv{rank}D, or call "
-            f"deform_conv{rank}d in the call() of a layer"
+            f", which stands for a tensor in a Keras model: {layer}call deform_conv{rank}d in the "
+            "call() of a layer"
         )
     return ""
 
@@ -210,7 +211,7 @@ def per_dimension(value, argument: str, data_format: str) -> list[int]:
     if len(numbers) == rank + 2:
         return numbers
     if len(numbers) not in (1, rank):
-        counts = ", ".join(map(str, range(1, rank + 1)))
+        counts = ", ".join(map(str, sorted({1, rank})))
         raise ValueError(
             f"{argument} must be {counts} or {rank + 2} integers; received {shown(value)}"
         )
@@ -251,7 +252,7 @@ def check_filters_order(input, filters, offset, deform_groups: int, data_format:
     if not fit(*sizes[:rank], group_channels=sizes[rank]) and fit(
         *sizes[2:], group_channels=sizes[1]
     ):
-        kernel, letters = {1: ("K", "W"), 2: ("KH, KW", "HW")}[rank]
+        kernel, letters = {1: ("K", "W"), 2: ("KH, KW", "HW"), 3: ("KD, KH, KW", "DHW")}[rank]
         raise ValueError(
             f"filters must be [{kernel}, C / groups, O] ({letters}IO); received {sizes}, which "
             f"fits as [O, C / groups, {kernel}] (OI{letters}): pass "

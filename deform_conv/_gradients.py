@@ -90,9 +90,10 @@ def second_order(
     Differentiates the gradients of `reference`, which computes the output in TensorFlow's own ops
     from the arguments; they are as those of wanted_gradients().
     """
+    rank = len(op.get_attr("data_format"))
     # Tensors of a known rank, each read once: in a tf.compat.v1 loop, every read of op.inputs gives
     # another one.
-    *values, grad_output = [tf.ensure_shape(tensor, [None] * 4) for tensor in op.inputs]
+    *values, grad_output = [tf.ensure_shape(tensor, [None] * rank) for tensor in op.inputs]
     wanted = [
         index
         for index, name in enumerate(arguments[: len(values)])

@@ -200,13 +200,18 @@ def xla_kernels_loaded() -> bool:
     return PORTABLE or record.xla_problem is None
 
 
+def in_xla_context() -> bool:
+    """Whether what is called now is traced for XLA."""
+    from tensorflow.python.ops import control_flow_util
+
+    return control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
+
+
 def check_xla() -> None:
     """Raises where XLA is to compile the op and cannot. TensorFlow would not say what to do."""
     if xla_kernels_loaded():
         return
-    from tensorflow.python.ops import control_flow_util
-
-    if control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
+    if in_xla_context():
         raise RuntimeError(
             f"jit_compile=True needs the XLA kernels of deform_conv2d, but {record.xla_problem}. "
             "Install or build what is missing, or leave jit_compile out"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import tensorflow as tf
 
 from ._library import PORTABLE
-from ._reference import deform_aggregate2d_reference, deform_conv2d_reference
+from ._reference import deform_aggregate2d_reference, deform_conv_reference
 from ._rules import checked
 
 # Of a thread, in which it also traces functions: calls in other threads do not become slow.
@@ -42,7 +42,7 @@ def in_portable_mode() -> bool:
     return PORTABLE or _within.get()
 
 
-def deform_conv2d_portable(input, filters, offset, mask, **attributes) -> tf.Tensor:
+def deform_conv_portable(input, filters, offset, mask, **attributes) -> tf.Tensor:
     """What the op computes, from the same inputs and attributes, with its checks."""
     tensors = {"input": input, "filters": filters, "offset": offset}
     if mask:
@@ -64,7 +64,7 @@ def deform_aggregate2d_portable(input, offset, weights, **attributes) -> tf.Tens
 
 def reference_of_op(input, filters, offset, mask, **attributes) -> tf.Tensor:
     """The reference, from the inputs and attributes that the op takes."""
-    return deform_conv2d_reference(
+    return deform_conv_reference(
         input, filters, offset, *mask, **_reference_attributes(**attributes)
     )
 
@@ -78,5 +78,5 @@ def reference_of_aggregate_op(input, offset, weights, **attributes) -> tf.Tensor
 
 def _reference_attributes(*, padding, explicit_paddings=(), **attributes) -> dict:
     if padding == "EXPLICIT":
-        padding = [explicit_paddings[index : index + 2] for index in range(0, 8, 2)]
+        padding = list(zip(explicit_paddings[::2], explicit_paddings[1::2], strict=True))
     return {"padding": padding, **attributes}

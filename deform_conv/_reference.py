@@ -1,14 +1,20 @@
 """Deformable convolution in TensorFlow's own ops: slow and obvious, the oracle for everything else.
 
 It follows the definition sample by sample, without a thought for speed or memory, and leaves the
-gradients, of any order, to TensorFlow. Portable mode computes with it too: no arithmetic is on
-more than four axes, of which LiteRT has no more.
+gradients, of any order, to TensorFlow. It is written once for two and three spatial axes. Portable
+mode computes with it too: in two dimensions, no arithmetic is on more than four axes, of which
+LiteRT has no more.
 """
+
+import functools
+import itertools
+import math
+import operator
 
 import tensorflow as tf
 
 
-def deform_conv2d_reference(
+def deform_conv_reference(
     input,
     filters,
     offset,
@@ -21,9 +27,10 @@ def deform_conv2d_reference(
 ):
     """Computes what `deform_conv2d` computes, from the same arguments but `name`.
 
-    16-bit inputs are computed in float32 and the output is rounded back.
+    With data_format "NDHWC" or "NCDHW", what `deform_conv3d` computes. 16-bit inputs are computed
+    in float32 and the output is rounded back.
     """
-    kernel_h, kernel_w, group_channels, out_channels = sizes(filters)
+    *kernel, group_channels, out_channels = sizes(filters)
 
     def convolve(samples):
         positions, taps, channels = sizes(samples)
@@ -35,9 +42,10 @@ def deform_conv2d_reference(
         return tf.einsum("pklc,kclo->plo", samples, of_groups)
 
     attributes = (strides, padding, dilations, deform_groups, data_format)
-    return _from_samples(
-        convolve, out_channels, input, offset, mask, (kernel_h, kernel_w), *attributes
-    )
+    return _from_samples(convolve, out_channels, input, offset, mask, kernel, *attributes)
+
+
+deform_conv2d_reference = deform_conv_reference
 
 
 def deform_aggregate2d_reference(
@@ -52,12 +60,12 @@ def deform_aggregate2d_reference(
     data_format="NHWC",
 ):
     """Computes what `deform_aggregate2d` computes, likewise."""
-    kernel_size = _height_and_width(kernel_size, data_format)
+    kernel = _spatial(kernel_size, data_format)
     out_channels = sizes(input)[data_format.index("C")]
     attributes = (strides, padding, dilations, deform_groups, data_format)
     return _from_samples(
         lambda samples: tf.reduce_sum(samples, axis=1),
-        *(out_channels, input, offset, weights, kernel_size, *attributes),
+        *(out_channels, input, offset, weights, kernel, *attributes),
     )
 
 
@@ -67,7 +75,7 @@ def _from_samples(
     input,
     offset,
     mask,
-    kernel_size,
+    kernel,
     strides,
     padding,
     dilations,
@@ -75,57 +83,65 @@ def _from_samples(
     data_format,
 ):
     """The output whose positions are combine(samples), from samples [positions, taps, channels]."""
-    if data_format == "NCHW":
-        to_nhwc, to_nchw = [0, 2, 3, 1], [0, 3, 1, 2]
+    if not data_format.endswith("C"):
+        native = native_axes(data_format)
         output = _from_samples(
             combine,
             out_channels,
-            tf.transpose(input, to_nhwc),
-            tf.transpose(offset, to_nhwc),
-            None if mask is None else tf.transpose(mask, to_nhwc),
-            kernel_size,
-            _height_and_width(strides, data_format),
-            padding if isinstance(padding, str) else [padding[i] for i in to_nhwc],
-            _height_and_width(dilations, data_format),
+            tf.transpose(input, native),
+            tf.transpose(offset, native),
+            None if mask is None else tf.transpose(mask, native),
+            kernel,
+            _spatial(strides, data_format),
+            padding if isinstance(padding, str) else [padding[axis] for axis in native],
+            _spatial(dilations, data_format),
             deform_groups,
-            "NHWC",
+            "".join(data_format[axis] for axis in native),
         )
-        return tf.transpose(output, to_nchw)
+        return tf.transpose(output, [native.index(axis) for axis in range(len(native))])
 
     dtype = tf.convert_to_tensor(input).dtype
     compute_dtype = tf.float64 if dtype == tf.float64 else tf.float32
     input, offset = (tf.cast(t, compute_dtype) for t in (input, offset))
-    batch, out_h, out_w, _ = sizes(offset)
-    _, in_h, in_w, channels = sizes(input)
-    kernel_h, kernel_w = kernel_size
-    strides, dilations = (_height_and_width(v, data_format) for v in (strides, dilations))
-    pad_top, pad_left = (
-        _pad_before(padding, axis, size, kernel, stride, dilation)
-        for axis, size, kernel, stride, dilation in zip(
-            (1, 2), (in_h, in_w), (kernel_h, kernel_w), strides, dilations, strict=True
-        )
-    )
+    batch, *out_size, _ = sizes(offset)
+    _, *in_size, channels = sizes(input)
+    strides, dilations = (_spatial(v, data_format) for v in (strides, dilations))
+    axes = len(kernel)
 
-    # Positions and masks [batch, out_h, out_w, deform_groups * taps].
-    taps = kernel_h * kernel_w
+    # Positions and masks [batch, *out_size, deform_groups * taps].
+    taps = math.prod(kernel)
     channel = tf.range(deform_groups * taps)
-    g, ky, kx = channel // taps, channel % taps // kernel_w, channel % kernel_w
-    y, x = tf.range(out_h)[:, tf.newaxis, tf.newaxis], tf.range(out_w)[:, tf.newaxis]
-    h = _locate(y * strides[0] - pad_top + ky * dilations[0], offset[..., 0::2], in_h)
-    w = _locate(x * strides[1] - pad_left + kx * dilations[1], offset[..., 1::2], in_w)
+    g, tap = channel // taps, channel % taps
+    located = []
+    for axis in reversed(range(axes)):  # the last one varies fastest
+        pad_before = _pad_before(
+            padding, axis + 1, in_size[axis], kernel[axis], strides[axis], dilations[axis]
+        )
+        at = tf.reshape(tf.range(out_size[axis]), [-1] + [1] * (axes - axis))
+        base = at * strides[axis] - pad_before + tap % kernel[axis] * dilations[axis]
+        located.insert(0, _locate(base, offset[..., axis::axes], in_size[axis]))
+        tap = tap // kernel[axis]
     if mask is not None:
         mask = tf.cast(mask, compute_dtype)
 
-    # Samples, one a row: [batch * out_h * out_w * deform_groups * taps, deform group's channels].
-    image = tf.reshape(input, [batch, in_h, in_w, deform_groups, channels // deform_groups])
-    samples = _sample(image, g, h, w, mask)
+    # Samples, one a row: [batch * positions * deform_groups * taps, deform group's channels].
+    # One pixel more on each axis, of zeros, stands for those that do not exist.
+    image = tf.pad(input, [[0, 0], *[[0, 1]] * axes, [0, 0]])
+    padded_size = [size + 1 for size in in_size]
+    image = tf.reshape(image, [batch, *padded_size, deform_groups, channels // deform_groups])
+    samples = _sample(image, g, located, mask)
 
     # Per position and tap, the channels of all deformable groups side by side.
-    positions = batch * out_h * out_w
+    positions = batch * math.prod(out_size)
     samples = tf.reshape(samples, [positions, deform_groups, taps, channels // deform_groups])
     samples = tf.transpose(samples, [0, 2, 1, 3])
     output = combine(tf.reshape(samples, [positions, taps, channels]))
-    return tf.cast(tf.reshape(output, [batch, out_h, out_w, out_channels]), dtype)
+    return tf.cast(tf.reshape(output, [batch, *out_size, out_channels]), dtype)
+
+
+def native_axes(data_format: str) -> list[int]:
+    """The axes of `data_format` in the order batch, spatial axes, channels."""
+    return [data_format.index(axis) for axis in data_format.replace("C", "") + "C"]
 
 
 def sizes(tensor):
@@ -156,26 +172,35 @@ def _locate(base, offset, size):
     return tf.cast(low, tf.int32), fraction, inside
 
 
-def _sample(image, g, h, w, mask):
-    """Samples image[n, :, :, g] at (h, w)[n, ...], by bilinear interpolation.
+def _sample(image, g, located, mask):
+    """Samples image[n, ..., g, :] where each axis is located, by linear interpolation along each.
 
-    Scaled by the mask, if there is one; 0 outside, whatever the mask.
+    The last pixel of each axis is no part of the image, and zero. Scaled by the mask, if there is
+    one; 0 outside, whatever the mask.
     """
-    (h_low, h_fraction, h_inside), (w_low, w_fraction, w_inside) = h, w
-    batch, in_h, in_w, *_ = sizes(image)
-    inside = h_inside & w_inside
-    n = tf.reshape(tf.range(batch), [-1, 1, 1, 1])
+    lows, fractions, insides = zip(*located, strict=True)
+    axes = len(located)
+    batch, *padded_size, _, _ = sizes(image)
+    in_size = [size - 1 for size in padded_size]
+    inside = functools.reduce(tf.logical_and, insides)
+    n = tf.reshape(tf.range(batch), [-1] + [1] * (axes + 1))
     n, g = (tf.broadcast_to(index, tf.shape(inside)) for index in (n, g))
-    # One pixel more, of zeros, in place of those that do not exist.
-    image = tf.pad(image, [[0, 0], [0, 1], [0, 1], [0, 0], [0, 0]])
     samples = 0
-    for down, h_weight in ((0, 1 - h_fraction), (1, h_fraction)):
-        for right, w_weight in ((0, 1 - w_fraction), (1, w_fraction)):
-            y, x = h_low + down, w_low + right
-            exists = inside & (y >= 0) & (y < in_h) & (x >= 0) & (x < in_w)
-            pixel = tf.stack([n, tf.where(exists, y, in_h), tf.where(exists, x, in_w), g], axis=-1)
-            values = tf.gather_nd(image, tf.reshape(pixel, [-1, 4]))
-            samples += _column(tf.where(exists, h_weight * w_weight, 0)) * values
+    for steps in itertools.product((0, 1), repeat=axes):  # to the corners around the sample
+        corner = [low + step for low, step in zip(lows, steps, strict=True)]
+        exists = inside
+        for index, size in zip(corner, in_size, strict=True):
+            exists &= (index >= 0) & (index < size)
+        weights = (
+            fraction if step else 1 - fraction
+            for fraction, step in zip(fractions, steps, strict=True)
+        )
+        corner = [
+            tf.where(exists, index, size) for index, size in zip(corner, in_size, strict=True)
+        ]
+        pixel = tf.stack([n, *corner, g], axis=-1)
+        values = tf.gather_nd(image, tf.reshape(pixel, [-1, axes + 2]))
+        samples += _column(tf.where(exists, functools.reduce(operator.mul, weights), 0)) * values
     if mask is not None:
         samples *= _column(tf.where(inside, mask, 0))
     return samples
@@ -185,14 +210,14 @@ def _column(numbers):
     return tf.reshape(numbers, [-1, 1])
 
 
-def _height_and_width(value, data_format):
-    """(h, w) of one number, two, or four in the order of the data format."""
+def _spatial(value, data_format):
+    """One number for each spatial axis, of one, of these, or of all in the data format's order."""
+    axes = len(data_format) - 2
     if hasattr(value, "__index__"):
-        return int(value), int(value)
-    if len(value) == 4:
-        first = data_format.index("H")
-        return tuple(value[first : first + 2])
-    return tuple(value) if len(value) == 2 else (value[0], value[0])
+        return (int(value),) * axes
+    if len(value) == axes + 2:
+        return tuple(value[axis] for axis in native_axes(data_format)[1:-1])
+    return tuple(value) if len(value) == axes else (value[0],) * axes
 
 
 def _pad_before(padding, axis, size, kernel, stride, dilation):

@@ -2,7 +2,8 @@
 
 That is in portable mode, where there is no op, in one dimension, where the op is called with
 images of one row, and of depthwise filters. The rules and their messages are those of
-src/core/params.cc and src/tf/op_attributes.h.
+src/core/params{,3d}.cc and
+src/tf/op_attributes{,3d}.h.
 """
 
 import math
@@ -45,7 +46,8 @@ class Rules:
         self.assertions = []
         self._rank = rank
         self._axes = AXES[rank]
-        self._extent = " and ".join(self._axes)  # "height and width"
+        *others, last = self._axes
+        self._extent = f"{', '.join(others)} and {last}" if others else last
 
     def ranked(self, argument: str, tensor: tf.Tensor) -> tf.Tensor:
         """`tensor`; one of unknown rank as one of the rank that it must have."""

@@ -18,7 +18,7 @@ from ._gradients import attributes_of, gradient_of, second_order, wanted_gradien
 from ._library import check_xla, record
 from ._portable import (
     deform_aggregate2d_portable,
-    deform_conv2d_portable,
+    deform_conv_portable,
     in_portable_mode,
     reference_of_aggregate_op,
     reference_of_op,
@@ -97,7 +97,7 @@ def deform_conv2d(
       >>> deform_conv2d(images, filters, offset).shape
       TensorShape([8, 28, 28, 16])
     """
-    compute = _begin(data_format, name, "deform_conv2d", deform_conv2d_portable)
+    compute = _begin(data_format, name, "deform_conv2d", deform_conv_portable)
     with tf.name_scope(name or "DeformConv2D"):
         input, filters, offset, *masks = to_tensors(
             input=input, filters=filters, offset=offset, mask=mask
@@ -109,7 +109,7 @@ def deform_conv2d(
             filters=filters,
             offset=offset,
             mask=masks,
-            **_op_attributes(strides, padding, dilations, deform_groups, data_format),
+            **op_attributes(strides, padding, dilations, deform_groups, data_format),
         )
 
 
@@ -248,7 +248,7 @@ def deform_aggregate2d(
             offset=offset,
             weights=weights,
             kernel_size=height_and_width(kernel_size, "kernel_size"),
-            **_op_attributes(strides, padding, dilations, deform_groups, data_format),
+            **op_attributes(strides, padding, dilations, deform_groups, data_format),
         )
 
 
@@ -264,13 +264,14 @@ def _begin(data_format, name, op: str, portable):
     return getattr(_ops, op)
 
 
-def _op_attributes(strides, padding, dilations, deform_groups: int, data_format: str) -> dict:
+def op_attributes(strides, padding, dilations, deform_groups: int, data_format: str) -> dict:
+    """The attributes that all ops have, of images of any rank."""
     return {
         "strides": per_dimension(strides, "strides", data_format),
         "dilations": per_dimension(dilations, "dilations", data_format),
         "deform_groups": deform_groups,
         "data_format": data_format,
-        **padding_attributes(padding),
+        **padding_attributes(padding, dimensions=len(data_format)),
     }
 
 
@@ -280,13 +281,12 @@ _CONVOLVED = ("input", "filters", "offset", "mask")
 _AGGREGATED = ("input", "offset", "weights")
 
 
-@gradient_of("DeformConv2D")
-def _deform_conv2d_grad(op, grad_output):
-    """Gradients of the op's inputs: input, filters, offset and, if there is one, mask."""
+def convolution_gradients(op, grad_output, gradient_op):
+    """Gradients of a convolution's inputs: input, filters, offset and, if there is one, mask."""
     input, filters, offset, *mask = op.inputs
 
     def compute(**wants):
-        return _ops.deform_conv2d_grad(
+        return gradient_op(
             input=input,
             filters=filters,
             offset=offset,
@@ -300,12 +300,23 @@ def _deform_conv2d_grad(op, grad_output):
     return wanted_gradients(op, _CONVOLVED, compute, apart="filters")
 
 
-@gradient_of("DeformConv2DGrad")
-def _deform_conv2d_grad_grad(op, *grad_gradients):
+def convolution_second_order(op, grad_gradients):
+    """Gradients of the inputs of a convolution's gradient op."""
+
     def reference(input, filters, offset, *mask):
         return reference_of_op(input, filters, offset, mask, **attributes_of(op))
 
     return second_order(op, grad_gradients, _CONVOLVED, reference)
+
+
+@gradient_of("DeformConv2D")
+def _deform_conv2d_grad(op, grad_output):
+    return convolution_gradients(op, grad_output, _ops.deform_conv2d_grad)
+
+
+@gradient_of("DeformConv2DGrad")
+def _deform_conv2d_grad_grad(op, *grad_gradients):
+    return convolution_second_order(op, grad_gradients)
 
 
 @gradient_of("DeformAggregate2D")

@@ -1,8 +1,8 @@
-// The sampling rule and its derivatives: the only copy, for every device.
+// Sampling an image, and the sample's derivatives: the only copy, for every device.
 //
-// An image is extended with zeros, and a sample is 0 unless -1 < h < H and -1 < w < W. Inside, it
-// interpolates bilinearly between the four pixels around (h, w). At an integer position inside, the
-// derivative is the one towards +.
+// Along each axis the rule is that of core/axis_sample.h: an image is extended with zeros, and a
+// sample is 0 unless -1 < h < H and -1 < w < W. Inside, it interpolates bilinearly between the four
+// pixels around (h, w). At an integer position inside, the derivative is the one towards +.
 //
 // Corners outside the image have no part in a sample, also beside infinite numbers, with which a
 // product with 0 would be NaN. Corners inside take part even where their weight is 0.
@@ -10,50 +10,11 @@
 #ifndef DEFORM_CONV_CORE_BILINEAR_H_
 #define DEFORM_CONV_CORE_BILINEAR_H_
 
-#include <cmath>
 #include <cstdint>
 
-// Always inlined: sources that include this are compiled for several instruction sets, and an
-// out-of-line copy of one could be linked into the code of another.
-#if defined(__CUDACC__)
-#define DEFORM_CONV_INLINE __host__ __device__ __forceinline__
-#else
-#define DEFORM_CONV_INLINE inline __attribute__((always_inline))
-#endif
+#include "core/axis_sample.h"
 
 namespace deform_conv {
-
-// Where a sample lies on one axis: between pixel `low` (-1 to size - 1) and the next, `fraction`
-// (0 to 1) of the way. Only `inside` has a meaning where that is false.
-template <typename T, typename Int>
-struct AxisSample {
-  int32_t inside;  // 0 or 1
-  Int low;
-  T fraction;
-};
-
-// Coordinates and sizes below this fit int32_t arithmetic.
-constexpr int64_t kInt32Limit = int64_t{1} << 29;
-
-// Locates coordinate `base + offset` on an axis of `size` pixels. Int is int64_t, or int32_t where
-// base and size are within kInt32Limit.
-//
-// The whole and the fractional part of the offset are taken apart before the base is added, so the
-// fraction keeps its precision however far along the axis the sample lies. There is no branch, so
-// that a loop over this becomes vector code.
-template <typename T, typename Int>
-DEFORM_CONV_INLINE AxisSample<T, Int> LocateOnAxis(Int base, T offset, Int size) {
-  // Past any image, and within Int with the base. Written so that NaN fails.
-  constexpr T kFar = T(int64_t{1} << (sizeof(Int) == 8 ? 40 : 30));
-  const int32_t near = (offset > -kFar ? 1 : 0) & (offset < kFar ? 1 : 0);
-  const T safe_offset = offset > -kFar ? (offset < kFar ? offset : T(0)) : T(0);
-  const T whole = std::floor(safe_offset);
-  const T fraction = safe_offset - whole;
-  const Int low = base + static_cast<Int>(whole);
-  // The sample itself must be above -1, its lower pixel need not be.
-  const int32_t above = (low >= 0 ? 1 : 0) | ((low == -1 ? 1 : 0) & (fraction > T(0) ? 1 : 0));
-  return {near & above & (low < size ? 1 : 0), low, fraction};
-}
 
 // The four pixels around a sample, in the order in which the arrays below list them.
 enum Corner { kTopLeft, kTopRight, kBottomLeft, kBottomRight, kCorners };

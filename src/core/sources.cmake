@@ -3,6 +3,8 @@
 
 set(CORE_SOURCES
   params.cc
+  params3d.cc
+  size_rules.cc
 )
 
 set(CORE_CPU_SOURCES
@@ -12,11 +14,14 @@ set(CORE_CPU_SOURCES
   cpu/kernels.cc
   cpu/plan.cc
   cpu/threads.cc
+  cpu/volume_backward.cc
+  cpu/volume_forward.cc
 )
 
 # Compiled once per instruction set.
 set(CORE_CPU_ISA_SOURCES
   cpu/isa/kernels_isa.cc
+  cpu/isa/volume_isa.cc
 )
 
 # C++ without CUDA's headers.
@@ -31,6 +36,7 @@ set(CORE_GPU_SOURCES
   gpu/forward.cc
   gpu/im2col_gemm.cc
   gpu/implementations.cc
+  gpu/volume.cc
 )
 
 # For every GPU.
@@ -45,6 +51,8 @@ set(CORE_CUDA_SOURCES
   cuda/general/embedding.cu
   cuda/general/im2col.cu
   cuda/general/layout.cu
+  cuda/general/volume.cu
+  cuda/general/volume_sorted.cu
 )
 
 # In the instructions of compute capability 9.0 alone.

@@ -4,10 +4,11 @@
 #include <functional>
 
 #include "core/cpu/kernels.h"
+#include "core/cpu/shared_work.h"
 #include "core/cpu/threads.h"
 #include "tensorflow/core/platform/threadpool.h"
 #include "tf/deform_conv2d_kernels.h"
-#include "core/cpu/shared_work.h"
+#include "tf/deform_conv3d_kernels.h"
 
 namespace deform_conv {
 namespace {
@@ -59,6 +60,22 @@ class CpuBackend {
     return absl::OkStatus();
   }
 
+  template <typename T>
+  absl::Status Forward(const DeformConv3DParams& params, const SampledTensors<T>& tensors,
+                       const T* filters, T* output) {
+    DeformConv3DForwardCpu(params, tensors, filters, Threads(), output);
+    return absl::OkStatus();
+  }
+
+  template <typename T>
+  absl::Status Backward(const DeformConv3DParams& params, const SampledTensors<T>& tensors,
+                        const T* filters, const T* grad_output, bool add_filters,
+                        const DeformConvGradients<T>& gradients) {
+    DeformConv3DBackwardCpu(params, tensors, filters, grad_output, Threads(), add_filters,
+                            gradients);
+    return absl::OkStatus();
+  }
+
  private:
   CpuThreads Threads() const { return ThreadsOf(workers_, workers_->NumThreads()); }
 
@@ -81,6 +98,7 @@ class CpuBackend {
 };
 
 DEFORM_CONV_REGISTER(CpuBackend, tensorflow::DEVICE_CPU);
+DEFORM_CONV_REGISTER_3D(CpuBackend, tensorflow::DEVICE_CPU);
 
 }  // namespace
 }  // namespace deform_conv

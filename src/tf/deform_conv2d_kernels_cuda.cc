@@ -7,6 +7,7 @@
 
 #include "core/cuda/general/kernels.h"
 #include "tf/deform_conv2d_kernels.h"
+#include "tf/deform_conv3d_kernels.h"
 #include "tf/stream_device.h"
 
 namespace deform_conv {
@@ -69,11 +70,28 @@ class CudaBackend {
         DeformConv2DBackwardGpu<T>(params, tensors, filters, grad_output, device_, gradients));
   }
 
+  template <typename T>
+  absl::Status Forward(const DeformConv3DParams& params,
+                       const SampledTensors<T, ComputeType<T>>& tensors, const T* filters,
+                       T* output) {
+    return device_.StatusOf(DeformConv3DForwardGpu<T>(params, tensors, filters, device_, output));
+  }
+
+  template <typename T>
+  absl::Status Backward(const DeformConv3DParams& params,
+                        const SampledTensors<T, ComputeType<T>>& tensors, const T* filters,
+                        const T* grad_output, bool /*add_filters*/,
+                        const DeformConvGradients<T, ComputeType<T>>& gradients) {
+    return device_.StatusOf(
+        DeformConv3DBackwardGpu<T>(params, tensors, filters, grad_output, device_, gradients));
+  }
+
  private:
   TensorFlowDevice device_;
 };
 
 DEFORM_CONV_REGISTER(CudaBackend, tensorflow::DEVICE_GPU);
+DEFORM_CONV_REGISTER_3D(CudaBackend, tensorflow::DEVICE_GPU);
 
 }  // namespace
 }  // namespace deform_conv

@@ -4,13 +4,11 @@
 #define DEFORM_CONV_TF_NATIVE_TENSOR_H_
 
 #include <algorithm>
-#include <array>
 #include <cstdint>
 #include <type_traits>
 
 #include "core/types.h"
 #include "tensorflow/core/framework/op_kernel.h"
-#include "tf/op_attributes.h"
 
 namespace deform_conv {
 
@@ -38,12 +36,14 @@ class NativeTensor {
   NativeTensor(tensorflow::OpKernelContext* context, Backend& backend, DataFormat format)
       : context_(context), backend_(backend), format_(format) {}
 
-  // `tensor` must outlive this object.
+  // `tensor`, with any number of spatial axes, must outlive this object.
   void Attach(const tensorflow::Tensor& tensor) {
     tensor_ = reinterpret_cast<T*>(const_cast<char*>(tensor.tensor_data().data()));
-    const std::array<int, 4> axes = AxesOf(format_);
-    extent_ = {tensor.dim_size(axes[0]), tensor.dim_size(axes[1]) * tensor.dim_size(axes[2]),
-               tensor.dim_size(axes[3])};
+    const int channels = format_ == DataFormat::kNhwc ? tensor.dims() - 1 : 1;
+    extent_ = {tensor.dim_size(0), 1, tensor.dim_size(channels)};
+    for (int i = 1; i < tensor.dims(); ++i) {
+      if (i != channels) extent_.pixels *= tensor.dim_size(i);
+    }
     native_ = std::is_same_v<T, NativeT> && format_ == DataFormat::kNhwc;
   }
 

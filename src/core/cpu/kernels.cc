@@ -5,16 +5,20 @@
 #include <stdexcept>
 #include <string>
 
+#include "core/cpu/volume_kernels.h"
+
 namespace deform_conv {
 
-#define DEFORM_CONV_DECLARE_ISA(isa)                       \
-  namespace isa {                                          \
-  extern const CpuKernels<float> kFloatKernels;            \
-  extern const CpuKernels<double> kDoubleKernels;          \
-  extern const CpuLayoutKernels<float> kFloatLayout;       \
-  extern const CpuLayoutKernels<double> kDoubleLayout;     \
-  extern const CpuLayoutKernels<Half> kHalfLayout;         \
-  extern const CpuLayoutKernels<BFloat16> kBFloat16Layout; \
+#define DEFORM_CONV_DECLARE_ISA(isa)                          \
+  namespace isa {                                             \
+  extern const CpuKernels<float> kFloatKernels;               \
+  extern const CpuKernels<double> kDoubleKernels;             \
+  extern const CpuVolumeKernels<float> kFloatVolumeKernels;   \
+  extern const CpuVolumeKernels<double> kDoubleVolumeKernels; \
+  extern const CpuLayoutKernels<float> kFloatLayout;          \
+  extern const CpuLayoutKernels<double> kDoubleLayout;        \
+  extern const CpuLayoutKernels<Half> kHalfLayout;            \
+  extern const CpuLayoutKernels<BFloat16> kBFloat16Layout;    \
   }
 
 DEFORM_CONV_DECLARE_ISA(baseline)
@@ -84,6 +88,10 @@ const char* CpuInstructionSet() { return kIsaNames[ChosenIsa()]; }
 
 DEFORM_CONV_DEFINE_SELECT(SelectCpuKernels<float>, CpuKernels<float>, kFloatKernels)
 DEFORM_CONV_DEFINE_SELECT(SelectCpuKernels<double>, CpuKernels<double>, kDoubleKernels)
+DEFORM_CONV_DEFINE_SELECT(SelectCpuVolumeKernels<float>, CpuVolumeKernels<float>,
+                          kFloatVolumeKernels)
+DEFORM_CONV_DEFINE_SELECT(SelectCpuVolumeKernels<double>, CpuVolumeKernels<double>,
+                          kDoubleVolumeKernels)
 DEFORM_CONV_DEFINE_SELECT(SelectCpuLayoutKernels<float>, CpuLayoutKernels<float>, kFloatLayout)
 DEFORM_CONV_DEFINE_SELECT(SelectCpuLayoutKernels<double>, CpuLayoutKernels<double>, kDoubleLayout)
 DEFORM_CONV_DEFINE_SELECT(SelectCpuLayoutKernels<Half>, CpuLayoutKernels<Half>, kHalfLayout)

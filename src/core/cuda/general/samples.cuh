@@ -106,8 +106,8 @@ __device__ __forceinline__ void WriteGradients(const ImageSample<OffsetT, Int>& 
 }
 
 // Where channel `channel` of a sample's tap stands among the columns.
-__device__ __forceinline__ int64_t ColumnOf(const DeformConvParams& params, int64_t tap_column,
-                                            int channel) {
+template <typename Params>
+__device__ __forceinline__ int64_t ColumnOf(const Params& params, int64_t tap_column, int channel) {
   if (params.groups == 1) return tap_column + channel;
   const int width = static_cast<int>(params.group_in_channels());
   const int group = channel / width;
