@@ -1,18 +1,17 @@
-"""`DeformableConv2D`: deformable convolution as a Keras layer."""
+"""Deformable convolution as Keras layers: of versions 1 and 2, and the modules of 3 and 4."""
 
 import math
 
 import keras
 import tensorflow as tf
 
+from ._aggregation_layers import DeformableConv2DV3, DeformableConv2DV4
 from ._arguments import shown
 from ._extended_convolution import ExtendedConv2D
 from ._layer_arguments import (
     boolean,
-    dtype_policy,
     height_and_width,
     keras_object,
-    one_of,
     positive_integer,
     positive_number,
     tensor,
@@ -20,6 +19,7 @@ from ._layer_arguments import (
 from ._library import xla_kernels_loaded
 from ._offset_convolution import OffsetConvolution
 from ._plain_weights import choose_weights
+from ._sampling_layer import DATA_FORMATS, SamplingLayer
 from .ops import deform_conv2d
 
 if keras.backend.backend() != "tensorflow":
@@ -28,14 +28,11 @@ if keras.backend.backend() != "tensorflow":
         "Set KERAS_BACKEND=tensorflow before Keras is imported"
     )
 
-__all__ = ["DeformableConv2D"]
-
-_DATA_FORMATS = {"channels_last": "NHWC", "channels_first": "NCHW"}
-_COMPUTE_DTYPES = ("float32", "float64", "float16", "bfloat16")
+__all__ = ["DeformableConv2D", "DeformableConv2DV3", "DeformableConv2DV4"]
 
 
 @keras.saving.register_keras_serializable(package="deform_conv")
-class DeformableConv2D(ExtendedConv2D):
+class DeformableConv2D(SamplingLayer, ExtendedConv2D):
     """2D deformable convolution layer.
 
     A `keras.layers.Conv2D` that samples its input where an offset (dy, dx), in pixels, moves each
@@ -132,13 +129,10 @@ class DeformableConv2D(ExtendedConv2D):
         own_offsets=True,
         **kwargs,
     ):
-        if data_format is not None:
-            data_format = one_of(data_format, "data_format", tuple(_DATA_FORMATS))
+        data_format = self._checked(data_format, kwargs)
         # None and numbers too, as in Conv2D: deformable() copies models that have them.
         if isinstance(use_bias, int | None):
             use_bias = bool(use_bias)
-        if kwargs.get("dtype") is not None:
-            kwargs["dtype"] = dtype_policy(kwargs["dtype"])
         # Keras takes much for these that it fails on later, or names no argument.
         super().__init__(
             filters=positive_integer(filters, "filters"),
@@ -159,11 +153,7 @@ class DeformableConv2D(ExtendedConv2D):
             bias_constraint=keras_object(bias_constraint, "bias_constraint"),
             **kwargs,
         )
-        if self.compute_dtype not in _COMPUTE_DTYPES:
-            raise ValueError(
-                f"dtype must be one of {', '.join(_COMPUTE_DTYPES)}, or a policy that computes in "
-                f"one of them. Received: {shown(self.dtype_policy.name)}"
-            )
+        self._check_compute_dtype()
         self.deform_groups = positive_integer(deform_groups, "deform_groups")
         self.modulated = boolean(modulated, "modulated")
         self.mask_scale = positive_number(mask_scale, "mask_scale")
@@ -203,12 +193,8 @@ class DeformableConv2D(ExtendedConv2D):
         )
 
     @property
-    def _offset_dtype(self) -> str:
-        return "float64" if self.compute_dtype == "float64" else "float32"
-
-    @property
-    def _channel_axis(self) -> int:
-        return -1 if self.data_format == "channels_last" else 1
+    def _offset_parts(self):
+        return [part for part in (self.offset_conv, self.mask_conv) if part is not None]
 
     def _specify_inputs(self, channels: int | None) -> None:
         """Has Keras check the number of inputs and their channels in every call."""
@@ -219,57 +205,18 @@ class DeformableConv2D(ExtendedConv2D):
             keras.InputSpec(ndim=4, axes={self._channel_axis: count}) for count in per_input
         ]
 
-    @property
-    def offset_trainable(self) -> bool:
-        """Whether `offset_conv` and `mask_conv` are trained; setting `trainable` sets it too."""
-        return self.own_offsets and self.offset_conv.trainable
-
-    @offset_trainable.setter
-    def offset_trainable(self, value: bool) -> None:
-        value = boolean(value, "offset_trainable")
-        if value and not self.own_offsets:
-            raise ValueError(
-                "offset_trainable must be False where own_offsets is: the layer has no offset "
-                f"convolution. Received: {value}"
-            )
-        for convolution in filter(None, (self.offset_conv, self.mask_conv)):
-            convolution.trainable = value
-
-    # In Keras a layer whose `trainable` is False has no trainable variables; here, offsets may be.
-
-    @property
-    def trainable_variables(self):
-        return [variable for variable in self.variables if variable.trainable]
-
-    @property
-    def non_trainable_variables(self):
-        return [variable for variable in self.variables if not variable.trainable]
-
-    trainable_weights = trainable_variables
-    non_trainable_weights = non_trainable_variables
-
     def build(self, input_shape):
         image_shape = _shapes(input_shape)[0]
-        self._check_images(image_shape)
-        channels = image_shape[self._channel_axis]
-        if channels is None:
-            raise ValueError(
-                f"inputs must have a known number of channels. Received: shape {image_shape}"
-            )
-        if channels % self.deform_groups != 0:
-            raise ValueError(
-                f"deform_groups must divide the number of input channels, {channels}. "
-                f"Received: {self.deform_groups}"
-            )
+        channels = self._channels_of(image_shape)
         super().build(image_shape)
         self._specify_inputs(channels)
-        for convolution in filter(None, (self.offset_conv, self.mask_conv)):
+        for convolution in self._offset_parts:
             convolution.build((None, None, None, channels))
 
     def load_own_variables(self, store):
         """Loads the kernel and the bias, also of a `Conv2D` of the same name."""
         plain = choose_weights(store, self.name)
-        for convolution in filter(None, (self.offset_conv, self.mask_conv)):
+        for convolution in self._offset_parts:
             convolution.keeps_weights = plain
         super().load_own_variables(store)
 
@@ -308,26 +255,6 @@ class DeformableConv2D(ExtendedConv2D):
         """
         return self._prediction("mask", inputs)
 
-    # Keras saves a model as calls of its layers, with their arguments. So the offsets and masks of
-    # a model are calls of this layer with an argument. They go past Keras's own __call__, which
-    # would regularize them as if they were the layer's activity.
-
-    def __call__(self, inputs, *args, returns="outputs", **kwargs):
-        if not isinstance(returns, str) or returns not in ("outputs", "offset", "mask"):
-            raise ValueError(
-                f"returns must be 'outputs', 'offset' or 'mask'. Received: {shown(returns)}"
-            )
-        if returns != "outputs":
-            return self._prediction(returns, inputs)
-        return super().__call__(self._tensors(inputs), *args, **kwargs)
-
-    def compute_output_spec(self, inputs, *args, returns="outputs", **kwargs):
-        if returns == "outputs":
-            return super().compute_output_spec(inputs, *args, **kwargs)
-        shape = list(super().compute_output_shape(tuple(inputs.shape)))
-        shape[self._channel_axis] = self._samples * (2 if returns == "offset" else 1)
-        return keras.KerasTensor(shape, dtype=self._offset_dtype)
-
     def _tensors(self, inputs):
         """The layer's inputs as tensors of numbers, symbolic or not."""
         if self.own_offsets:
@@ -341,18 +268,6 @@ class DeformableConv2D(ExtendedConv2D):
             )
         return [tensor(value, name) for value, name in zip(given, names, strict=True)]
 
-    def _check_images(self, shape) -> None:
-        """Checks the shape of images as Keras does in calls of the layer."""
-        shape = tf.TensorShape(shape)
-        order = "[N, H, W, C]" if self.data_format == "channels_last" else "[N, C, H, W]"
-        if shape.rank != 4:
-            raise ValueError(f"inputs must be images, {order}. Received: shape {shape}")
-        channels = self.input_spec[0].axes[self._channel_axis]
-        if channels is not None and shape[self._channel_axis] != channels:
-            raise ValueError(
-                f"inputs must have {channels} channels, {order}. Received: shape {shape}"
-            )
-
     def _prediction(self, returns: str, inputs):
         """What `offset` or `mask` return."""
         if returns == "mask" and not self.modulated:
@@ -362,14 +277,12 @@ class DeformableConv2D(ExtendedConv2D):
                 f"own_offsets must be True for {self.name} to compute offsets and masks. "
                 f"Received: {self.own_offsets}"
             )
-        inputs = tensor(inputs, "inputs")
-        self._check_images(inputs.shape)
-        if not self.built:
-            self.build(tuple(inputs.shape))
-        if isinstance(inputs, keras.KerasTensor):
-            return keras.Operation.symbolic_call(self, inputs, returns=returns)
-        if returns == "offset":
-            return self._predict(self.offset_conv, inputs)
+        return super()._prediction(returns, inputs)
+
+    def _offset(self, inputs):
+        return self._predict(self.offset_conv, inputs)
+
+    def _mask(self, inputs):
         return self._scaled(self._predict(self.mask_conv, inputs))
 
     def _offset_and_mask(self, inputs):
@@ -393,10 +306,7 @@ class DeformableConv2D(ExtendedConv2D):
 
     def _predict(self, convolution, inputs):
         inputs = keras.ops.cast(inputs, self._offset_dtype)
-        if self.data_format == "channels_last":
-            return convolution(inputs)
-        outputs = convolution(keras.ops.transpose(inputs, (0, 2, 3, 1)))
-        return keras.ops.transpose(outputs, (0, 3, 1, 2))
+        return self._from_channels_last(convolution(self._to_channels_last(inputs)))
 
     def call(self, inputs):
         if self.own_offsets:
@@ -404,7 +314,7 @@ class DeformableConv2D(ExtendedConv2D):
         else:
             inputs, offset, *masks = inputs
             mask = keras.ops.cast(masks[0], self._offset_dtype) if masks else None
-        data_format = _DATA_FORMATS[self.data_format]
+        data_format = DATA_FORMATS[self.data_format]
         outputs = deform_conv2d(
             keras.ops.cast(inputs, self.compute_dtype),
             keras.ops.cast(self.kernel, self.compute_dtype),
