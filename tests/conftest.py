@@ -19,6 +19,7 @@ from deform_conv import deform_conv2d
 PROJECT = Path(__file__).resolve().parent.parent
 GOLDEN_FILE = Path(__file__).parent / "data" / "torchvision_0_29.npz"
 ARGUMENTS = ("input", "filters", "offset", "mask")
+OFFSET_ARGUMENTS = ("offset", "mask", "weights")  # in float32 beside 16-bit types
 
 # The same examples in every run: a failure is of the change at hand.
 hypothesis.settings.register_profile(
@@ -74,7 +75,7 @@ class Case:
         return {
             name: tf.constant(
                 in_format(array, name, data_format),
-                (offset_dtype or dtype) if name in ("offset", "mask") else dtype,
+                (offset_dtype or dtype) if name in OFFSET_ARGUMENTS else dtype,
             )
             for name, array in self.arrays.items()
         }
@@ -83,7 +84,7 @@ class Case:
         """The case with every number rounded to its type, and offsets still off the pixel grid."""
         arrays = {}
         for name, array in self.arrays.items():
-            to = (offset_dtype or dtype) if name in ("offset", "mask") else dtype
+            to = (offset_dtype or dtype) if name in OFFSET_ARGUMENTS else dtype
             rounded = tf.cast(tf.cast(array, to), tf.float64).numpy()
             if name == "offset":
                 # An eighth more is exact in every type, at the sizes of the tests.
@@ -144,10 +145,11 @@ def random_case(
     groups=1,
     deform_groups=1,
     mask=True,
+    filters=True,
     offset_scale=1.5,
 ):
-    """A `Case` of normal numbers. Samples stay 1e-3 away from the pixel grid, where the gradient
-    with respect to the offset jumps."""
+    """A `Case` of normal numbers; without filters, of deform_aggregate2d. Samples stay 1e-3 away
+    from the pixel grid, where the gradient with respect to the offset jumps."""
     pads = [(0, 0), (0, 0)] if isinstance(padding, str) else padding[1:3]
     out_size = [
         -(-length // stride)
@@ -166,13 +168,17 @@ def random_case(
         "offset": whole + np.clip(offset - whole, 1e-3, 1 - 1e-3),
     }
     if mask:
-        arrays["mask"] = rng.uniform(size=(batch, *out_size, deform_groups * taps))
+        name = "mask" if filters else "weights"
+        arrays[name] = rng.uniform(size=(batch, *out_size, deform_groups * taps))
     attributes = {
         "strides": strides,
         "dilations": dilations,
         "padding": padding,
         "deform_groups": deform_groups,
     }
+    if not filters:
+        del arrays["filters"]
+        attributes["kernel_size"] = kernel
     return Case(arrays, attributes)
 
 

@@ -312,15 +312,18 @@ void DirectBackward(const DeformConvParams& params, const ChannelRuns& runs,
   WithWanted(
       gradients, grad_filters.data != nullptr,
       [&](auto want_input, auto want_offset_or_mask, auto want_filters) {
-        const auto run = [&](auto sizes) {
-          DirectBackwardFor<want_input(), want_offset_or_mask(), want_filters(), decltype(sizes)>(
-              params, runs, tile, backprop, filters, grad_output, row, grad_filters);
-        };
         const bool depthwise = filters.group_in == 1 && filters.group_out == 1;
+        auto* backward = depthwise ? DirectBackwardFor<want_input(), want_offset_or_mask(),
+                                                       want_filters(), GroupSizes<1, 1>, T>
+                                   : DirectBackwardFor<want_input(), want_offset_or_mask(),
+                                                       want_filters(), GroupSizes<0, 0>, T>;
         if constexpr (!want_filters()) {
-          if (filters.data == nullptr) return run(WithoutFilters());
+          if (filters.data == nullptr) {
+            backward =
+                DirectBackwardFor<want_input(), want_offset_or_mask(), false, WithoutFilters, T>;
+          }
         }
-        depthwise ? run(GroupSizes<1, 1>()) : run(GroupSizes<0, 0>());
+        backward(params, runs, tile, backprop, filters, grad_output, row, grad_filters);
       });
   AddOffsetAndMaskGradients(params, tile, gradients);
 }

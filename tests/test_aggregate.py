@@ -1,0 +1,633 @@
+"""deform_aggregate2d: against InternImage, filters of ones, and the rules; in every mode."""
+
+import contextlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import (
+    PROJECT,
+    in_format,
+    random_case,
+    relative_error,
+    run,
+    second_derivatives,
+)
+
+from deform_conv import deform_aggregate2d, deform_conv2d, portable, xla_kernels_loaded
+from deform_conv._dcnv3 import from_dcnv3_offset
+from deform_conv._library import record
+from deform_conv._reference import deform_aggregate2d_reference, deform_conv2d_reference
+
+pytestmark = pytest.mark.usefixtures("device")
+
+FORMATS = ("NHWC", "NCHW")
+NAMES = ("input", "offset", "weights")
+
+
+def aggregate_case(rng, **configuration):
+    return random_case(rng, filters=False, **configuration)
+
+
+def with_filters_of_ones(input, offset, weights, kernel_size, function=deform_conv2d, **attributes):
+    """The same by a depthwise convolution."""
+    axis = attributes.get("data_format", "NHWC").index("C")
+    filters = tf.ones((*kernel_size, 1, input.shape[axis]), input.dtype)
+    return function(input, filters, offset, weights, **attributes)
+
+
+def reference_with_ones(*args, **kwargs):
+    return with_filters_of_ones(*args, function=deform_conv2d_reference, **kwargs)
+
+
+# --- Golden cases: InternImage's reference function in PyTorch, `dcnv3_core_pytorch`, float64 ---
+
+
+def golden_cases():
+    with np.load(Path(__file__).parent / "data" / "dcnv3.npz") as file:
+        arrays = dict(file)
+    cases = {}
+    for key, array in arrays.items():
+        name, _, part = key.partition("/")
+        cases.setdefault(name, {})[part] = array
+    return cases
+
+
+GOLDEN = golden_cases()
+
+
+def aggregate_as_dcnv3(input, offset, mask, config, offset_scale, data_format, function):
+    """From the arguments of InternImage's function."""
+    kernel_h, kernel_w, *sizes, groups, remove_center = (int(number) for number in config)
+    stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w = sizes
+    offset, weights = from_dcnv3_offset(
+        offset,
+        mask,
+        (kernel_h, kernel_w),
+        (dilation_h, dilation_w),
+        groups,
+        float(offset_scale),
+        bool(remove_center),
+    )
+    padding = [[0, 0], [pad_h, pad_h], [pad_w, pad_w], [0, 0]]
+    if data_format == "NCHW":
+        input, offset, weights = (tf.transpose(t, [0, 3, 1, 2]) for t in (input, offset, weights))
+        padding = [padding[axis] for axis in (0, 3, 1, 2)]
+    output = function(
+        input,
+        offset,
+        weights,
+        (kernel_h, kernel_w),
+        strides=(stride_h, stride_w),
+        padding=padding,
+        dilations=(dilation_h, dilation_w),
+        deform_groups=groups,
+        data_format=data_format,
+    )
+    return output if data_format == "NHWC" else tf.transpose(output, [0, 2, 3, 1])
+
+
+@pytest.mark.parametrize("function", [deform_aggregate2d, deform_aggregate2d_reference])
+@pytest.mark.parametrize("data_format", FORMATS)
+@pytest.mark.parametrize("name", GOLDEN)
+def test_equals_internimage(name, data_format, function):
+    case = GOLDEN[name]
+    tensors = {key: tf.constant(case[key]) for key in ("input", "offset", "mask")}
+    attributes = {key: case[key] for key in ("config", "offset_scale")}
+    attributes |= {"data_format": data_format, "function": function}
+    actual = run(tensors, attributes, tf.constant(case["grad_output"]), aggregate_as_dcnv3)
+    for key, value in actual.items():
+        assert relative_error(value, case[key]) <= 1e-12, key
+
+
+def test_tap_that_internimage_removes_costs_no_number():
+    """It samples nothing, whatever the image; and the offset is finite, for those who check."""
+    offset, weights = from_dcnv3_offset(
+        tf.zeros((1, 5, 5, 16), tf.float16), tf.ones((1, 5, 5, 8), tf.float16), (3, 3),
+        remove_center=True,
+    )  # fmt: skip
+    assert np.all(np.isfinite(offset))
+    image = np.ones((1, 5, 5, 1), np.float16)
+    image[0, 0, 0] = np.nan  # which only samples of this very pixel read
+    output = deform_aggregate2d(tf.constant(image), offset, weights, 3).numpy()[0, :, :, 0]
+    assert output[0, 0] == 3 and output[3, 3] == 8
+    assert np.isnan(output[1, 1])
+
+
+def test_kernel_without_a_center_has_none_to_remove():
+    with pytest.raises(ValueError, match="odd height and width; received 3x2"):
+        from_dcnv3_offset(tf.zeros((1, 5, 5, 10)), tf.zeros((1, 5, 5, 5)), (3, 2), remove_center=1)
+
+
+# --- The same as filters of ones ---
+
+
+@st.composite
+def configurations(draw):
+    small = st.integers(1, 3)
+    pair = st.tuples(small, small)
+    kernel, strides, dilations = draw(pair), draw(pair), draw(pair)
+    size = draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))
+    pads = st.tuples(st.integers(0, 4), st.integers(0, 4))
+    padding = draw(
+        st.one_of(
+            st.sampled_from(["SAME", "VALID"]),
+            st.tuples(st.just((0, 0)), pads, pads, st.just((0, 0))),
+        )
+    )
+    for axis in (0, 1):
+        pad = sum(padding[axis + 1]) if padding not in ("SAME", "VALID") else 0
+        reach = dilations[axis] * (kernel[axis] - 1) + 1
+        hypothesis.assume(padding == "SAME" or size[axis] + pad >= reach)
+    deform_groups = draw(st.integers(1, 4))
+    return {
+        "batch": draw(st.integers(1, 3)),
+        "size": size,
+        "channels": deform_groups * draw(st.sampled_from([1, 2, 3, 8, 17])),
+        "kernel": kernel,
+        "strides": strides,
+        "dilations": dilations,
+        "padding": padding,
+        "deform_groups": deform_groups,
+        "offset_scale": draw(st.sampled_from([0.5, 2.0, 10.0])),
+    }
+
+
+@hypothesis.given(
+    configuration=configurations(),
+    data_format=st.sampled_from(FORMATS),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_equals_filters_of_ones_in_any_configuration(configuration, data_format, seed):
+    rng = np.random.default_rng(seed)
+    case = aggregate_case(rng, **configuration)
+    tensors, attributes = case.tensors(data_format=data_format), case.attributes_in(data_format)
+    output_shape = deform_aggregate2d(**tensors, **attributes).shape
+    grad_output = tf.constant(rng.standard_normal(output_shape))
+    actual = run(tensors, attributes, grad_output, deform_aggregate2d)
+    expected = run(tensors, attributes, grad_output, reference_with_ones)
+    assert set(actual) == set(expected)
+    for key, value in actual.items():
+        assert relative_error(value, expected[key]) <= 1e-12, key
+
+
+# Widths of a deformable group, and sizes, for which kernels differ.
+LAYERS = [
+    {"channels": 1},
+    {"channels": 15, "deform_groups": 5},
+    {"channels": 32, "deform_groups": 4, "strides": (2, 2)},
+    {"channels": 64, "deform_groups": 4, "size": (28, 28)},
+    {"channels": 64, "size": (31, 23)},
+    {"channels": 128, "deform_groups": 4, "batch": 1},
+    {"channels": 320},
+    {"channels": 66, "deform_groups": 33},
+    {"channels": 1100, "batch": 1},
+    {"channels": 32, "offset_scale": 9.0},
+    {"channels": 32, "kernel": (7, 7), "dilations": (3, 3), "offset_scale": 3.0},
+    {"channels": 16, "kernel": (2, 5), "strides": (2, 3), "padding": "VALID"},
+    {"channels": 16, "kernel": (1, 9), "size": (1, 70)},
+    {"channels": 16, "kernel": (23, 23), "batch": 1},
+    {"channels": 16, "padding": ((0, 0), (5, 0), (0, 7), (0, 0))},
+    # No output; no pixels; no images.
+    {"channels": 16, "kernel": (14, 1), "padding": "VALID"},
+    {"channels": 16, "size": (0, 5), "padding": ((0, 0), (2, 2), (1, 1), (0, 0))},
+    {"channels": 16, "batch": 0},
+]
+TYPES = [
+    # dtype of the input, of offset and weights, tolerance
+    (tf.float64, tf.float64, 1e-12),
+    (tf.float32, tf.float32, 1e-6),
+    (tf.float16, tf.float32, 5e-3),
+    (tf.float16, tf.float16, 5e-3),
+    (tf.bfloat16, tf.float32, 2e-2),
+    (tf.bfloat16, tf.bfloat16, 2e-2),
+]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "offset_dtype", "tolerance"), TYPES, ids=lambda value: getattr(value, "name", None)
+)
+@pytest.mark.parametrize("configuration", LAYERS, ids=str)
+def test_precision(configuration, dtype, offset_dtype, tolerance, rng):
+    case = aggregate_case(rng, **{"size": (13, 19)} | configuration)
+    case = case.rounded_to(dtype, offset_dtype)
+    expected = run(case.tensors(), case.attributes, function=reference_with_ones)
+    for data_format in FORMATS:
+        actual = run(
+            case.tensors(dtype, offset_dtype, data_format),
+            case.attributes_in(data_format),
+            function=deform_aggregate2d,
+        )
+        for key, value in actual.items():
+            error = relative_error(
+                tf.cast(value, tf.float64), in_format(expected[key].numpy(), key, data_format)
+            )
+            assert error <= tolerance, key
+            of_offset = key in ("grad_offset", "grad_weights")
+            assert value.dtype == (offset_dtype if of_offset else dtype)
+
+
+@pytest.mark.parametrize("wanted", NAMES)
+def test_gives_each_gradient_alone(wanted, rng):
+    case = aggregate_case(rng, channels=24, deform_groups=3)
+    tensors = case.tensors(tf.float32)
+    expected = run(case.tensors(), case.attributes, function=reference_with_ones)
+    with tf.GradientTape() as tape:
+        tape.watch(tensors[wanted])
+        output = deform_aggregate2d(**tensors, **case.attributes)
+    gradient = tape.gradient(output, tensors[wanted], output_gradients=tf.ones_like(output))
+    assert relative_error(gradient, expected[f"grad_{wanted}"]) <= 1e-6
+
+
+def test_gradients_equal_finite_differences(rng):
+    case = aggregate_case(rng, batch=1, size=(4, 5), channels=4, deform_groups=2, offset_scale=0.7)
+    theoretical, numerical = tf.test.compute_gradient(
+        lambda *values: deform_aggregate2d(*values, **case.attributes),
+        [case.arrays[name] for name in NAMES],
+        delta=1e-5,
+    )
+    for ours, differences in zip(theoretical, numerical, strict=True):
+        np.testing.assert_allclose(ours, differences, atol=1e-7)
+
+
+def test_copies_of_some_images_at_a_time_give_what_the_batch_gives(rng):
+    # On the CPU, copies of NCHW tensors take some images at a time.
+    case = aggregate_case(rng, batch=9, size=(192, 200), channels=24)
+    whole = run(case.tensors(tf.float32), case.attributes, function=deform_aggregate2d)
+    tensors, attributes = case.tensors(tf.float32, data_format="NCHW"), case.attributes_in("NCHW")
+    in_parts = run(tensors, attributes, function=deform_aggregate2d)
+    for name, expected in whole.items():
+        assert relative_error(in_parts[name], in_format(expected, name, "NCHW")) < 1e-6
+
+
+# --- Rules ---
+
+
+def test_sample_outside_is_0_whatever_its_weight(rng):
+    case = aggregate_case(rng, channels=20, deform_groups=2)
+    for bad in (np.nan, np.inf, -np.inf, 1e30):
+        tensors = case.tensors(tf.float32)
+        tensors["offset"] = tf.fill(tensors["offset"].shape, bad)
+        tensors["weights"] = tf.fill(tensors["weights"].shape, np.inf)
+        results = run(tensors, case.attributes, function=deform_aggregate2d)
+        for key, value in results.items():
+            assert np.all(value.numpy() == 0), key
+
+
+@pytest.mark.parametrize("argument", NAMES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_one_bad_number_reaches_what_filters_of_ones_let_it_reach(argument, bad, rng):
+    case = aggregate_case(rng, channels=8, deform_groups=2)
+    case.arrays[argument][0, 2, 3, 5] = bad
+    actual = run(case.tensors(), case.attributes, function=deform_aggregate2d)
+    expected = run(case.tensors(), case.attributes, function=with_filters_of_ones)
+    for key, value in actual.items():
+        np.testing.assert_allclose(value, expected[key], rtol=1e-12, atol=1e-12, err_msg=key)
+
+
+def test_weights_as_in_version_3_leave_a_constant_image_as_it_is(rng):
+    """A softmax over the taps makes weights that add up to 1."""
+    logits = tf.constant(rng.standard_normal((1, 8, 8, 9)))
+    output = deform_aggregate2d(
+        tf.ones((1, 8, 8, 3), tf.float64), tf.zeros((1, 8, 8, 18), tf.float64),
+        tf.nn.softmax(logits), 3,
+    )  # fmt: skip
+    np.testing.assert_allclose(output[:, 1:-1, 1:-1], 1, rtol=1e-14)
+
+
+def test_kernel_size_is_one_number_or_two(rng):
+    tensors = aggregate_case(rng, mask=True).tensors()
+    one, two = (deform_aggregate2d(**tensors, kernel_size=size) for size in (3, [3, 3]))
+    np.testing.assert_array_equal(one, two)
+
+
+# --- Modes of TensorFlow ---
+
+
+def test_no_filters_exist(rng):
+    """Neither in the op, nor in its gradient."""
+    case = aggregate_case(rng)
+
+    def step(tensors):
+        return run(tensors, case.attributes, function=deform_aggregate2d)
+
+    graph = tf.function(step).get_concrete_function(case.tensors()).graph
+    ops = [op for op in graph.get_operations() if op.type.startswith("DeformAggregate2D")]
+    inputs = {op.type: len(op.inputs) for op in ops}
+    assert inputs == {"DeformAggregate2D": 3, "DeformAggregate2DGrad": 4}
+    wanted = {name for op in ops for name in op.node_def.attr if name.startswith("want")}
+    assert wanted == {f"want_grad_{name}" for name in NAMES}
+
+
+def test_one_function_takes_any_shape(rng):
+    specs = {name: tf.TensorSpec(None, tf.float64) for name in NAMES}
+    function = tf.function(
+        lambda tensors: run(tensors, {"kernel_size": 3}, function=deform_aggregate2d),
+        input_signature=[specs],
+    )
+    for size in ((6, 7), (3, 11)):
+        case = aggregate_case(rng, size=size)
+        expected = run(case.tensors(), case.attributes, function=reference_with_ones)
+        for key, value in function(case.tensors()).items():
+            assert relative_error(value, expected[key]) <= 1e-12
+
+
+@pytest.mark.parametrize(
+    ("shapes", "attributes", "expected"),
+    [
+        (([8, 28, 28, 6], None, None), {}, [8, 28, 28, 6]),
+        (([8, 28, 27, 6], None, None), {"padding": "VALID"}, [8, 26, 25, 6]),
+        (([8, 6, 28, 27], None, None), {"data_format": "NCHW", "strides": 2}, [8, 6, 14, 14]),
+        (([None, None, None, 6], [8, 5, 4, 18], None), {}, [8, 5, 4, 6]),
+        ((None, None, [8, 5, 4, 9]), {}, [8, 5, 4, None]),
+    ],
+    ids=str,
+)
+def test_output_shape_is_inferred_as_far_as_it_is_known(shapes, attributes, expected):
+    function = tf.function(lambda *tensors: deform_aggregate2d(*tensors, 3, **attributes))
+    specs = [tf.TensorSpec(shape) for shape in shapes]
+    outputs = function.get_concrete_function(*specs).structured_outputs
+    assert outputs.shape.as_list() == expected
+
+
+@pytest.mark.parametrize("wanted", [("input",), ("offset", "weights"), NAMES], ids=str)
+def test_v1_graph_equals_eager(wanted, rng):
+    case = aggregate_case(rng)
+    eager = run(case.tensors(), case.attributes, function=deform_aggregate2d)
+    with tf.Graph().as_default() as graph:
+        placeholders = {name: tf.compat.v1.placeholder(tf.float64, [None] * 4) for name in NAMES}
+        output = deform_aggregate2d(**placeholders, **case.attributes)
+        gradients = tf.gradients(output, [placeholders[name] for name in wanted])
+        with tf.compat.v1.Session(graph=graph) as session:
+            feed = {placeholders[name]: array for name, array in case.arrays.items()}
+            values = session.run([output, *gradients], feed)
+    for key, value in zip(("output", *(f"grad_{name}" for name in wanted)), values, strict=True):
+        assert relative_error(value, eager[key]) <= 1e-14
+
+
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+@pytest.mark.parametrize("data_format", FORMATS)
+@pytest.mark.parametrize("padding", ["SAME", ((0, 0), (2, 0), (1, 3), (0, 0))], ids=str)
+def test_second_derivatives_equal_those_of_filters_of_ones(padding, data_format, graph, rng):
+    case = aggregate_case(rng, channels=4, deform_groups=2, strides=(2, 1), padding=padding)
+    tensors, attributes = case.tensors(data_format=data_format), case.attributes_in(data_format)
+
+    def ours(tensors):
+        return second_derivatives(tensors, attributes, deform_aggregate2d)
+
+    actual = tf.function(ours)(tensors) if graph else ours(tensors)
+    expected = second_derivatives(tensors, attributes, with_filters_of_ones)
+    for name, value in actual.items():
+        assert relative_error(value, expected[name]) <= 1e-11, name
+
+
+def test_jacobian_and_forward_mode_agree(rng):
+    case = aggregate_case(rng, batch=1, size=(4, 3), channels=2)
+    tensors = case.tensors()
+    offset = tensors["offset"]
+    direction = tf.constant(rng.standard_normal(offset.shape))
+    with tf.GradientTape() as tape:
+        tape.watch(offset)
+        output = deform_aggregate2d(**tensors, **case.attributes)
+    expected = tf.tensordot(tape.jacobian(output, offset), direction, 4)
+    with tf.autodiff.ForwardAccumulator(offset, direction) as accumulator:
+        output = deform_aggregate2d(**tensors, **case.attributes)
+    assert relative_error(accumulator.jvp(output), expected) <= 1e-12
+
+
+@pytest.mark.skipif(not xla_kernels_loaded(), reason="no XLA kernels")
+@pytest.mark.parametrize("data_format", FORMATS)
+@pytest.mark.parametrize(
+    ("dtype", "offset_dtype", "tolerance"), TYPES, ids=lambda value: getattr(value, "name", None)
+)
+def test_xla_gives_what_the_op_gives(dtype, offset_dtype, tolerance, data_format, rng):
+    case = aggregate_case(
+        rng, channels=24, deform_groups=3, kernel=(3, 2), strides=(1, 2), dilations=(2, 1),
+        padding=((0, 0), (2, 1), (0, 1), (0, 0)),
+    )  # fmt: skip
+    tensors = case.tensors(dtype, offset_dtype, data_format)
+    attributes = case.attributes_in(data_format)
+
+    def call(tensors):
+        return run(tensors, attributes, function=deform_aggregate2d)
+
+    expected = call(tensors)
+    for key, value in tf.function(call, jit_compile=True)(tensors).items():
+        assert value.dtype == expected[key].dtype
+        error = relative_error(*(tf.cast(t, tf.float64) for t in (value, expected[key])))
+        assert error <= tolerance, key
+
+
+@pytest.mark.skipif(not xla_kernels_loaded(), reason="no XLA kernels")
+@pytest.mark.parametrize("wanted", NAMES)
+def test_xla_gives_each_gradient_alone(wanted, rng):
+    case = aggregate_case(rng, channels=6, deform_groups=2)
+
+    @tf.function(jit_compile=True)
+    def gradient(tensors):
+        with tf.GradientTape() as tape:
+            tape.watch(tensors[wanted])
+            output = deform_aggregate2d(**tensors, **case.attributes)
+        return tape.gradient(output, tensors[wanted])
+
+    expected = run(case.tensors(), case.attributes, function=deform_aggregate2d)
+    assert relative_error(gradient(case.tensors()), expected[f"grad_{wanted}"]) <= 1e-12
+
+
+@pytest.mark.skipif(not xla_kernels_loaded(), reason="no XLA kernels")
+def test_xla_gives_second_derivatives(rng):
+    case = aggregate_case(rng, channels=4, deform_groups=2)
+    expected = second_derivatives(case.tensors(), case.attributes, deform_aggregate2d)
+    compiled = tf.function(
+        lambda tensors: second_derivatives(tensors, case.attributes, deform_aggregate2d),
+        jit_compile=True,
+    )
+    for name, value in compiled(case.tensors()).items():
+        assert relative_error(value, expected[name]) <= 1e-11, name
+
+
+# In a process of its own, since TensorFlow cannot be told to stop.
+REPEAT = """
+import sys
+import numpy as np
+import tensorflow as tf
+sys.path.insert(0, "tests")
+from conftest import random_case, run
+from deform_conv import deform_aggregate2d
+tf.config.experimental.enable_op_determinism()
+case = random_case(
+    np.random.default_rng(1), filters=False, batch=3, size=(30, 31), channels=48, deform_groups=3,
+    offset_scale=4.0,
+)
+for dtype in (tf.float32, tf.float64, tf.float16, tf.bfloat16):
+    with tf.device(sys.argv[1]):
+        tensors = case.tensors(dtype)
+        runs = set()
+        for _ in range(20):
+            results = run(tensors, case.attributes, function=deform_aggregate2d)
+            runs.add(b"".join(results[key].numpy().tobytes() for key in sorted(results)))
+    print(dtype.name, len(runs))
+"""
+
+
+def printed_by(program, *arguments):
+    return subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split("\n")
+
+
+def test_repetitions_are_bit_identical(device):
+    expected = ["float32 1", "float64 1", "float16 1", "bfloat16 1"]
+    assert printed_by(REPEAT, device)[-5:-1] == expected
+
+
+LOAD_AND_RUN = """
+import sys
+import deform_conv, tensorflow as tf
+module = tf.saved_model.load(sys.argv[1])
+image = tf.Variable(tf.ones((1, 5, 5, 2)))
+with tf.GradientTape() as tape:
+    output = module.aggregate(image)
+print(float(tf.reduce_sum(output)), float(tf.reduce_sum(tape.gradient(output, image))))
+"""
+
+
+def test_saved_model_runs_and_trains_in_another_process(tmp_path, rng):
+    module = tf.Module()
+    module.weights = tf.Variable(tf.constant(rng.uniform(size=(1, 5, 5, 9)), tf.float32))
+    offset = tf.constant(rng.standard_normal((1, 5, 5, 18)), tf.float32)
+    module.aggregate = tf.function(
+        lambda image: deform_aggregate2d(image, offset, module.weights, 3),
+        input_signature=[tf.TensorSpec((1, 5, 5, 2))],
+    )
+    options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
+    tf.saved_model.save(module, tmp_path / "model", options=options)
+    image = tf.Variable(tf.ones((1, 5, 5, 2)))
+    with tf.GradientTape() as tape:
+        output = module.aggregate(image)
+    expected = [tf.reduce_sum(output), tf.reduce_sum(tape.gradient(output, image))]
+    printed = printed_by(LOAD_AND_RUN, tmp_path / "model")[-2]
+    np.testing.assert_allclose([float(text) for text in printed.split()], expected, rtol=1e-5)
+
+
+# --- Portable mode ---
+
+
+@pytest.mark.parametrize("data_format", FORMATS)
+def test_portable_mode_gives_what_the_op_gives(data_format, rng):
+    case = aggregate_case(rng, channels=12, deform_groups=3, strides=(2, 1))
+    tensors, attributes = case.tensors(data_format=data_format), case.attributes_in(data_format)
+    expected = run(tensors, attributes, function=deform_aggregate2d)
+    with portable():
+        actual = run(tensors, attributes, function=deform_aggregate2d)
+        graph = tf.function(deform_aggregate2d).get_concrete_function(**tensors, **attributes).graph
+    assert not [op for op in graph.get_operations() if op.type.startswith("Deform")]
+    for key, value in actual.items():
+        assert relative_error(value, expected[key]) <= 1e-12, key
+
+
+# --- Wrong input ---
+
+FITTING = {"input": (2, 5, 6, 4), "offset": (2, 5, 6, 18), "weights": (2, 5, 6, 9)}
+WRONG = [
+    ({"offset": (2, 5, 6, 36)}, {}, "offset has 36 channels; 2 * deform_groups * 3 * 3 = 18 exp"),
+    ({}, {"deform_groups": 2}, "offset has 18 channels; 2 * deform_groups * 3 * 3 = 36 expected"),
+    ({}, {"kernel_size": 5}, "offset has 18 channels; 2 * deform_groups * 5 * 5 = 50 expected"),
+    ({"weights": (2, 5, 6, 8)}, {}, "weights have 8 channels; deform_groups * 3 * 3 = 9 expected"),
+    ({"offset": (2, 4, 6, 18)}, {}, "offset has height and width 4x6; those of the output, 5x6"),
+    ({"weights": (2, 5, 5, 9)}, {}, "weights have height and width 5x5; those of the output, 5x6"),
+    ({"weights": (1, 5, 6, 9)}, {}, "weights have batch size 1; that of input, 2, expected"),
+    ({"input": (2, 5, 6, 0)}, {}, "input must have at least 1 channel; received 0"),
+    ({"input": (5, 6, 4)}, {}, "input must have rank 4; received shape [5, 6, 4]"),
+    ({"weights": ()}, {}, "weights must have rank 4; received shape []"),
+    ({}, {"deform_groups": 3}, "deform_groups must divide the input's 4 channels; received 3"),
+    ({}, {"kernel_size": 0}, "kernel_size must be from 1 to 2147483647; received (0, 0)"),
+    ({}, {"kernel_size": (3, -1)}, "kernel_size must be from 1 to 2147483647; received (3, -1)"),
+    ({}, {"dilations": 2**31 - 1}, "kernel_size and dilations: dilated kernel height 4294967295"),
+    (
+        {},
+        {"kernel_size": (9, 3), "padding": "VALID"},
+        "input has height 5 with its padding; at least 8 expected for the dilated kernel's height",
+    ),
+]
+
+
+IDS = [message[:40] for *_, message in WRONG]
+
+
+@pytest.mark.parametrize("in_portable_mode", [False, True], ids=["op", "portable"])
+@pytest.mark.parametrize("known", ["eager", "static", "dynamic"])
+@pytest.mark.parametrize(("shapes", "attributes", "message"), WRONG, ids=IDS)
+def test_wrong_shape_raises(shapes, attributes, message, known, in_portable_mode):
+    tensors = [tf.zeros(shape) for shape in (FITTING | shapes).values()]
+
+    def call(*tensors):
+        with portable() if in_portable_mode else contextlib.nullcontext():
+            return deform_aggregate2d(*tensors, **{"kernel_size": 3} | attributes)
+
+    if known != "eager":
+        specs = [tf.TensorSpec(t.shape if known == "static" else None) for t in tensors]
+        call = tf.function(call, input_signature=specs)
+    with pytest.raises((tf.errors.InvalidArgumentError, ValueError)) as error:
+        call(*tensors)
+    # In portable mode, TensorFlow quotes each part of the message; of a rank it has one of its own.
+    text = str(error.value)
+    if in_portable_mode:
+        text = text.replace("] [", "").replace("\\'", "'")
+    argument, *_ = message.split()
+    assert message in text or ("rank 4" in message and f"DeformAggregate2D/{argument}}}" in text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kernel_size": (1, 2, 3)}, "kernel_size must be 1 or 2 integers; received (1, 2, 3)"),
+        ({"kernel_size": 2.5}, "kernel_size must be an integer; received 2.5"),
+        ({"kernel_size": None}, "kernel_size must be an integer; received None"),
+        ({"weights": None}, "weights must be a tensor of float32 here; received None"),
+        ({"weights": tf.zeros((2, 5, 6, 9), tf.float64)}, "weights must be float32 here; received"),
+        ({"data_format": "NWHC"}, "data_format must be 'NHWC' or 'NCHW'; received 'NWHC'"),
+        ({"name": 3}, "name must be a string or None; received 3"),
+    ],
+    ids=str,
+)
+def test_wrong_form_or_type_names_the_argument(arguments, message):
+    tensors = {name: tf.zeros(shape) for name, shape in FITTING.items()}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        deform_aggregate2d(**tensors | {"kernel_size": 3} | arguments)
+
+
+# --- The ops themselves, which graphs from files call ---
+
+
+def call_op(name, **arguments):
+    tensors = {name: tf.zeros(shape) for name, shape in FITTING.items()}
+    attributes = {"kernel_size": [3, 3], "strides": [1, 1, 1, 1], "padding": "SAME"}
+    return getattr(record.ops, name)(**tensors | attributes | arguments)
+
+
+def test_gradient_op_checks_the_gradient_of_the_output():
+    with pytest.raises(tf.errors.InvalidArgumentError, match="grad_output must have the output's"):
+        call_op("deform_aggregate2d_grad", grad_output=tf.zeros((2, 5, 6, 8)))
+
+
+def test_kernel_size_of_the_op_has_two_numbers():
+    with pytest.raises(tf.errors.InvalidArgumentError, match="kernel_size must be 2 numbers"):
+        call_op("deform_aggregate2d", kernel_size=[3])
+
+
+def test_gradients_that_are_not_wanted_are_empty():
+    gradients = call_op(
+        "deform_aggregate2d_grad", grad_output=tf.zeros((2, 5, 6, 4)), want_grad_offset=False
+    )
+    assert [gradient.shape for gradient in gradients] == [(2, 5, 6, 4), (0,), (2, 5, 6, 9)]
