@@ -404,7 +404,9 @@ class DeformableConv2DV3(_AggregationLayer):
 
     def _features(self, images):
         features = self.dw_norm(super()._features(images))
-        return features if self.activation is None else self.activation(features)
+        # The one of TensorFlow has a constant of float32 in float64 too.
+        activation = _gelu if self.activation is keras.activations.gelu else self.activation
+        return features if activation is None else activation(features)
 
     def _missing_mask(self, dtype):
         return dtype.min
@@ -421,6 +423,10 @@ class DeformableConv2DV3(_AggregationLayer):
             **super().get_config(),
             "activation": keras.activations.serialize(self.activation),
         }
+
+
+def _gelu(x):
+    return 0.5 * x * (1 + tf.math.erf(tf.constant(math.sqrt(0.5), x.dtype) * x))
 
 
 @keras.saving.register_keras_serializable(package="deform_conv")

@@ -18,6 +18,7 @@ from deform_conv import deform_conv2d
 
 PROJECT = Path(__file__).resolve().parent.parent
 GOLDEN_FILE = Path(__file__).parent / "data" / "torchvision_0_29.npz"
+DCNV3_FILE = GOLDEN_FILE.with_name("dcnv3.npz")
 ARGUMENTS = ("input", "filters", "offset", "mask")
 OFFSET_ARGUMENTS = ("offset", "mask", "weights")  # in float32 beside 16-bit types
 
@@ -52,6 +53,21 @@ def device(request):
     """Runs a test on the CPU and, marked `gpu`, on a GPU."""
     with tf.device(request.param):
         yield request.param
+
+
+def dcnv3_cases() -> dict[str, dict[str, np.ndarray]]:
+    """What InternImage's reference function in PyTorch, `dcnv3_core_pytorch`, computes in float64.
+
+    Each case has config (kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h,
+    dilation_w, groups, remove_center), offset_scale, input, offset, mask, output and gradients.
+    """
+    with np.load(DCNV3_FILE) as file:
+        arrays = dict(file)
+    cases = {}
+    for key, array in arrays.items():
+        name, _, part = key.partition("/")
+        cases.setdefault(name, {})[part] = array
+    return cases
 
 
 def relative_error(actual, expected) -> float:
