@@ -148,14 +148,18 @@ class NoFusedKernelError(RuntimeError):
 
 
 class Core:
-    """The C interface, for contiguous NHWC tensors; offset and mask in float32 or float64."""
+    """The C interface, for contiguous NHWC tensors; offset and mask in float32 or float64.
 
-    def __init__(self, library, type_name, *, deform_groups=1, stride=(1, 1), pad=(1, 1),
-                 dilation=(1, 1), path="automatic", columns_bytes=0,
+    `kernel` is for tensors without filters, with which the core aggregates.
+    """
+
+    def __init__(self, library, type_name, *, deform_groups=1, kernel=(3, 3), stride=(1, 1),
+                 pad=(1, 1), dilation=(1, 1), path="automatic", columns_bytes=0,
                  deterministic=False):  # fmt: skip
         self._library = library
         _, element_type, allow_tf32, _ = TYPES[type_name]
         self._problem = Problem(
+            filters=(*kernel, 0, 0),
             stride=stride,
             dilation=dilation,
             padding=(pad[0], pad[0], pad[1], pad[1]),
@@ -218,6 +222,7 @@ def core_of(library, type_name, layer: Layer, variant: Variant) -> Core:
         library,
         type_name,
         deform_groups=layer.deform_groups,
+        kernel=layer.kernel,
         **layer.geometry,
         **variant._asdict(),
     )

@@ -1,4 +1,4 @@
-"""What tf2onnx makes of the op: ONNX's `DeformConv`, and what it needs around it."""
+"""What tf2onnx makes of the ops: ONNX's `DeformConv`, and what it needs around it."""
 
 import numpy as np
 import onnx
@@ -12,15 +12,15 @@ for _opset, _ir_version in IR_VERSIONS.items():
     tf2onnx.constants.OPSET_TO_IR_VERSION.setdefault(_opset, _ir_version)
 
 
-@tf_op("DeformConv2D")
+@tf_op(["DeformConv2D", "DeformAggregate2D"])
 class _DeformConv2D:
-    """What tf2onnx calls for the op."""
+    """What tf2onnx calls for the ops."""
 
     @classmethod
     def version_1(cls, graph, node, **_):
         _fail(
             graph,
-            "DeformConv2D needs opset 19 or newer (opset_version=19 in Keras). Received: "
+            f"{node.type} needs opset 19 or newer (opset_version=19 in Keras). Received: "
             f"{graph.opset}",
         )
 
@@ -54,6 +54,10 @@ class _Conversion:
         unknown = [-1] * 4
         input_shape, filters_shape = (graph.get_shape(name) or unknown for name in node.input[:2])
         channels = input_shape[3 if self.nhwc else 1]
+        # ONNX has no aggregation: each channel gets filters of ones.
+        self.has_filters = node.type == "DeformConv2D"
+        if not self.has_filters:
+            filters_shape = [*node.get_attr_value("kernel_size"), 1, channels]
         if -1 in (channels, *filters_shape):
             raise ValueError(
                 "DeformConv needs a known number of channels and filters of a known shape (within "
@@ -75,15 +79,20 @@ class _Conversion:
         # In ONNX all inputs have one type. Runtimes compute positions in it, for which 16 bits are
         # too coarse, and ONNX Runtime has no 16-bit kernel for CPUs.
         wide = onnx.TensorProto.FLOAT if dtype == onnx.TensorProto.FLOAT16 else dtype
-        input, filters, *given = (self._cast(tensor, wide) for tensor in node.input)
+        numbers = onnx.helper.tensor_dtype_to_np_dtype(wide)
+        input, *given = (self._cast(tensor, wide) for tensor in node.input)
+        if self.has_filters:
+            filters = self._made("Transpose", given.pop(0), perm=[3, 2, 0, 1])  # HWIO to OIHW
+        else:
+            filters = self._constant(np.ones([self.out_channels, 1, *self.kernel], numbers))
         input, pads = self._padded(self._channels_first(input))
         offset, *mask = map(self._channels_first, given)
         # Zeros where there is a mask: TensorRT's parser reads a bias then.
-        bias = np.zeros(self.out_channels, onnx.helper.tensor_dtype_to_np_dtype(wide))
+        bias = np.zeros(self.out_channels, numbers)
         output = self._made(
             "DeformConv",
             input,
-            self._made("Transpose", filters, perm=[3, 2, 0, 1]),  # HWIO to OIHW
+            filters,
             offset,
             *([self._constant(bias), *mask] if mask else []),
             kernel_shape=self.kernel.tolist(),

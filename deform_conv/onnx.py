@@ -39,6 +39,7 @@ __all__ = ["export"]
 
 # Why an op that users may meet has no form in ONNX.
 _REASONS = {
+    "DeformAggregate2DGrad": "a gradient; ONNX has inference only",
     "DeformConv2DGrad": "a gradient; ONNX has inference only",
     "PartitionedCall": "a function that could not be inlined",
     "StatefulPartitionedCall": "a function that could not be inlined, perhaps because of "

@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import gpu_core
-from gpu_core import TYPES, Core, Variant, core_of, random_tensors
+from gpu_core import TYPES, Core, Variant, core_of, random_tensors, relative_error
 from gpu_time import pool_peak, results_like
 from layers import Layer
 
@@ -68,6 +68,36 @@ def pixels_that_nothing_samples_are_left_out_when_sorting(library):
     expected[0, 123, 45] = grad_output[0].double().sum((0, 1)).float()
     torch.testing.assert_close(gradients["input"], expected, rtol=1e-4, atol=1e-2)
     assert torch.count_nonzero(gradients["input"]) == 8
+
+
+# --- Layers without filters ---
+
+
+def layers_without_filters_are_those_with_filters_of_ones(library):
+    """By the depthwise kernels, and where none of them fits: deterministic, or of many taps."""
+    layers = [
+        Layer(2, 64, 64, 40, 41, groups=64, deform_groups=4, masked=True, scale=2),
+        Layer(3, 30, 30, 9, 11, groups=30, deform_groups=2, masked=True, stride=2),
+        Layer(2, 1, 1, 9, 11, masked=True, dilation=2),
+        Layer(1, 16, 16, 12, 13, groups=16, kernel=(51, 51), masked=True),
+    ]
+    for layer in layers:
+        for type_name, tolerance in (("float32", 1e-5), ("float16", 1e-2), ("bfloat16", 5e-2)):
+            for deterministic in (False, True):
+                variant = Variant("automatic", deterministic=deterministic)
+                core = core_of(library, type_name, layer, variant)
+                tensors, grad_output, output, gradients = random_call(layer, type_name)
+                tensors["filters"].fill_(1)
+                core.forward(tensors, output)
+                core.backward(tensors, grad_output, gradients)
+                del tensors["filters"], gradients["filters"]
+                actual, actual_gradients = results_like(tensors, grad_output)
+                core.forward(tensors, actual)
+                core.backward(tensors, grad_output, actual_gradients)
+                assert relative_error(actual, output) <= tolerance, (layer, type_name)
+                for key, gradient in actual_gradients.items():
+                    error = relative_error(gradient, gradients[key])
+                    assert error <= tolerance, (layer, type_name, key, error)
 
 
 # --- Errors of other calls ---
@@ -178,6 +208,7 @@ def fused_kernels_take_a_batch_of_2_to_the_27_pixels(library):
 CHECKS = (
     sorting_holds_its_memory_once_however_many_chunks_there_are,
     pixels_that_nothing_samples_are_left_out_when_sorting,
+    layers_without_filters_are_those_with_filters_of_ones,
     error_of_one_call_is_not_told_of_the_next,
     threads_may_need_different_amounts_of_shared_memory,
     fused_kernels_take_a_batch_of_2_to_the_27_pixels,

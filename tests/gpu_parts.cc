@@ -1,14 +1,18 @@
-// Which parts of a batch the fused implementations give to their kernels, on no GPU: the kernels
-// here only keep what they are called with, and refuse what does not fit into 32 bits.
-// test_core.py compiles this together with gpu/implementations.cc.
+// Which parts of a batch the fused implementations give to their kernels, and what is chosen for
+// layers without filters, on no GPU: the kernels here only keep what they are called with, and
+// refuse what does not fit into 32 bits. test_core.py compiles this together with
+// gpu/implementations.cc.
 
 #include <cstdint>
 #include <cstdio>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "core/cuda/fused/limits.h"
+#include "core/cuda/general/kernels.h"
 #include "core/cuda/sm90/kernels.h"
+#include "core/deform_conv2d.h"
 #include "core/gpu/implementations.h"
 
 namespace deform_conv {
@@ -27,9 +31,57 @@ struct Part {
 
 std::vector<Part> parts;
 
+std::string depthwise_misfit;  // of all depthwise kernels
+int64_t ones = 0;              // that were made
+DeformConvParams last_call = {};
+const void* last_filters = nullptr;
+
 }  // namespace
 
+// What FiltersOfOnes goes on with.
+template <>
+std::string DeformConv2DForwardGpu<Half>(const DeformConvParams& params,
+                                         const SampledTensors<Half, float>&, const Half* filters,
+                                         GpuDevice&, Half*) {
+  last_call = params;
+  last_filters = filters;
+  return "";
+}
+
+template <>
+std::string DeformConv2DBackwardGpu<Half>(const DeformConvParams& params,
+                                          const SampledTensors<Half, float>&, const Half* filters,
+                                          const Half*, GpuDevice&,
+                                          const DeformConvGradients<Half, float>&) {
+  last_call = params;
+  last_filters = filters;
+  return "";
+}
+
 namespace cuda {
+
+template <>
+std::string DepthwiseForwardMisfit<Half>(const DeformConvParams&) {
+  return depthwise_misfit;
+}
+
+template <>
+std::string StagedDepthwiseForwardMisfit<Half>(const DeformConvParams&,
+                                               const SampledTensors<Half, float>&, const Half*,
+                                               const Half*) {
+  return depthwise_misfit;
+}
+
+template <>
+std::string DepthwiseBackwardMisfit<Half>(const DeformConvParams&) {
+  return depthwise_misfit;
+}
+
+template <>
+std::string FillWithOnes<Half>(int64_t count, Half*, void*) {
+  ones = count;
+  return "";
+}
 
 template <>
 std::string ImplicitGemmSm90Misfit<Half>(const DeformConvParams& params,
@@ -72,7 +124,8 @@ class NoDevice : public GpuDevice {
  public:
   void* stream() override { return nullptr; }
   bool allow_tf32() const override { return true; }
-  KernelPath path() const override { return KernelPath::kFused; }
+  KernelPath path() const override { return path_; }
+  bool deterministic() const override { return deterministic_; }
   std::string Allocate(int64_t bytes, void** memory) override {
     allocated.push_back(bytes);
     *memory = &allocated;
@@ -84,6 +137,8 @@ class NoDevice : public GpuDevice {
   }
 
   std::vector<int64_t> allocated;
+  KernelPath path_ = KernelPath::kFused;
+  bool deterministic_ = false;
 };
 
 // An address so many elements into a tensor of which nothing is read.
@@ -177,6 +232,61 @@ void TestCol2Im() {
   Expect(parts == expected, "col2im: other parts");
 }
 
+// The names of what is chosen for a layer without filters, forward and backward, and runs it if
+// that is FiltersOfOnes.
+std::string ChosenWithoutFilters(NoDevice& device, bool want_input) {
+  DeformConvAttributes attributes;
+  attributes.kernel_h = attributes.kernel_w = 3;
+  DeformConvShapes shapes;
+  shapes.has_filters = false;
+  shapes.input = {2, 8, 9, 5};
+  shapes.offset = {2, 8, 9, 2 * kTaps};
+  shapes.mask = {2, 8, 9, kTaps};
+  shapes.has_mask = true;
+  DeformConvParams params;
+  Expect(MakeParams(attributes, shapes, &params).empty(), "the sizes are wrong");
+  const SampledTensors<Half, float> tensors = {At<Half>(1, 0), At<float>(2, 0), At<float>(3, 0)};
+  const ForwardCall<Half> forward = {params, tensors, nullptr, At<Half>(5, 0), device};
+  const DeformConvGradients<Half, float> gradients = {
+      {want_input ? At<Half>(6, 0) : nullptr, At<float>(7, 0), nullptr}, nullptr};
+  const BackwardCall<Half> backward = {params, tensors, nullptr, At<Half>(5, 0), gradients, device};
+  const auto chosen = [](const auto& list, const auto& call) -> std::string {
+    const typename std::decay_t<decltype(list)>::value_type* implementation;
+    const std::string misfit = Choose(list, "result", call, &implementation);
+    if (!misfit.empty()) return misfit;
+    if (std::string(implementation->name) != "FiltersOfOnes") return implementation->name;
+    ones = 0;
+    Expect(implementation->run(call).empty(), "filters of ones: an error");
+    Expect(ones == kTaps * 5 && last_filters != nullptr && last_call.has_filters,
+           "filters of ones: none were made");
+    return implementation->name;
+  };
+  return chosen(ForwardImplementations<Half>(), forward) + " " +
+         chosen(BackwardImplementations<Half>(), backward);
+}
+
+void TestLayersWithoutFilters() {
+  NoDevice device;
+  Expect(ChosenWithoutFilters(device, true) == "FiltersOfOnes FiltersOfOnes",
+         "without filters: the fused path");
+  for (const KernelPath path : {KernelPath::kAny, KernelPath::kGeneral}) {
+    device.path_ = path;
+    device.deterministic_ = false;
+    depthwise_misfit = "";
+    Expect(ChosenWithoutFilters(device, true) == "StagedDepthwise Depthwise",
+           "without filters: not the depthwise kernels");
+    depthwise_misfit = "it is too large";
+    Expect(ChosenWithoutFilters(device, true) == "FiltersOfOnes FiltersOfOnes",
+           "without filters: what no depthwise kernel takes");
+    depthwise_misfit = "";
+    device.deterministic_ = true;
+    Expect(ChosenWithoutFilters(device, true) == "StagedDepthwise FiltersOfOnes",
+           "without filters: deterministic");
+    Expect(ChosenWithoutFilters(device, false) == "StagedDepthwise Depthwise",
+           "without filters: deterministic, and nothing is added");
+  }
+}
+
 void TestOneImageThatIsTooLarge() {
   const DeformConvParams params = Layer(1, 4 * kSide);
   NoDevice device;
@@ -219,6 +329,7 @@ int main() {
   deform_conv::TestWorkspace();
   deform_conv::TestForward();
   deform_conv::TestCol2Im();
+  deform_conv::TestLayersWithoutFilters();
   deform_conv::TestOneImageThatIsTooLarge();
   deform_conv::TestFusedImages();
   return deform_conv::failures == 0 ? 0 : 1;

@@ -222,12 +222,12 @@ def test_older_driver_is_named_with_what_to_do(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="needs GNU's linker")
 def test_fused_kernels_get_batches_of_too_many_pixels_in_parts(tmp_path):
     """On no GPU. The program has those kernels itself; all others stay undefined. It also tests the
-    workspace that the parts share."""
+    workspace that the parts share, and what is chosen for layers without filters."""
     program = tmp_path / "gpu_parts"
     compiler = [os.environ.get("CXX", "g++"), "-std=c++17", "-no-pie"]
     options = [f"-I{PROJECT / 'src'}", "-DDEFORM_CONV_SM90", "-Wl,--unresolved-symbols=ignore-all"]
     sources = [PROJECT / "tests" / "gpu_parts.cc", CORE / "params.cc"]
-    names = ("implementations", "embedded", "embedding")
+    names = ("implementations", "embedded", "embedding", "filters_of_ones")
     sources += [CORE / "gpu" / f"{name}.cc" for name in names]
     subprocess.run([*compiler, *options, *sources, "-o", program], check=True)
     completed = subprocess.run([program], capture_output=True, text=True, check=False)

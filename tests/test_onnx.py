@@ -10,11 +10,11 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import PROJECT
+from conftest import PROJECT, random_case
 from random_layers import random_layers
 
 import deform_conv
-from deform_conv import deform_conv2d, deformable
+from deform_conv import deform_aggregate2d, deform_conv2d, deformable
 from deform_conv.layers import DeformableConv2D
 
 pytest.importorskip("tf2onnx")
@@ -154,6 +154,33 @@ def test_padding_of_the_op_may_be_explicit(pads, data_format, file, rng):
     export(convolve, file, verbose=False)
     expected = convolve(images, offset)
     assert difference(in_onnx_runtime(file, images, offset)[0], expected) <= 1e-5
+
+
+@pytest.mark.parametrize("data_format", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("channels", [1, 6])
+def test_aggregation_is_a_depthwise_convolution_with_filters_of_ones(
+    channels, data_format, file, rng
+):
+    case = random_case(
+        rng,
+        filters=False,
+        size=(9, 8),
+        channels=channels,
+        deform_groups=channels // 2 or 1,
+        kernel=(3, 2),
+        strides=(2, 1),
+    )
+    tensors = case.tensors(tf.float32, data_format=data_format)
+    attributes = case.attributes_in(data_format)
+
+    def aggregate(input, offset, weights):
+        return deform_aggregate2d(input, offset, weights, **attributes)
+
+    signature = [Spec(tensor.shape) for tensor in tensors.values()]
+    export(aggregate, file, input_signature=signature)
+    assert nodes(file).count("DeformConv") == 1
+    (output,) = in_onnx_runtime(file, *tensors.values())
+    assert difference(output, aggregate(**tensors)) <= 1e-5
 
 
 @pytest.mark.parametrize("size", [(9, 8), (None, None)], ids=str)

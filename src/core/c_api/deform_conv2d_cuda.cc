@@ -130,12 +130,15 @@ std::string ParamsOf(const DeformConvProblem& problem, DeformConvParams* params)
   attributes.pad_left = problem.padding[2];
   attributes.pad_right = problem.padding[3];
   attributes.deform_groups = problem.deform_groups;
+  attributes.kernel_h = problem.filters[0];
+  attributes.kernel_w = problem.filters[1];
   DeformConvShapes shapes;
   std::copy_n(problem.input, 4, shapes.input.begin());
   std::copy_n(problem.filters, 4, shapes.filters.begin());
   std::copy_n(problem.offset, 4, shapes.offset.begin());
   std::copy_n(problem.mask, 4, shapes.mask.begin());
   shapes.has_mask = problem.mask[3] != 0;
+  shapes.has_filters = problem.filters[2] != 0 || problem.filters[3] != 0;
   for (const auto* shape : {&shapes.input, &shapes.filters, &shapes.offset, &shapes.mask}) {
     if (*std::min_element(shape->begin(), shape->end()) < 0) return "a size is negative";
   }

@@ -13,9 +13,12 @@ extern "C" {
 // Visible in a library whose other symbols are hidden.
 #define DEFORM_CONV_API __attribute__((visibility("default")))
 
-// One deformable convolution. All shapes are NHWC's; padding is explicit.
+// One deformable convolution, or aggregation, which has no filters. All shapes are NHWC's; padding
+// is explicit.
 typedef struct {
-  int64_t input[4], filters[4], offset[4];
+  int64_t input[4];
+  int64_t filters[4];  // KH, KW, 0, 0 where there are none
+  int64_t offset[4];
   int64_t mask[4];  // all 0 where there is none
   int64_t stride[2], dilation[2];
   int64_t padding[4];  // top, bottom, left, right
@@ -35,7 +38,7 @@ DEFORM_CONV_API const char* deform_conv2d_forward_cuda(const DeformConvProblem* 
                                                        const void* offset, const void* mask,
                                                        void* output, void* stream);
 
-// Null for a gradient that is not wanted.
+// Null for a gradient that is not wanted. Filters that do not exist are null in both functions.
 DEFORM_CONV_API const char* deform_conv2d_backward_cuda(const DeformConvProblem* problem,
                                                         const void* input, const void* filters,
                                                         const void* offset, const void* mask,
