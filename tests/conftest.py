@@ -1,5 +1,6 @@
 """What the tests share: golden cases, random configurations, error measures, running scripts."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -201,6 +202,20 @@ def random_case(
 @pytest.fixture
 def rng():
     return np.random.default_rng(20261122)
+
+
+@pytest.fixture(scope="module")
+def torch():
+    """PyTorch, which no test needs but those that compare with its own modules."""
+    if importlib.util.find_spec("torch") is None:
+        pytest.skip("needs torch")
+    # torchvision imports Triton where it is installed. Both Triton and TensorFlow contain LLVM, and
+    # the process ends if TensorFlow is the first. None stands for a package that is not installed.
+    sys.modules.setdefault("triton", None)
+    import torch
+
+    torch.manual_seed(1)
+    return torch
 
 
 def script(*arguments, check=True, stdout=subprocess.PIPE, **environment):

@@ -9,7 +9,8 @@ import tensorflow as tf
 from conftest import dcnv3_cases, relative_error
 from published_modules import published_module, random_state
 
-from deform_conv import from_torch, portable, xla_kernels_loaded
+from deform_conv import deform_aggregate2d, from_torch, portable, xla_kernels_loaded
+from deform_conv._dcnv3 import from_dcnv3_offset
 from deform_conv.layers import DeformableConv2DV3, DeformableConv2DV4
 from utils import mnist
 
@@ -423,6 +424,48 @@ def test_module_is_compared_with_the_layer(version, rng):
 
 def without(*keys):
     return lambda state: {key: array for key, array in state.items() if key not in keys}
+
+
+def test_takes_a_module_of_pytorch(torch, rng):
+    """One with the parameters of DCNv3, whose features, offsets and masks PyTorch computes."""
+    nn, channels, groups, taps = torch.nn, 8, 2, 9
+
+    class Module(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dw_conv = nn.Sequential(
+                nn.Conv2d(channels, channels, 5, padding=2, groups=channels),
+                nn.Sequential(nn.Identity(), nn.LayerNorm(channels, eps=1e-6)),
+                nn.GELU(),
+            )
+            self.offset = nn.Linear(channels, groups * taps * 2)
+            self.mask = nn.Linear(channels, groups * taps)
+            self.input_proj = nn.Linear(channels, channels)
+            self.output_proj = nn.Linear(channels, channels)
+            self.kernel_size, self.group, self.offset_scale, self.pad = 3, groups, 2.0, 1
+
+    module = Module().double()
+    images = rng.standard_normal((2, 7, 8, channels))
+    inputs = torch.tensor(images)
+    features = module.dw_conv[0](inputs.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    features = module.dw_conv[2](module.dw_conv[1](features))
+    logits = module.mask(features).unflatten(-1, (groups, taps))
+    masks = torch.softmax(logits, -1).flatten(-2)
+    offset, mask = from_dcnv3_offset(
+        *(tensor.detach().numpy() for tensor in (module.offset(features), masks)),
+        (3, 3),
+        groups=groups,
+        offset_scale=2.0,
+    )
+    values = module.input_proj(inputs).detach().numpy()
+    outputs = deform_aggregate2d(values, offset, mask, 3, deform_groups=groups)
+    outputs = module.output_proj(torch.tensor(outputs.numpy()))
+
+    layer = new_layer(3, dw_kernel_size=5, offset_scale=2.0, dtype="float64")
+    from_torch(layer, module)
+    assert relative_error(layer.offset(images), offset) <= 1e-12
+    assert relative_error(layer.mask(images), mask) <= 1e-12
+    assert relative_error(layer(images), outputs.detach().numpy()) <= 1e-12
 
 
 WRONG_STATES = [

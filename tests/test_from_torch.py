@@ -446,20 +446,9 @@ def test_layer_must_be_deformable():
 
 
 @pytest.fixture(scope="module")
-def torch():
+def torchvision(torch):
     if importlib.util.find_spec("torchvision") is None:
         pytest.skip("needs torchvision")
-    # torchvision imports Triton where it is installed. Both Triton and TensorFlow contain LLVM, and
-    # the process ends if TensorFlow is the first. None stands for a package that is not installed.
-    sys.modules.setdefault("triton", None)
-    import torch
-
-    torch.manual_seed(1)
-    return torch
-
-
-@pytest.fixture(scope="module")
-def torchvision(torch):
     import torchvision
 
     return torchvision
