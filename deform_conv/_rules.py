@@ -100,7 +100,8 @@ class Rules:
             *("filters have ", filter_channels, " channels in [KH, KW, C, M]; the input's "),
             *(channels, " expected"),
         )
-        return [kernel_h, kernel_w, filter_channels, multiplier]
+        channels = filter_channels if tf.is_tensor(channels) else channels
+        return [kernel_h, kernel_w, channels, multiplier]
 
     def _require(self, holds, *message) -> None:
         """Raises, or has the graph raise, where a rule does not hold."""

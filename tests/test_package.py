@@ -307,7 +307,7 @@ import edited
 check(edited)
 with open("edited/ops.py", "a") as file:
     file.write('''
-@_gradient_of("DeformConv2D")
+@gradient_of("DeformConv2D")
 def _zeros(op, grad_output):
     return [tf.zeros_like(tensor) for tensor in op.inputs]
 ''')

@@ -213,22 +213,27 @@ def call_of_module(**differences):
     parts = FITTING | differences
     types = {"f32": tf.float32, "f64": tf.float64, "i32": tf.int32}
     *shape, output_type = parts["output"].split("x")
+    tensors = [tf.ones((1, 5, 5, 2)), tf.ones((3, 3, 2, 3)), tf.zeros((1, 5, 5, 18))]
+    dtypes = [types[parts["type"]]] * 2 + [types[parts["offset_type"]]]
+    tensors = map(tf.cast, tensors, dtypes)
+    return run_module(MODULE.format(**parts), tensors, shape, types[output_type])
+
+
+def run_module(module, tensors, shape, dtype=tf.float32):
     platform = "CUDA" if "GPU" in tf.zeros(()).device else "CPU"
 
     @jitted
-    def call(input, filters, offset):
+    def call(*tensors):
         return call_module(
-            [input, filters, offset],
+            list(tensors),
             version=9,
-            module=MODULE.format(**parts).encode(),
-            Tout=[types[output_type]],
+            module=module.encode(),
+            Tout=[dtype],
             Sout=[[int(size) for size in shape]],
             platforms=[platform],
         )
 
-    tensors = [tf.ones((1, 5, 5, 2)), tf.ones((3, 3, 2, 3)), tf.zeros((1, 5, 5, 18))]
-    dtypes = [types[parts["type"]]] * 2 + [types[parts["offset_type"]]]
-    return call(*map(tf.cast, tensors, dtypes))[0]
+    return call(*tensors)[0]
 
 
 def test_custom_call_of_a_foreign_module():
@@ -255,6 +260,50 @@ def test_custom_call_that_does_not_fit_is_an_error_of_the_call(name):
     with pytest.raises(tf.errors.OpError, match=message):
         call_of_module(**differences)
     assert call_of_module().shape == (1, 5, 5, 3)
+
+
+# Likewise without filters.
+AGGREGATE_MODULE = """
+func.func public @main(%input: tensor<1x5x5x2xf32>, %offset: tensor<1x5x5x18xf32>,
+                       %weights: tensor<1x5x5x9xf32>) -> tensor<1x5x5x2xf32> {{
+  %output = stablehlo.custom_call @deform_aggregate2d_forward({operands})
+      {{api_version = 4 : i32, backend_config = {{
+        attributes = array<i64: 1, 0, 1, 1, 1, 1, 0, 0, 0, 0, 1>{kernel_size}}}}}
+      : ({types}) -> tensor<1x5x5x2xf32>
+  return %output : tensor<1x5x5x2xf32>
+}}
+"""
+
+
+def call_of_aggregate_module(kernel_size=", kernel_size = array<i64: 3, 3>", operands=3):
+    types = ["tensor<1x5x5x2xf32>", "tensor<1x5x5x18xf32>", "tensor<1x5x5x9xf32>"]
+    module = AGGREGATE_MODULE.format(
+        kernel_size=kernel_size,
+        operands=", ".join(("%input", "%offset", "%weights", "%weights")[:operands]),
+        types=", ".join([*types, types[-1]][:operands]),
+    )
+    tensors = [tf.ones((1, 5, 5, 2)), tf.zeros((1, 5, 5, 18)), tf.ones((1, 5, 5, 9))]
+    return run_module(module, tensors, (1, 5, 5, 2))
+
+
+@pytest.mark.parametrize(
+    ("differences", "message"),
+    [
+        ({"kernel_size": ""}, "not those of this version"),
+        ({"kernel_size": ", kernel_size = array<i64: 3>"}, "not those of this version"),
+        ({"kernel_size": ", kernel_size = array<i64: 0, 3>"}, "kernel_size must be from 1"),
+        ({"kernel_size": ", kernel_size = array<i64: 5, 3>"}, "30 expected"),
+        ({"operands": 2}, "the call has 2 operands; 3 expected"),
+        ({"operands": 4}, "the call has 4 operands; 3 expected"),
+    ],
+    ids=str,
+)
+def test_custom_call_without_filters_that_does_not_fit_is_an_error_of_the_call(
+    differences, message
+):
+    with pytest.raises(tf.errors.OpError, match=message):
+        call_of_aggregate_module(**differences)
+    assert np.all(call_of_aggregate_module()[0, 1:-1, 1:-1] == 3 * 3)
 
 
 def test_jitted_fit_learns_what_fit_does(device, rng):
