@@ -6,6 +6,7 @@ Their parameters are those of OpenGVLab's InternImage (`ops_dcnv3/modules/dcnv3.
 
 import math
 
+import keras
 import numpy as np
 
 from ._aggregation_layers import DeformableConv2DV3, DeformableConv2DV4
@@ -24,6 +25,7 @@ _ATTRIBUTES = (
     ("remove_center", "remove_center", lambda value, _: bool(value)),
     ("dw_kernel_size", "dw_kernel_size", height_and_width),
 )
+_ACTIVATIONS = ("gelu", "relu", "silu")
 
 
 def load_module(layer: DeformableConv2DV3 | DeformableConv2DV4, source: Source) -> None:
@@ -58,6 +60,19 @@ def _check_attributes(layer, source: Source) -> None:
                 f"Received: {shown(getattr(layer, argument))}"
             )
     check_padding(source.name, getattr(source.module, "pad", None), layer)
+    if isinstance(layer, DeformableConv2DV3):
+        _check_activation(layer, source)
+
+
+def _check_activation(layer, source: Source) -> None:
+    """Compares activations that are known by their class: the third of the parts of `dw_conv`."""
+    parts = list(getattr(source.module, "dw_conv", ()))
+    theirs = type(parts[2]).__name__.lower() if len(parts) == 3 else None
+    if theirs in _ACTIVATIONS and layer.activation is not keras.activations.get(theirs):
+        raise ValueError(
+            f"activation must be {theirs!r}, that of {source.name}. "
+            f"Received: {shown(layer.activation)}"
+        )
 
 
 def _check_options(layer, source: Source) -> None:

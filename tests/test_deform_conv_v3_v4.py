@@ -466,6 +466,8 @@ def test_takes_a_module_of_pytorch(torch, rng):
     assert relative_error(layer.offset(images), offset) <= 1e-12
     assert relative_error(layer.mask(images), mask) <= 1e-12
     assert relative_error(layer(images), outputs.detach().numpy()) <= 1e-12
+    with pytest.raises(ValueError, match=r"activation must be 'gelu', that of source. Rec"):
+        from_torch(new_layer(3, dw_kernel_size=5, offset_scale=2.0, activation="relu"), module)
 
 
 WRONG_STATES = [
