@@ -8,7 +8,7 @@ Parts, each in a process of its own:
 
     layers   four layers of detection networks and the experiment's four, against tf.nn.conv2d and,
              where requirements-peers.txt is installed, torchvision and ONNX Runtime
-    zoo      layers of real networks (zoo.py), with batches of an eighth, against tf.nn.conv2d or
+    zoo      layers of real networks (zoo.py), with batches of an eighth, against the same, or
              tf.nn.depthwise_conv2d; --layers takes those whose names contain one of the texts
     types    float16, bfloat16 and NCHW against float32 in NHWC
     scaling  over batches, channels, image sizes and threads, against tf.nn.conv2d
@@ -31,7 +31,7 @@ import os
 import platform
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -177,14 +177,17 @@ def tensorflow_timers(layer: Layer, name: str, **options) -> dict[str, Timer]:
 
 
 def peer_timers(layer: Layer, process: peers.PeerProcess) -> dict[str, dict[str, Timer]]:
-    def padding(size):
-        total = max((-(-size // layer.stride) - 1) * layer.stride + 3 - size, 0)
+    def padding(size, out_size, taps):
+        total = max((out_size - 1) * layer.stride + layer.dilation * (taps - 1) + 1 - size, 0)
         return total // 2, total - total // 2
 
     return process.prepare(
-        **arrays_of(layer),
+        arrays=arrays_of(layer),
         stride=layer.stride,
-        padding=(padding(layer.height), padding(layer.width)),
+        dilation=layer.dilation,
+        groups=layer.groups,
+        deform_groups=layer.deform_groups,
+        padding=tuple(map(padding, (layer.height, layer.width), layer.out_size, layer.kernel)),
         threads=os.cpu_count(),
     )
 
@@ -222,35 +225,26 @@ def compare(contestants: dict[str, dict], rounds: int, intervals=None) -> dict:
 # --- Parts ---
 
 
-def time_layers(rounds: int) -> dict:
+def time_layers(rounds: int, groups: dict[str, dict[str, Layer]]) -> dict:
+    """For each title, the layers by name, against TensorFlow's convolution and the peers."""
     names = ["deform_conv2d", "tf.nn.conv2d", *peers.versions()]
-    groups = {"Layers of detection networks": DETECTION, "The experiment's layers": EXPERIMENT}
     intervals = dict.fromkeys(names[2:], PEER_INTERVAL)
     result = {title: {} for title in groups}
     with peers.PeerProcess() as process:
         for title, layers in groups.items():
-            for layer in layers:
+            for layer_name, layer in layers.items():
                 contestants = {name: tensorflow_timers(layer, name) for name in names[:2]}
                 for measurement, timers in peer_timers(layer, process).items():
                     for name, timer in timers.items():
                         contestants.setdefault(name, {})[measurement] = timer
                 times = compare(contestants, rounds, intervals)
-                result[title][str(layer)] = times
-                print(layer, _medians(times), flush=True)
+                result[title][layer_name] = times
+                print(layer_name, _medians(times), flush=True)
     return result
 
 
-def time_zoo(rounds: int, layers: dict[str, Layer]) -> dict:
-    rows = {}
-    for name, of_gpu in layers.items():
-        layer = of_gpu._replace(batch=max(of_gpu.batch // ZOO_BATCH_PARTS, 1))
-        contestants = {
-            function: tensorflow_timers(layer, function)
-            for function in ("deform_conv2d", "tf.nn.conv2d")
-        }
-        rows[name] = compare(contestants, rounds)
-        print(name, _medians(rows[name]), flush=True)
-    return {"Layers of real networks": rows}
+def by_text(layers: Iterable[Layer]) -> dict[str, Layer]:
+    return {str(layer): layer for layer in layers}
 
 
 def thread_counts() -> list[int]:
@@ -397,7 +391,7 @@ def as_markdown(results: dict) -> str:
             f"## {title}\n",
             "(×) is the time divided by that of tf.nn.conv2d, in depthwise layers "
             "tf.nn.depthwise_conv2d.\n",
-            rows_as_markdown(rows, "tf.nn.conv2d"),
+            rows_as_markdown(rows, "tf.nn.conv2d", "deform_conv2d"),
         ]
     for title, rows in results.get("types", {}).items():
         lines += [
@@ -436,7 +430,10 @@ def main() -> None:
     parser.add_argument("--layers", nargs="+", default=[""], help="parts of names in the zoo")
     parser.add_argument("--output", type=Path, help="write the report there")
     arguments = parser.parse_args()
-    zoo_layers = layers_named(arguments.layers)
+    zoo_layers = {
+        name: layer._replace(batch=max(layer.batch // ZOO_BATCH_PARTS, 1))
+        for name, layer in layers_named(arguments.layers).items()
+    }
 
     from utils.quiet_tensorflow import tf
 
@@ -452,9 +449,14 @@ def main() -> None:
     print(machine, flush=True)
     results = {"machine": machine, "rounds": arguments.rounds}
     if "layers" in arguments.parts:
-        results["layers"] = in_own_process(time_layers, arguments.rounds)
+        titled = {
+            "Layers of detection networks": by_text(DETECTION),
+            "The experiment's layers": by_text(EXPERIMENT),
+        }
+        results["layers"] = in_own_process(time_layers, arguments.rounds, titled)
     if "zoo" in arguments.parts:
-        results["zoo"] = in_own_process(time_zoo, arguments.rounds, zoo_layers)
+        titled = {"Layers of real networks": zoo_layers}
+        results["zoo"] = in_own_process(time_layers, arguments.rounds, titled)
     if "types" in arguments.parts:
         results["types"] = in_own_process(time_types, arguments.rounds)
     if "scaling" in arguments.parts:

@@ -83,7 +83,7 @@ def torchvision_functions(layer: Layer, tensors, grad_output) -> Functions:
     )
 
 
-def cudnn_functions(layer: Layer, tensors, grad_output) -> Functions:
+def convolution_functions(layer: Layer, tensors, grad_output) -> Functions:
     last = torch.channels_last
     image = nchw(tensors["input"])
     filters = tensors["filters"].permute(3, 2, 0, 1)
@@ -125,7 +125,7 @@ def peers(layer: Layer, tensors, grad_output) -> dict[str, Functions]:
     result = {}
     if grad_output.dtype != torch.bfloat16:  # torchvision has none
         result["torchvision"] = torchvision_functions(layer, tensors, grad_output)
-    result["cudnn_conv2d"] = cudnn_functions(layer, tensors, grad_output)
+    result["cudnn_conv2d"] = convolution_functions(layer, tensors, grad_output)
     return result
 
 

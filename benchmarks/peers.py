@@ -54,9 +54,9 @@ class PeerProcess:
     def prepare(self, **layer) -> dict[str, dict[str, Callable[[], float]]]:
         """For each measurement, the peers that have it: a function that calls and times one.
 
-        Arguments are those of deform_conv2d in NHWC as arrays (image, filters, offset),
-        grad_output, stride, padding (rows and columns at either end) and threads. What was
-        prepared before is freed.
+        Arguments are those of deform_conv2d: `arrays` in NHWC (image, filters, offset, perhaps
+        mask, and grad_output), stride, dilation, groups, deform_groups, padding (rows and columns
+        at either end), and threads. What was prepared before is freed.
         """
         names = self._executor.submit(_prepare, **layer).result()
         return {
@@ -84,72 +84,88 @@ def _time(measurement: str, name: str) -> float:
 
 
 def _functions_of(
-    image: np.ndarray,
-    filters: np.ndarray,
-    offset: np.ndarray,
-    grad_output: np.ndarray,
+    arrays: dict[str, np.ndarray],
     stride: int,
+    dilation: int,
+    groups: int,
+    deform_groups: int,
     padding: tuple[tuple[int, int], tuple[int, int]],
     threads: int,
 ) -> dict[str, Functions]:
     """For each measurement, the installed peers' functions."""
-    pad_h, pad_w = padding
     # torchvision pads both ends alike. Input that needs another padding gets it outside the time.
-    if pad_h[0] != pad_h[1] or pad_w[0] != pad_w[1]:
-        image = np.pad(image, ((0, 0), pad_h, pad_w, (0, 0)))
-        pad_h = pad_w = (0, 0)
-    nchw = [np.ascontiguousarray(np.moveaxis(array, 3, 1)) for array in (image, offset)]
-    oihw = np.ascontiguousarray(filters.transpose(3, 2, 0, 1))
-    tensors = (nchw[0], oihw, nchw[1])
+    if any(before != after for before, after in padding):
+        image = np.pad(arrays["image"], ((0, 0), *padding, (0, 0)))
+        arrays, padding = arrays | {"image": image}, ((0, 0), (0, 0))
+    tensors = {
+        name: np.ascontiguousarray(
+            array.transpose(3, 2, 0, 1) if name == "filters" else np.moveaxis(array, 3, 1)
+        )
+        for name, array in arrays.items()
+    }
+    grad_output = tensors.pop("grad_output")
     functions: dict[str, Functions] = {"forward": {}, "forward+backward": {}}
     installed = versions()
     if "torchvision" in installed:
-        grad = np.ascontiguousarray(np.moveaxis(grad_output, 3, 1))
-        forward, backward = _torchvision(tensors, grad, stride, (pad_h[0], pad_w[0]), threads)
+        pads = tuple(before for before, _ in padding)
+        attributes = {"stride": stride, "dilation": dilation, "padding": pads}
+        forward, backward = _torchvision(tensors, grad_output, attributes, threads)
         functions["forward"]["torchvision"] = forward
         functions["forward+backward"]["torchvision"] = backward
     if "ONNX Runtime" in installed:
-        pads = [pad_h[0], pad_w[0], pad_h[1], pad_w[1]]
-        functions["forward"]["ONNX Runtime"] = _onnx_runtime(tensors, stride, pads, threads)
+        (top, bottom), (left, right) = padding
+        attributes = {
+            "strides": [stride, stride],
+            "dilations": [dilation, dilation],
+            "group": groups,
+            "offset_group": deform_groups,
+            "pads": [top, left, bottom, right],
+        }
+        functions["forward"]["ONNX Runtime"] = _onnx_runtime(tensors, attributes, threads)
     return functions
 
 
-def _torchvision(tensors, grad_output, stride, padding, threads):
+def _torchvision(tensors, grad_output, attributes, threads):
     import torch
     from torchvision.ops import deform_conv2d
 
     torch.set_num_threads(threads)
-    image, filters, offset = (torch.from_numpy(tensor) for tensor in tensors)
     grad_output = torch.from_numpy(grad_output)
-    leaves = [tensor.clone().requires_grad_() for tensor in (image, filters, offset)]
+    constants = {name: torch.from_numpy(tensor) for name, tensor in tensors.items()}
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in constants.items()}
+
+    def convolve(image, filters, offset, mask=None):
+        return deform_conv2d(image, offset, filters, mask=mask, **attributes)
 
     def forward():
         with torch.no_grad():
-            return deform_conv2d(image, offset, filters, stride=stride, padding=padding)
+            return convolve(**constants)
 
     def backward():
-        output = deform_conv2d(leaves[0], leaves[2], leaves[1], stride=stride, padding=padding)
-        return output, torch.autograd.grad(output, leaves, grad_output)
+        output = convolve(**leaves)
+        return output, torch.autograd.grad(output, list(leaves.values()), grad_output)
 
     return forward, backward
 
 
-def _onnx_runtime(tensors, stride, pads, threads):
+def _onnx_runtime(tensors, attributes, threads):
     import onnxruntime
     from onnx import TensorProto, helper
 
-    names = ("X", "W", "offset")
+    tensors = {"X": tensors["image"], "W": tensors["filters"], "offset": tensors["offset"]} | (
+        {"mask": tensors["mask"]} if "mask" in tensors else {}
+    )
+    names = [name if name in tensors else "" for name in ("X", "W", "offset", "B", "mask")]
     node = helper.make_node(
         "DeformConv",
-        names,
+        names if "mask" in tensors else names[:3],
         ["Y"],
-        kernel_shape=tensors[1].shape[2:],
-        strides=[stride, stride],
-        pads=pads,
+        kernel_shape=tensors["W"].shape[2:],
+        **attributes,
     )
     inputs = [
         helper.make_tensor_value_info(name, TensorProto.FLOAT, tensor.shape)
-        for name, tensor in zip(names, tensors, strict=True)
+        for name, tensor in tensors.items()
     ]
     output = helper.make_tensor_value_info("Y", TensorProto.FLOAT, ["n", "c", "h", "w"])
     graph = helper.make_graph([node], "deform_conv", inputs, [output])
@@ -160,6 +176,7 @@ def _onnx_runtime(tensors, stride, pads, threads):
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    values = [onnxruntime.OrtValue.ortvalue_from_numpy(tensor) for tensor in tensors]
-    feed = dict(zip(names, values, strict=True))
+    feed = {
+        name: onnxruntime.OrtValue.ortvalue_from_numpy(tensor) for name, tensor in tensors.items()
+    }
     return lambda: session.run_with_ort_values(["Y"], feed)[0]

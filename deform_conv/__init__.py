@@ -1,8 +1,8 @@
 """Deformable convolution for TensorFlow.
 
-from deform_conv import deform_conv2d, deform_depthwise_conv2d, deform_aggregate2d
+from deform_conv import deform_conv1d, deform_conv2d, deform_depthwise_conv2d, deform_aggregate2d
 from deform_conv import deformable, from_torch
-from deform_conv.layers import DeformableConv2D
+from deform_conv.layers import DeformableConv1D, DeformableConv2D
 
 `deformable`, `from_torch` and `layers` need Keras, and import it when they are first asked for.
 """
@@ -13,6 +13,7 @@ import typing as _typing
 __version__ = "0.2.0"  # before the imports: the loader of the library reads it
 
 from ._library import library_path, xla_kernels_loaded
+from ._one_dimension import deform_conv1d
 from ._portable import portable
 from .ops import deform_aggregate2d, deform_conv2d, deform_depthwise_conv2d
 
@@ -25,6 +26,7 @@ if _typing.TYPE_CHECKING:
 __all__ = [
     "__version__",
     "deform_aggregate2d",
+    "deform_conv1d",
     "deform_conv2d",
     "deform_depthwise_conv2d",
     "library_path",

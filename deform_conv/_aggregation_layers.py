@@ -35,6 +35,8 @@ class _AggregationLayer(SamplingLayer, KernelPlacement, keras.layers.Layer):
     `remove_center` gets an offset far outside of every image, and a mask of 0.
     """
 
+    rank = 2
+
     def __init__(
         self,
         kernel_size=3,
@@ -208,9 +210,9 @@ class _AggregationLayer(SamplingLayer, KernelPlacement, keras.layers.Layer):
                 if stride == 1:
                     first = 0
             else:
-                pads = (0, 0) if self.padding == "valid" else self.padding[axis]
-                first = (extent - 1) // 2 - pads[0]
-                last = pads[1] - extent // 2 or None
+                before, after = self._pads[axis]
+                first = (extent - 1) // 2 - before
+                last = after - extent // 2 or None
             slices.append(slice(first, last, stride))
         return images[tuple(slices)]
 

@@ -1,6 +1,7 @@
 """Arguments in the form that the op takes, or a ValueError that says why they have none."""
 
 import contextlib
+import math
 import operator
 import reprlib
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +11,20 @@ import tensorflow as tf
 
 # The largest stride, dilation, padding and number of groups that the op takes.
 MAX_EXTENT = 2**31 - 1
+
+# The axes of images of each rank. The number of offsets for a sample is the rank too.
+AXES = {1: ("length",), 2: ("height", "width")}
+LETTERS = {1: "L", 2: "HW"}
+DATA_FORMATS = {1: ("NWC", "NCW"), 2: ("NHWC", "NCHW")}
+_COUNTS = {3: "three", 4: "four"}
+
+# Positions and sums are in float32 for 16-bit types, so these may have float32 offsets and masks.
+_OFFSET_DTYPES = {
+    tf.float32: (tf.float32,),
+    tf.float64: (tf.float64,),
+    tf.float16: (tf.float16, tf.float32),
+    tf.bfloat16: (tf.bfloat16, tf.float32),
+}
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxlong = _short.maxother = 120
@@ -40,15 +55,26 @@ def converting(failure: Callable[[], str]) -> Iterator[None]:
         raise ValueError(failure()) from error
 
 
-def to_tensor(value, argument: str, dtypes: Sequence[tf.DType], hint: tf.DType | None = None):
-    """Converts `value` to a tensor of one of `dtypes`; Python numbers become `hint`, if given."""
+def to_tensor(
+    value,
+    argument: str,
+    dtypes: Sequence[tf.DType],
+    hint: tf.DType | None = None,
+    *,
+    rank: int = 2,
+):
+    """Converts `value` to a tensor of one of `dtypes`; Python numbers become `hint`, if given.
+
+    `rank` is that of the operation whose argument it is, for the advice in an error.
+    """
     *others, last = (dtype.name for dtype in dtypes)
     expected = f"{', '.join(others)} or {last}" if others else last
     if hint is not None:
         expected += " here"
     with converting(
         lambda: (
-            f"{argument} must be a tensor of {expected}; received {shown(value)}{_advice(value)}"
+            f"{argument} must be a tensor of {expected}; received {shown(value)}"
+            f"{_advice(value, rank)}"
         )
     ):
         hint = None if hasattr(value, "dtype") else hint
@@ -60,12 +86,44 @@ def to_tensor(value, argument: str, dtypes: Sequence[tf.DType], hint: tf.DType |
     return tensor
 
 
-def _advice(value) -> str:
+def to_tensors(rank: int = 2, **tensors) -> list[tf.Tensor]:
+    """The tensors that an operation takes, by their names, without those that are None.
+
+    They are input, filters if there are some, offset, and mask or weights.
+    """
+    converted = {}
+    for name, value in tensors.items():
+        if name == "input":
+            dtypes, hint = tuple(_OFFSET_DTYPES), None
+        elif name == "filters":
+            hint = converted["input"].dtype
+            dtypes = (hint,)
+        elif name == "offset":
+            hint = converted["input"].dtype
+            dtypes = _OFFSET_DTYPES[hint]
+        else:
+            hint = converted["offset"].dtype
+            dtypes = (hint,)
+        if value is not None or name in ("input", "filters", "offset", "weights"):
+            converted[name] = to_tensor(value, name, dtypes, hint, rank=rank)
+    return list(converted.values())
+
+
+def check_texts(data_format, name, rank: int = 2) -> None:
+    """Raises unless `data_format` is one for images of `rank` axes, and `name` a string or None."""
+    if not isinstance(data_format, str) or data_format not in DATA_FORMATS[rank]:
+        expected = " or ".join(map(repr, DATA_FORMATS[rank]))
+        raise ValueError(f"data_format must be {expected}; received {shown(data_format)}")
+    if not isinstance(name, str | None):
+        raise ValueError(f"name must be a string or None; received {shown(name)}")
+
+
+def _advice(value, rank: int) -> str:
     # By name: this module works without Keras.
     if any(cls.__name__ == "KerasTensor" for cls in type(value).__mro__):
         return (
-            ", which stands for a tensor in a Keras model: use DeformableConv2D, or call "
-            "deform_conv2d in the call() of a layer"
+            f", which stands for a tensor in a Keras model: use DeformableConv{rank}D, or call "
+            f"deform_conv{rank}d in the call() of a layer"
         )
     return ""
 
@@ -123,6 +181,11 @@ def integer(value, argument: str, least: int = 1) -> int:
     return number
 
 
+def rank_of(data_format: str) -> int:
+    """The number of axes of the images that a data format is for."""
+    return len(data_format) - 2
+
+
 def _integers(value, argument: str) -> list[int]:
     """One number or several."""
     sequence = items(value, argument)
@@ -138,24 +201,32 @@ def height_and_width(value, argument: str) -> list[int]:
 
 
 def per_dimension(value, argument: str, data_format: str) -> list[int]:
-    """One number, (h, w) or four numbers, as four in the order of `data_format`."""
+    """One number, one for each axis, or one for each dimension, as the last of these.
+
+    The dimensions are in the order of `data_format`.
+    """
+    rank = rank_of(data_format)
     numbers = _integers(value, argument)
-    if len(numbers) == 4:
+    if len(numbers) == rank + 2:
         return numbers
-    if len(numbers) not in (1, 2):
-        raise ValueError(f"{argument} must be 1, 2 or 4 integers; received {shown(value)}")
-    h, w = numbers[0], numbers[-1]
-    return [1, h, w, 1] if data_format == "NHWC" else [1, 1, h, w]
+    if len(numbers) not in (1, rank):
+        counts = ", ".join(map(str, range(1, rank + 1)))
+        raise ValueError(
+            f"{argument} must be {counts} or {rank + 2} integers; received {shown(value)}"
+        )
+    axes = numbers * rank if len(numbers) == 1 else numbers
+    return [1, *axes, 1] if data_format.endswith("C") else [1, 1, *axes]
 
 
-def padding_attributes(padding) -> dict:
-    """The op's attributes for "SAME", "VALID" or four pairs."""
+def padding_attributes(padding, dimensions: int = 4) -> dict:
+    """The op's attributes for "SAME", "VALID" or as many pairs as tensors have dimensions."""
     if isinstance(padding, str) and padding in ("SAME", "VALID"):
         return {"padding": padding}
     pairs = [items(pair, "padding") for pair in items(padding, "padding") or ()]
-    if len(pairs) != 4 or any(pair is None or len(pair) != 2 for pair in pairs):
+    if len(pairs) != dimensions or any(pair is None or len(pair) != 2 for pair in pairs):
         raise ValueError(
-            f"padding must be 'SAME', 'VALID' or four pairs of integers; received {shown(padding)}"
+            f"padding must be 'SAME', 'VALID' or {_COUNTS[dimensions]} pairs of integers; received "
+            f"{shown(padding)}"
         )
     explicit = [integer(number, "padding", least=0) for pair in pairs for number in pair]
     return {"padding": "EXPLICIT", "explicit_paddings": explicit}
@@ -163,23 +234,26 @@ def padding_attributes(padding) -> dict:
 
 def check_filters_order(input, filters, offset, deform_groups: int, data_format: str) -> None:
     """Raises if the filters fit as [O, C / groups, KH, KW] alone, the order of other libraries."""
+    rank = rank_of(data_format)
     shapes = [tensor.shape for tensor in (input, filters, offset)]
-    if any(shape.rank != 4 for shape in shapes):
+    if any(shape.rank != rank + 2 for shape in shapes):
         return
-    axis = 3 if data_format == "NHWC" else 1
+    axis = -1 if data_format.endswith("C") else 1
     channels, offset_channels = shapes[0][axis], shapes[2][axis]
     sizes = shapes[1].as_list()
     if None in (channels, offset_channels, *sizes):
         return
 
-    def fit(kernel_h, kernel_w, group_channels, _out_channels):
-        taps = deform_groups * kernel_h * kernel_w
-        return group_channels and channels % group_channels == 0 and offset_channels == 2 * taps
+    def fit(*kernel, group_channels):
+        taps = deform_groups * math.prod(kernel)
+        return group_channels and channels % group_channels == 0 and offset_channels == rank * taps
 
-    out_channels, group_channels, kernel_h, kernel_w = sizes
-    if not fit(*sizes) and fit(kernel_h, kernel_w, group_channels, out_channels):
+    if not fit(*sizes[:rank], group_channels=sizes[rank]) and fit(
+        *sizes[2:], group_channels=sizes[1]
+    ):
+        kernel, letters = {1: ("K", "W"), 2: ("KH, KW", "HW")}[rank]
         raise ValueError(
-            "filters must be [KH, KW, C / groups, O] (HWIO); received "
-            f"{sizes}, which fits as [O, C / groups, KH, KW] (OIHW): pass "
-            "tf.transpose(filters, [2, 3, 1, 0])"
+            f"filters must be [{kernel}, C / groups, O] ({letters}IO); received {sizes}, which "
+            f"fits as [O, C / groups, {kernel}] (OI{letters}): pass "
+            f"tf.transpose(filters, {[*range(2, rank + 2), 1, 0]})"
         )

@@ -38,30 +38,50 @@ def positive_integer(value, argument: str) -> int:
 
 
 def height_and_width(value, argument: str) -> tuple[int, int]:
+    return per_axis(value, argument, 2)
+
+
+def per_axis(value, argument: str, rank: int) -> tuple[int, ...]:
+    """An integer above 0 for each of `rank` axes."""
     sequence = items(value, argument)
-    pair = [value, value] if sequence is None else sequence
-    if len(pair) != 2:
-        raise ValueError(f"{argument} must be one or two integers. Received: {shown(value)}")
-    return tuple(positive_integer(number, argument) for number in pair)
+    numbers = [value] * rank if sequence is None else sequence
+    if len(numbers) != rank:
+        counts = ("one integer", "one or two integers")[rank - 1]
+        raise ValueError(f"{argument} must be {counts}. Received: {shown(value)}")
+    return tuple(positive_integer(number, argument) for number in numbers)
 
 
 def image_padding(value) -> str | tuple[tuple[int, int], tuple[int, int]]:
     """ "valid", "same" or ((top, bottom), (left, right))."""
-    if isinstance(value, str) and value.lower() in ("valid", "same"):
+    return padding_of_axes(value, 2)
+
+
+_PADDINGS = {1: ("valid", "same", "causal"), 2: ("valid", "same")}
+_PADDING_FORMS = {
+    1: "one or (left, right)",
+    2: "one, (h, w) or ((top, bottom), (left, right))",
+}
+
+
+def padding_of_axes(value, rank: int) -> str | tuple[tuple[int, int], ...]:
+    """The name of a padding, or the padding before and after, of each of `rank` axes."""
+    if isinstance(value, str) and value.lower() in _PADDINGS[rank]:
         return value.lower()
     sequence = items(value, "padding")
-    axes = [value, value] if sequence is None else sequence
+    axes = [value] * rank if sequence is None else sequence
+    if rank == 1 and len(axes) == 2:
+        axes = [axes]  # (left, right), as keras.layers.ZeroPadding1D takes it
     pairs = [[axis, axis] if (pair := items(axis, "padding")) is None else pair for axis in axes]
     numbers = [integer_or_none(number, "padding") for pair in pairs for number in pair]
-    if [len(pair) for pair in pairs] != [2, 2] or any(n is None or n < 0 for n in numbers):
+    if [len(pair) for pair in pairs] != [2] * rank or any(n is None or n < 0 for n in numbers):
+        *names, last = map(repr, _PADDINGS[rank])
         raise ValueError(
-            "padding must be 'valid' or 'same', or integers of at least 0: one, (h, w) or "
-            f"((top, bottom), (left, right)). Received: {shown(value)}"
+            f"padding must be {', '.join(names)} or {last}, or integers of at least 0: "
+            f"{_PADDING_FORMS[rank]}. Received: {shown(value)}"
         )
     if max(numbers) > MAX_EXTENT:
         raise ValueError(f"padding must be at most {MAX_EXTENT}. Received: {shown(value)}")
-    top, bottom, left, right = numbers
-    return (top, bottom), (left, right)
+    return tuple(zip(numbers[::2], numbers[1::2], strict=True))
 
 
 def one_of(value, argument: str, choices: tuple[str, ...]) -> str:

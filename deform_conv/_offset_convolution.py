@@ -1,4 +1,4 @@
-"""The convolutions that compute offsets and masks, within the layers that sample with them."""
+"""The convolutions that compute the offsets and masks of a deformable layer."""
 
 import contextvars
 import math
@@ -6,8 +6,13 @@ import math
 import keras
 import tensorflow as tf
 
-from ._arguments import MAX_EXTENT
-from ._extended_convolution import ExtendedConv2D, first_of_same
+from ._arguments import LETTERS, MAX_EXTENT
+from ._extended_convolution import (
+    ExtendedConv1D,
+    ExtendedConv2D,
+    ExtendedConvolution,
+    first_of_same,
+)
 from ._parts import Part
 from ._reference import sizes
 
@@ -16,8 +21,8 @@ from ._reference import sizes
 takes_empty = contextvars.ContextVar("takes_empty", default=True)
 
 
-class OffsetConvolution(Part, ExtendedConv2D):
-    """A `Conv2D` that is part of a layer, and "channels_last"."""
+class OffsetConvolution(Part, ExtendedConvolution):
+    """A convolution that is part of a layer, and "channels_last"."""
 
     keeps_weights = False  # when a file is loaded, which has none for it
 
@@ -33,36 +38,37 @@ class OffsetConvolution(Part, ExtendedConv2D):
         output, and what is too much of that is cut off. Where nothing is empty, this costs nothing:
         TensorFlow neither pads by 0 nor slices the whole.
         """
-        strides = [1, *self.strides]  # of batch, height and width
+        strides = [1, *self.strides]  # of the batch and each axis
         spans = [1, *(min(span, MAX_EXTENT) for span in self._spans)]
         extents = [max(span, 1) for span in spans]
-        static = inputs.shape[:3]
+        static = inputs.shape[:-1]
         filled = all(
             s is not None and s >= extent for s, extent in zip(static, extents, strict=True)
         )
         if filled or not takes_empty.get():
             return self._convolve(inputs, kernel)
 
-        for name, size, extent, stride in zip("NHW", static, extents, strides, strict=True):
+        names = f"N{LETTERS[self.rank]}"
+        for name, size, extent, stride in zip(names, static, extents, strides, strict=True):
             if size is not None and extent - size > stride:
                 padded = "" if isinstance(self.padding, str) else " less the padding"
                 raise ValueError(
                     f"inputs must have {name} of at least {extent - stride} for the dilated "
                     f"kernel's {extent}{padded}. Received: {size}"
                 )
-        given = sizes(inputs)[:3]
+        given = sizes(inputs)[:-1]
         axes = list(zip(given, extents, strides, strict=True))
         lacks = [_lack(*axis) for axis in axes]
         extended = _pad(inputs, [*([0, lack] for lack in lacks), [0, 0]])
         # Known sizes as LiteRT's converter knows them too, unlike those of set_shape.
         extended_sizes = [size + lack for size, lack in zip(given, lacks, strict=True)]
-        extended = tf.reshape(extended, [*extended_sizes, inputs.shape[3]])
+        extended = tf.reshape(extended, [*extended_sizes, inputs.shape[-1]])
         outputs = self._convolve(extended, kernel)
         out_sizes = [
             (size - span) // stride + 1
             for size, span, stride in zip(given, spans, strides, strict=True)
         ]
-        outputs = tf.slice(outputs, [0, 0, 0, 0], [*out_sizes, -1])
+        outputs = tf.slice(outputs, [0] * (self.rank + 2), [*out_sizes, -1])
         known = [size if isinstance(size, int) else None for size in out_sizes]
         outputs.set_shape([*known, kernel.shape[-1]])
         return outputs
@@ -78,14 +84,27 @@ class OffsetConvolution(Part, ExtendedConv2D):
             return tf.nn.convolution(inputs, kernel, self.strides, padding, dilations=dilations)
         # TensorFlow refuses both, so what the strides skip is computed too, and left out.
         outputs = tf.nn.convolution(inputs, kernel, 1, padding, dilations=dilations)
-        first = [0, 0]
+        first = [0] * self.rank
         if padding == "SAME":
-            axes = zip(sizes(inputs)[1:3], self.strides, self._extents, strict=True)
+            axes = zip(sizes(inputs)[1:-1], self.strides, self._extents, strict=True)
             first = [first_of_same(*axis) for axis in axes]
-        return outputs[:, first[0] :: self.strides[0], first[1] :: self.strides[1]]
+        axes = zip(first, self.strides, strict=True)
+        return outputs[(slice(None), *(slice(start, None, stride) for start, stride in axes))]
 
 
-class DepthwiseConvolution(OffsetConvolution):
+class OffsetConv1D(OffsetConvolution, ExtendedConv1D):
+    owner = "DeformableConv1D"
+
+    def call(self, inputs):
+        # Past Conv1D's own, which does not convolve by convolution_op().
+        return super(keras.layers.Conv1D, self).call(inputs)
+
+
+class OffsetConv2D(OffsetConvolution, ExtendedConv2D):
+    owner = "DeformableConv2D"
+
+
+class DepthwiseConvolution(OffsetConv2D):
     """A convolution of each channel by itself, at every pixel, that is part of a layer.
 
     The kernel is [KH, KW, 1, C]. It and the bias start as those of a convolution in PyTorch do.

@@ -10,7 +10,7 @@ class Part:
     Keras never rounds its weights to the 16 bits of the layer around it.
     """
 
-    owner = "DeformableConv2D"  # the class of the layer that it is part of, for messages
+    owner = None  # the class of the layer that it is part of, for messages
 
     def add_weight(self, *args, **kwargs):
         return super().add_weight(*args, **(kwargs | {"autocast": False}))
@@ -26,8 +26,8 @@ class Part:
 
     def _is_a_part(self, done: str) -> str:
         return (
-            f"{self.name} cannot be {done} without the {self.owner} that it is part of: use "
-            "that layer, and its methods offset() and mask()"
+            f"{self.name} cannot be {done} without the {self.owner} that it is part of: use that "
+            "layer, and its methods offset() and mask()"
         )
 
 

@@ -1,17 +1,17 @@
-"""Weights files of plain networks, for networks that have a `DeformableConv2D` for a `Conv2D`.
+"""Weights files of plain networks, for networks that have a deformable layer for a plain one.
 
 In a file, Keras numbers the layers of a container by their class: `layers/conv2d`,
 `layers/conv2d_1`. With a `DeformableConv2D` in place of the first, it asks for
 `layers/deformable_conv2d`, which is missing, and for `layers/conv2d` as the second: another layer's
-weights. But the file has the layers' names too.
+weights. But the file has the layers' names too. In one dimension it is the same.
 """
 
 import collections
 import re
 
 
-def choose_weights(store, name: str) -> bool:
-    """Has a weights store give a `DeformableConv2D` the weights of a `Conv2D` of the same name.
+def choose_weights(store, name: str, plain: str) -> bool:
+    """Has a weights store give a deformable layer the weights of a plain one of the same name.
 
     Where the file has the layer's own weights, the store stays as it is. Keras 3.10 or newer has a
     store that can be told what to give.
@@ -19,6 +19,7 @@ def choose_weights(store, name: str) -> bool:
     Args:
       store: what `load_own_variables` of the layer is given.
       name: the layer's.
+      plain: the class that the plain layer has, "Conv1D" or "Conv2D".
 
     Returns:
       Whether the weights are those of a plain layer, without offsets and masks.
@@ -35,7 +36,7 @@ def choose_weights(store, name: str) -> bool:
     convolutions = {
         _name_of(siblings[sibling]): sibling
         for sibling in siblings
-        if _kind_and_number(sibling)[0] == "conv2d"
+        if _kind_and_number(sibling)[0] == plain.lower()
     }
     # Names that Keras made up differ from one model to the next: a file's need not be the layer's.
     if len(store) and (_name_of(own) == name or name not in convolutions):
@@ -43,11 +44,11 @@ def choose_weights(store, name: str) -> bool:
     if name not in convolutions:
         names = ", ".join(sorted(filter(None, convolutions))) or "none"
         raise ValueError(
-            f"the file must have weights of {name}, or of a Conv2D of that name. Received: {names}"
+            f"the file must have weights of {name}, or of a {plain} of that name. Received: {names}"
         )
     if not isinstance(store.get, _RenumberedGet):
         store.get = _RenumberedGet(store.get)
-    store.get.replaced(container, key, siblings)
+    store.get.replaced(container, key, siblings, plain.lower())
     store.get.unchanged(f"{container}/{convolutions[name]}".lstrip("/"))
     return True
 
@@ -63,14 +64,14 @@ class _RenumberedGet:
         self.unchanged = get
         self._shifts = collections.defaultdict(int)  # by container and kind of layer
 
-    def replaced(self, container: str, key: str, siblings) -> None:
-        """Notes that what is `key` in `container` is a `Conv2D` in the file."""
+    def replaced(self, container: str, key: str, siblings, plain: str) -> None:
+        """Notes that what is `key` in `container` is of the kind `plain` in the file."""
         kind, number = _kind_and_number(key)
         # So many before it are of its kind in the file too. Those before it that are not asked for
-        # here, since they were loaded from another place, count as a Conv2D.
+        # here, since they were loaded from another place, count as plain.
         same = min(number, sum(_kind_and_number(sibling)[0] == kind for sibling in siblings))
         shift = number - self._shifts[container, kind] + 1 - same
-        self._shifts |= {(container, kind): -shift, (container, "conv2d"): shift}
+        self._shifts |= {(container, kind): -shift, (container, plain): shift}
 
     def __call__(self, path: str):
         keys = path.split("/")

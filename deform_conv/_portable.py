@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from ._library import PORTABLE
 from ._reference import deform_aggregate2d_reference, deform_conv2d_reference
-from ._rules import Rules, of_known_rank
+from ._rules import checked
 
 # Of a thread, in which it also traces functions: calls in other threads do not become slow.
 _within = contextvars.ContextVar("deform_conv_portable", default=False)
@@ -43,15 +43,11 @@ def in_portable_mode() -> bool:
 
 
 def deform_conv2d_portable(input, filters, offset, mask, **attributes) -> tf.Tensor:
-    """What the op computes, from the same inputs and attributes, with its checks.
-
-    Sizes that are known at run time only are checked then, but not in LiteRT, which has no
-    assertions.
-    """
+    """What the op computes, from the same inputs and attributes, with its checks."""
     tensors = {"input": input, "filters": filters, "offset": offset}
     if mask:
         (tensors["mask"],) = mask
-    (input, filters, offset, *mask), output_shape = _checked(tensors, **attributes)
+    (input, filters, offset, *mask), output_shape = checked(tensors, **attributes)
     output = reference_of_op(input, filters, offset, mask, **attributes)
     output.set_shape(output_shape)
     return output
@@ -60,19 +56,10 @@ def deform_conv2d_portable(input, filters, offset, mask, **attributes) -> tf.Ten
 def deform_aggregate2d_portable(input, offset, weights, **attributes) -> tf.Tensor:
     """What the op without filters computes, likewise."""
     tensors = {"input": input, "offset": offset, "weights": weights}
-    tensors, output_shape = _checked(tensors, **attributes)
+    tensors, output_shape = checked(tensors, **attributes)
     output = reference_of_aggregate_op(*tensors, **attributes)
     output.set_shape(output_shape)
     return output
-
-
-def _checked(tensors: dict[str, tf.Tensor], **attributes) -> tuple[list[tf.Tensor], list]:
-    """The tensors, once they are checked, and the shape of the output."""
-    tensors = {name: of_known_rank(name, tensor) for name, tensor in tensors.items()}
-    rules = Rules()
-    output_shape = rules.check(tensors, **attributes)
-    with tf.control_dependencies(rules.assertions):
-        return [tf.identity(tensor) for tensor in tensors.values()], output_shape
 
 
 def reference_of_op(input, filters, offset, mask, **attributes) -> tf.Tensor:

@@ -1,17 +1,38 @@
-"""What the op requires of its attributes and shapes, for portable mode, where there is no op.
+"""What the op requires of its attributes and shapes, where the op itself does not say it.
 
-The rules and their messages are those of src/core/params.cc and src/tf/op_attributes.h.
+That is in portable mode, where there is no op, in one dimension, where the op is called with
+images of one row, and of depthwise filters. The rules and their messages are those of
+src/core/params.cc and src/tf/op_attributes.h.
 """
+
+import math
 
 import tensorflow as tf
 
-from ._arguments import MAX_EXTENT
+from ._arguments import AXES, MAX_EXTENT, rank_of
 from ._reference import sizes
 
 
-def of_known_rank(argument: str, tensor: tf.Tensor) -> tf.Tensor:
-    """`tensor`, whose rank is checked when the graph runs where nothing is known of it."""
-    return tf.ensure_shape(tensor, [None] * 4, argument) if tensor.shape.rank is None else tensor
+def checked(tensors: dict[str, tf.Tensor], **attributes):
+    """Checks tensors and attributes as the op does.
+
+    Sizes that are known at run time only are checked then, but not in LiteRT, which has no
+    assertions.
+
+    Args:
+      tensors: input, filters, offset and, if there is one, mask, by these names; or input, offset
+        and weights.
+      **attributes: the op's attributes, for images of any rank that `data_format` has.
+
+    Returns:
+      A list of the tensors, of known ranks, and the shape of the output.
+    """
+    rank = rank_of(attributes["data_format"])
+    rules = Rules(rank)
+    tensors = {name: rules.ranked(name, tensor) for name, tensor in tensors.items()}
+    output_shape = rules.check(tensors, **attributes)
+    with tf.control_dependencies(rules.assertions):
+        return [tf.identity(tensor) for tensor in tensors.values()], output_shape
 
 
 class Rules:
@@ -20,8 +41,26 @@ class Rules:
     Sizes that are unknown while a graph is made are tensors here.
     """
 
-    def __init__(self):
+    def __init__(self, rank: int):
         self.assertions = []
+        self._rank = rank
+        self._axes = AXES[rank]
+        self._extent = " and ".join(self._axes)  # "height and width"
+
+    def ranked(self, argument: str, tensor: tf.Tensor) -> tf.Tensor:
+        """`tensor`; one of unknown rank as one of the rank that it must have."""
+        if tensor.shape.rank is not None:
+            return tensor
+        expected = self._rank + 2
+        assertion = tf.raw_ops.Assert(
+            condition=tf.equal(tf.rank(tensor), expected),
+            data=[f"{argument} must have rank {expected}; received shape ", tf.shape(tensor)],
+            name=argument,
+        )
+        with tf.control_dependencies([assertion]):
+            tensor = tf.identity(tensor)
+        tensor.set_shape([None] * expected)
+        return tensor
 
     def check(
         self,
@@ -37,78 +76,73 @@ class Rules:
     ) -> list[int | None]:
         """Checks everything, and returns the shape of the output.
 
-        `kernel_size` is (h, w) where there are no filters.
+        `kernel_size` has the kernel's sizes where there are no filters.
         """
-        strides = self._height_and_width("strides", strides, data_format)
-        dilations = self._height_and_width("dilations", dilations, data_format)
+        # tf.nn.conv1d has a stride where tf.nn.conv2d has strides.
+        strides = self._per_axis("stride" if self._rank == 1 else "strides", strides, data_format)
+        dilations = self._per_axis("dilations", dilations, data_format)
         pads = self._pads(padding, explicit_paddings, data_format)
         self._check_range("deform_groups", 1, [deform_groups], deform_groups)
         if kernel_size is not None:
             self._check_range("kernel_size", 1, kernel_size, tuple(kernel_size))
         shapes = {
-            name: self._native_shape(name, tensor, "NHWC" if name == "filters" else data_format)
+            name: self._native_shape(name, tensor, "C" if name == "filters" else data_format)
             for name, tensor in tensors.items()
         }
-        batch, in_h, in_w, channels = shapes["input"]
+        batch, *in_sizes, channels = shapes["input"]
         if kernel_size is None:
             kernel_argument = "filters"
-            kernel_h, kernel_w, group_channels, out_channels = shapes["filters"]
-            self._check_filters(kernel_h, kernel_w, group_channels, out_channels)
+            *kernel, group_channels, out_channels = shapes["filters"]
+            self._check_filters(kernel, group_channels, out_channels)
         else:
-            kernel_argument = "kernel_size"
-            (kernel_h, kernel_w), group_channels, out_channels = kernel_size, 1, channels
+            kernel_argument, kernel, out_channels = "kernel_size", kernel_size, channels
         self._check_channels(channels, deform_groups)
         if kernel_size is None:
             self._check_groups(channels, group_channels, out_channels)
-        output = [
-            batch,
-            self._out_size(
-                "height", in_h, kernel_h, strides[0], dilations[0], pads[0], kernel_argument
-            ),
-            self._out_size(
-                "width", in_w, kernel_w, strides[1], dilations[1], pads[1], kernel_argument
-            ),
-        ]
+        axes = zip(self._axes, in_sizes, kernel, strides, dilations, pads, strict=True)
+        output = [batch, *(self._out_size(*axis, kernel_argument) for axis in axes)]
         for name in ("offset", "mask", "weights"):
             if name in shapes:
-                rule, factor = ("2 * ", 2) if name == "offset" else ("", 1)
+                factor = self._rank if name == "offset" else 1
                 *place, found = shapes[name]
                 self._check_place(name, place, output)
-                expected = factor * deform_groups * kernel_h * kernel_w
+                expected = factor * deform_groups * math.prod(kernel)
                 self._require(
                     _equal(found, expected),
-                    *(name, f" {_has(name)} ", found, " channels; ", rule, "deform_groups * "),
-                    *(kernel_h, " * ", kernel_w, " = ", expected, " expected"),
+                    *(name, f" {_has(name)} ", found, " channels; "),
+                    f"{factor} * deform_groups * " if factor > 1 else "deform_groups * ",
+                    *(*_between(" * ", kernel), " = ", expected, " expected"),
                 )
                 # What the input does not tell, the offset may.
                 output = [
-                    size if tf.is_tensor(other) else other
+                    size if _is_tensor(other) else other
                     for size, other in zip(output, place, strict=True)
                 ]
-        shape = [None if tf.is_tensor(size) else size for size in (*output, out_channels)]
-        return shape if data_format == "NHWC" else [shape[axis] for axis in (0, 3, 1, 2)]
+        batch, *out_sizes, out_channels = (
+            None if _is_tensor(size) else size for size in (*output, out_channels)
+        )
+        if data_format.endswith("C"):
+            return [batch, *out_sizes, out_channels]
+        return [batch, out_channels, *out_sizes]
 
     def check_depthwise(self, input, filters, data_format) -> list:
         """Checks that depthwise filters fit the input's channels; returns their sizes."""
-        input, filters = of_known_rank("input", input), of_known_rank("filters", filters)
         *_, channels = self._native_shape("input", input, data_format)
-        kernel_h, kernel_w, filter_channels, multiplier = self._native_shape(
-            "filters", filters, "NHWC"
-        )
+        *kernel, filter_channels, multiplier = self._native_shape("filters", filters, "C")
         self._require(
             _equal(filter_channels, channels),
             *("filters have ", filter_channels, " channels in [KH, KW, C, M]; the input's "),
             *(channels, " expected"),
         )
-        channels = filter_channels if tf.is_tensor(channels) else channels
-        return [kernel_h, kernel_w, channels, multiplier]
+        channels = filter_channels if _is_tensor(channels) else channels
+        return [*kernel, channels, multiplier]
 
     def _require(self, holds, *message) -> None:
         """Raises, or has the graph raise, where a rule does not hold."""
-        if tf.is_tensor(holds):
+        if _is_tensor(holds):
             self.assertions.append(tf.debugging.Assert(holds, list(message)))
         elif not holds:
-            text = "".join("?" if tf.is_tensor(part) else str(part) for part in message)
+            text = "".join("?" if _is_tensor(part) else str(part) for part in message)
             if tf.executing_eagerly():
                 raise tf.errors.InvalidArgumentError(None, None, text)
             raise ValueError(text)
@@ -119,42 +153,45 @@ class Rules:
             f"{argument} must be from {least} to {MAX_EXTENT}; received {received}",
         )
 
-    def _height_and_width(self, argument, values, data_format) -> tuple[int, int]:
-        batch, h, w, channels = _native(values, data_format)
+    def _per_axis(self, argument, values, data_format) -> list[int]:
+        batch, *axes, channels = _native(values, data_format)
         self._require(
             batch == channels == 1,
-            f"{argument} must be 4 numbers, 1 for batch and channels; received {values}",
+            f"{argument} must be {self._rank + 2} numbers, 1 for batch and channels; received "
+            f"{values}",
         )
-        self._check_range(argument, 1, (h, w), (h, w))
-        return h, w
+        self._check_range(argument, 1, axes, tuple(axes) if len(axes) > 1 else axes[0])
+        return axes
 
     def _pads(self, padding, explicit, data_format) -> list[tuple[int, int] | None]:
-        """Padding before and after, of height and width; None for "SAME"."""
+        """Padding before and after, of each axis; None for "SAME"."""
         if padding != "EXPLICIT":
-            return [None if padding == "SAME" else (0, 0)] * 2
+            return [None if padding == "SAME" else (0, 0)] * self._rank
         pairs = zip(explicit[::2], explicit[1::2], strict=True)
-        batch, h, w, channels = _native(list(pairs), data_format)
+        batch, *axes, channels = _native(list(pairs), data_format)
         self._require(
             batch == channels == (0, 0),
-            f"padding must be 4 pairs of numbers, 0 for batch and channels; received {explicit}",
+            f"padding must be {self._rank + 2} pairs of numbers, 0 for batch and channels; "
+            f"received {explicit}",
         )
-        for number in (*h, *w):
+        for number in (number for pair in axes for number in pair):
             self._check_range("padding", 0, [number], number)
-        return [h, w]
+        return axes
 
     def _native_shape(self, argument, tensor, data_format) -> list:
+        expected = self._rank + 2
         self._require(
-            tensor.shape.rank == 4,
-            f"{argument} must have rank 4; received shape {tensor.shape.as_list()}",
+            tensor.shape.rank == expected,
+            f"{argument} must have rank {expected}; received shape {tensor.shape.as_list()}",
         )
         return _native(sizes(tensor), data_format)
 
-    def _check_filters(self, kernel_h, kernel_w, group_channels, out_channels) -> None:
-        for size in (kernel_h, kernel_w):
+    def _check_filters(self, kernel, group_channels, out_channels) -> None:
+        for size in kernel:
             self._require(
                 size > 0,
-                f"filters must have a height and width from 1 to {MAX_EXTENT}; received ",
-                *(kernel_h, "x", kernel_w),
+                f"filters must have a {self._extent} from 1 to {MAX_EXTENT}; received ",
+                *_between("x", kernel),
             )
         for size in (group_channels, out_channels):
             self._require(
@@ -188,7 +225,7 @@ class Rules:
             )
 
     def _out_size(self, axis, size, kernel, stride, dilation, pads, kernel_argument):
-        """The output's height or width."""
+        """The output's size along an axis."""
         extent = (kernel - 1) * dilation + 1
         self._check_extent(extent, f"{kernel_argument} and dilations: dilated kernel {axis}")
         if pads is None:
@@ -208,23 +245,24 @@ class Rules:
     def _check_extent(self, extent, name) -> None:
         # A tensor of 32 bits is no more.
         self._require(
-            True if tf.is_tensor(extent) else extent <= MAX_EXTENT, f"{name} {extent} is too large"
+            True if _is_tensor(extent) else extent <= MAX_EXTENT, f"{name} {extent} is too large"
         )
 
     def _check_place(self, argument, place, output) -> None:
-        """Checks the batch size, height and width of offset or mask."""
-        batch, h, w = place
-        expected_batch, out_h, out_w = output
+        """Checks the batch size and the sizes along the axes of offset or mask."""
+        batch, *found = place
+        expected_batch, *out = output
+        those = "those" if self._rank > 1 else "that"
         self._require(
             _equal(batch, expected_batch),
             *(argument, f" {_has(argument)} batch size ", batch, "; that of input, "),
             *(expected_batch, ", expected"),
         )
-        for size, expected in ((h, out_h), (w, out_w)):
+        for size, expected in zip(found, out, strict=True):
             self._require(
                 _equal(size, expected),
-                *(argument, f" {_has(argument)} height and width ", h, "x", w),
-                *("; those of the output, ", out_h, "x", out_w, ", expected"),
+                *(argument, f" {_has(argument)} {self._extent} ", *_between("x", found)),
+                *(f"; {those} of the output, ", *_between("x", out), ", expected"),
             )
 
 
@@ -232,11 +270,24 @@ def _has(argument: str) -> str:
     return "have" if argument == "weights" else "has"
 
 
+def _is_tensor(size) -> bool:
+    return isinstance(size, tf.Tensor)  # tf.is_tensor takes as long as an op
+
+
 def _native(values, data_format) -> list:
-    """Four values in the order NHWC."""
-    return [values[axis] for axis in ((0, 1, 2, 3) if data_format == "NHWC" else (0, 2, 3, 1))]
+    """Values of all dimensions, with that of the channels last."""
+    if data_format.endswith("C"):
+        return list(values)
+    batch, channels, *axes = values
+    return [batch, *axes, channels]
+
+
+def _between(separator: str, values) -> list:
+    """The values, and separators between them."""
+    first, *others = values
+    return [first, *(part for value in others for part in (separator, value))]
 
 
 def _equal(size, other):
     # In graphs of version 1, == compares tensors as objects.
-    return tf.equal(size, other) if tf.is_tensor(size) or tf.is_tensor(other) else size == other
+    return tf.equal(size, other) if _is_tensor(size) or _is_tensor(other) else size == other

@@ -1,21 +1,23 @@
-"""What layers share that compute where they sample their images."""
+"""What layers share that compute where they sample their inputs."""
 
 import keras
 import tensorflow as tf
 
-from ._arguments import shown
+from ._arguments import DATA_FORMATS, LETTERS, shown
 from ._layer_arguments import boolean, dtype_policy, one_of, tensor
 
-DATA_FORMATS = {"channels_last": "NHWC", "channels_first": "NCHW"}
+_KERAS_FORMATS = ("channels_last", "channels_first")
+_INPUTS = {1: "sequences", 2: "images"}
 _COMPUTE_DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
 class SamplingLayer:
     """The part of a layer that is about its offsets and masks; it stands before Keras's class.
 
-    The layer has `data_format` and `deform_groups`, as its first `input_spec` that of its images,
-    `own_offsets` if it may be without, and `_samples`, the number of its samples for each output
-    position. It defines `_offset_parts`, `_offset` and `_mask`.
+    The layer has `rank` axes, `data_format` and `deform_groups`, as its first `input_spec` that of
+    its images (in one dimension, sequences), `own_offsets` if it may be without, and `_samples`,
+    the number of its samples for each output position. It defines `_offset_parts`, `_offset` and
+    `_mask`.
     """
 
     own_offsets = True
@@ -42,7 +44,7 @@ class SamplingLayer:
             keywords["dtype"] = dtype_policy(keywords["dtype"])
         if data_format is None:
             return None
-        return one_of(data_format, "data_format", tuple(DATA_FORMATS))
+        return one_of(data_format, "data_format", _KERAS_FORMATS)
 
     def _check_compute_dtype(self) -> None:
         if self.compute_dtype not in _COMPUTE_DTYPES:
@@ -59,15 +61,19 @@ class SamplingLayer:
     def _channel_axis(self) -> int:
         return -1 if self.data_format == "channels_last" else 1
 
+    @property
+    def _tensorflow_format(self) -> str:
+        return DATA_FORMATS[self.rank][_KERAS_FORMATS.index(self.data_format)]
+
     def _to_channels_last(self, images):
         if self.data_format == "channels_last":
             return images
-        return keras.ops.transpose(images, (0, 2, 3, 1))
+        return keras.ops.transpose(images, (0, *range(2, self.rank + 2), 1))
 
     def _from_channels_last(self, images):
         if self.data_format == "channels_last":
             return images
-        return keras.ops.transpose(images, (0, 3, 1, 2))
+        return keras.ops.transpose(images, (0, self.rank + 1, *range(1, self.rank + 1)))
 
     # --- What is trained ---
 
@@ -120,9 +126,13 @@ class SamplingLayer:
     def _check_images(self, shape) -> None:
         """Checks the shape of images as Keras does in calls of the layer."""
         shape = tf.TensorShape(shape)
-        order = "[N, H, W, C]" if self.data_format == "channels_last" else "[N, C, H, W]"
-        if shape.rank != 4:
-            raise ValueError(f"inputs must be images, {order}. Received: shape {shape}")
+        axes = LETTERS[self.rank]
+        order = f"N{axes}C" if self.data_format == "channels_last" else f"NC{axes}"
+        order = f"[{', '.join(order)}]"
+        if shape.rank != self.rank + 2:
+            raise ValueError(
+                f"inputs must be {_INPUTS[self.rank]}, {order}. Received: shape {shape}"
+            )
         channels = self.input_spec[0].axes[self._channel_axis]
         if channels is not None and shape[self._channel_axis] != channels:
             raise ValueError(
@@ -152,7 +162,7 @@ class SamplingLayer:
         if returns == "outputs":
             return super().compute_output_spec(inputs, *args, **kwargs)
         shape = list(self.compute_output_shape(tuple(inputs.shape)))
-        shape[self._channel_axis] = self._samples * (2 if returns == "offset" else 1)
+        shape[self._channel_axis] = self._samples * (self.rank if returns == "offset" else 1)
         return keras.KerasTensor(shape, dtype=self._offset_dtype)
 
     def _prediction(self, returns: str, inputs):

@@ -8,10 +8,14 @@ from fnmatch import fnmatchcase
 import keras
 
 from ._arguments import shown
-from .layers import DeformableConv2D
+from .layers import DeformableConv1D, DeformableConv2D
 
 __all__ = ["deformable"]
 
+_DEFORMABLE = {
+    keras.layers.Conv1D: DeformableConv1D,
+    keras.layers.Conv2D: DeformableConv2D,
+}
 _OPTIONS = (
     "deform_groups",
     "modulated",
@@ -26,7 +30,7 @@ def deformable(
     layers: str | Sequence[str] | Callable[[keras.layers.Layer], bool] | None = None,
     **options,
 ) -> keras.Model:
-    """Copies `model` with `DeformableConv2D` layers in place of `Conv2D` layers.
+    """Copies `model` with deformable layers in place of `Conv2D` and `Conv1D` layers.
 
     The copy has the names, weights, dtype policies and trainable flags of the model, and computes
     what the model does until its offsets are trained (unless `options` have it start elsewhere).
@@ -40,16 +44,16 @@ def deformable(
       model: a built Functional or Sequential model.
       layers: which layers become deformable: a name or a pattern such as "conv5_*_2_conv", a
         sequence of these, or a function that is given a layer and says whether; None for every
-        `Conv2D` with a kernel larger than 1x1.
-      **options: arguments of `DeformableConv2D`: `deform_groups`, `modulated`, `mask_scale`,
-        `offset_kernel_initializer`, `offset_trainable`.
+        `Conv2D` with a kernel larger than 1x1, and every `Conv1D` with one larger than 1.
+      **options: arguments of `DeformableConv2D` and `DeformableConv1D`: `deform_groups`,
+        `modulated`, `mask_scale`, `offset_kernel_initializer`, `offset_trainable`.
 
     Returns:
       A new model, of the class that `keras.models.clone_model` gives.
 
     Raises:
       ValueError: `model` is another kind of model, or of Keras 2; `layers` choose no layer, or one
-        that is not a `Conv2D`; or an option does not fit.
+        that is neither a `Conv2D` nor a `Conv1D`; or an option does not fit.
 
     Example:
       >>> model = keras.applications.ResNet50()
@@ -72,7 +76,7 @@ def deformable(
         config = layer.get_config()
         if any(layer is one for one in chosen):
             try:
-                return DeformableConv2D.from_config({**config, **options})
+                return _DEFORMABLE[type(layer)].from_config({**config, **options})
             except TypeError as error:
                 # Keras puts the layer's own error into a longer one.
                 own = error.__context__
@@ -110,7 +114,7 @@ def _descendants(model: keras.Model) -> Iterator[keras.layers.Layer]:
 
 def _choose(layers, candidates: list[keras.layers.Layer]) -> list[keras.layers.Layer]:
     """Those of `candidates` that the argument `layers` of `deformable` means."""
-    convolutions = [layer for layer in candidates if type(layer) is keras.layers.Conv2D]
+    convolutions = [layer for layer in candidates if type(layer) in _DEFORMABLE]
     if layers is None:
         choices = {"None": [layer for layer in convolutions if max(layer.kernel_size) > 1]}
     elif callable(layers) and not isinstance(layers, keras.layers.Layer | type):
@@ -124,14 +128,14 @@ def _choose(layers, candidates: list[keras.layers.Layer]) -> list[keras.layers.L
         if not matches:
             names = ", ".join(layer.name for layer in convolutions) or "none"
             raise ValueError(
-                f"layers must choose from the model's Conv2D layers, {names}. Received: {choice}, "
-                "which matches no layer"
+                f"layers must choose from the model's Conv1D and Conv2D layers, {names}. Received: "
+                f"{choice}, which matches no layer"
             )
         for layer in matches:
-            if type(layer) is not keras.layers.Conv2D:
+            if type(layer) not in _DEFORMABLE:
                 raise ValueError(
-                    f"layers must choose Conv2D layers only. Received: {choice}, which chooses "
-                    f"{layer.name} of type {type(layer).__name__}"
+                    f"layers must choose Conv1D and Conv2D layers only. Received: {choice}, which "
+                    f"chooses {layer.name} of type {type(layer).__name__}"
                 )
     return [layer for matches in choices.values() for layer in matches]
 
@@ -170,7 +174,7 @@ def _copy_state(
             if not isinstance(layer, keras.layers.InputLayer):
                 _copy_state(layer, target.get_layer(layer.name), offset_trainable)
         return
-    # The variables of a deformable layer are those of the Conv2D and, after them, the offsets'.
+    # The variables of a deformable layer are those of the plain one and, after them, the offsets'.
     same = type(source) is type(target)
     for variable, its_copy in zip(source.variables, target.variables, strict=same):
         its_copy.assign(variable)

@@ -7,12 +7,12 @@ import wrapt
 
 from ._arguments import (
     check_filters_order,
+    check_texts,
     height_and_width,
     integer,
     padding_attributes,
     per_dimension,
-    shown,
-    to_tensor,
+    to_tensors,
 )
 from ._gradients import attributes_of, gradient_of, second_order, wanted_gradients
 from ._library import check_xla, record
@@ -28,14 +28,6 @@ from ._rules import Rules
 __all__ = ["deform_aggregate2d", "deform_conv2d", "deform_depthwise_conv2d"]
 
 _ops = getattr(record, "ops", None)  # None in a process that is in portable mode
-
-# Positions and sums are in float32 for 16-bit types, so these may have float32 offsets and masks.
-_OFFSET_DTYPES = {
-    tf.float32: (tf.float32,),
-    tf.float64: (tf.float64,),
-    tf.float16: (tf.float16, tf.float32),
-    tf.bfloat16: (tf.bfloat16, tf.float32),
-}
 
 
 def deform_conv2d(
@@ -107,13 +99,9 @@ def deform_conv2d(
     """
     compute = _begin(data_format, name, "deform_conv2d", deform_conv2d_portable)
     with tf.name_scope(name or "DeformConv2D"):
-        input = to_tensor(input, "input", tuple(_OFFSET_DTYPES))
-        dtype, offset_dtypes = input.dtype, _OFFSET_DTYPES[input.dtype]
-        filters = to_tensor(filters, "filters", (dtype,), hint=dtype)
-        offset = to_tensor(offset, "offset", offset_dtypes, hint=dtype)
-        masks = []
-        if mask is not None:
-            masks = [to_tensor(mask, "mask", (offset.dtype,), hint=offset.dtype)]
+        input, filters, offset, *masks = to_tensors(
+            input=input, filters=filters, offset=offset, mask=mask
+        )
         deform_groups = integer(deform_groups, "deform_groups")
         check_filters_order(input, filters, offset, deform_groups, data_format)
         return compute(
@@ -171,10 +159,9 @@ def deform_depthwise_conv2d(
       >>> deform_depthwise_conv2d(images, filters, offset).shape
       TensorShape([8, 28, 28, 32])
     """
-    _check_format_and_name(data_format, name)
+    check_texts(data_format, name)
     with tf.name_scope(name or "DeformDepthwiseConv2D"):
-        input = to_tensor(input, "input", tuple(_OFFSET_DTYPES))
-        filters = to_tensor(filters, "filters", (input.dtype,), hint=input.dtype)
+        input, filters = to_tensors(input=input, filters=filters)
         return deform_conv2d(
             input,
             _as_groups(input, filters, data_format),
@@ -184,7 +171,8 @@ def deform_depthwise_conv2d(
 
 def _as_groups(input, filters, data_format):
     """Filters [KH, KW, C, M] as those of C groups, [KH, KW, 1, C * M]."""
-    rules = Rules()
+    rules = Rules(rank=2)
+    input, filters = rules.ranked("input", input), rules.ranked("filters", filters)
     kernel_h, kernel_w, channels, multiplier = rules.check_depthwise(input, filters, data_format)
     with tf.control_dependencies(rules.assertions):
         return tf.reshape(filters, [kernel_h, kernel_w, 1, channels * multiplier])
@@ -253,9 +241,7 @@ def deform_aggregate2d(
     """
     compute = _begin(data_format, name, "deform_aggregate2d", deform_aggregate2d_portable)
     with tf.name_scope(name or "DeformAggregate2D"):
-        input = to_tensor(input, "input", tuple(_OFFSET_DTYPES))
-        offset = to_tensor(offset, "offset", _OFFSET_DTYPES[input.dtype], hint=input.dtype)
-        weights = to_tensor(weights, "weights", (offset.dtype,), hint=offset.dtype)
+        input, offset, weights = to_tensors(input=input, offset=offset, weights=weights)
         deform_groups = integer(deform_groups, "deform_groups")
         return compute(
             input=input,
@@ -269,16 +255,9 @@ def deform_aggregate2d(
 # --- What the functions do alike ---
 
 
-def _check_format_and_name(data_format, name) -> None:
-    if not isinstance(data_format, str) or data_format not in ("NHWC", "NCHW"):
-        raise ValueError(f"data_format must be 'NHWC' or 'NCHW'; received {shown(data_format)}")
-    if not isinstance(name, str | None):
-        raise ValueError(f"name must be a string or None; received {shown(name)}")
-
-
 def _begin(data_format, name, op: str, portable):
     """Checks what names no tensor, and returns what is to compute: the op, or `portable`."""
-    _check_format_and_name(data_format, name)
+    check_texts(data_format, name)
     if in_portable_mode():
         return portable
     check_xla()

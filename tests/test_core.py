@@ -1,5 +1,6 @@
 """What must hold of the compiled library: instruction sets, threads, symbols, the loader."""
 
+import ctypes
 import itertools
 import json
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import PROJECT
+from conftest import PROJECT, random_case, relative_error, run
 
 BUILD = PROJECT / "build"
 CORE = PROJECT / "src" / "core"
@@ -232,6 +233,83 @@ def test_fused_kernels_get_batches_of_too_many_pixels_in_parts(tmp_path):
     subprocess.run([*compiler, *options, *sources, "-o", program], check=True)
     completed = subprocess.run([program], capture_output=True, text=True, check=False)
     assert completed.returncode == 0, completed.stdout
+
+
+# --- The C interface ---
+
+
+@pytest.fixture(scope="module")
+def c_interface(tmp_path_factory):
+    library = tmp_path_factory.mktemp("c_interface") / "libdeform_conv_core_cpu.so"
+    command = [os.environ.get("CXX", "g++"), "-std=c++17", "-O1", "-shared", "-fPIC", "-pthread"]
+    command += [f"-I{PROJECT / 'src'}", CORE / "c_api" / "deform_conv2d_cpu.cc", "-o", library]
+    command += [f"-L{BUILD}", "-ldeform_conv_core", f"-Wl,-rpath,{BUILD}"]
+    subprocess.run(command, check=True)
+    loaded = ctypes.CDLL(str(library))
+    for name in ("forward", "backward"):
+        getattr(loaded, f"deform_conv2d_{name}_cpu").restype = ctypes.c_char_p
+    return loaded
+
+
+def problem_of(case, element_type):
+    """DeformConvProblem of `case`, whose padding is VALID."""
+    shapes = [case.arrays[name].shape for name in ("input", "filters", "offset", "mask")]
+    attributes = [
+        1,
+        1,
+        1,
+        1,
+        0,
+        0,
+        0,
+        0,
+        case.attributes["deform_groups"],
+        element_type,
+        0,
+        0,
+        0,
+        0,
+    ]
+    return (ctypes.c_int64 * 30)(*itertools.chain(*shapes), *attributes)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("element_type", "dtype"), [(0, np.float32), (1, np.float64)])
+def test_c_interface_computes_what_the_op_does(c_interface, element_type, dtype, threads):
+    case = random_case(np.random.default_rng(1), size=(9, 11), deform_groups=2, padding="VALID")
+    expected = {
+        key: value.numpy() for key, value in run(case.tensors(dtype), case.attributes).items()
+    }
+    arrays = {name: np.ascontiguousarray(of, dtype) for name, of in case.arrays.items()}
+    actual = {key: np.empty_like(value) for key, value in expected.items()}
+    pointers = {key: of.ctypes.data_as(ctypes.c_void_p) for key, of in (arrays | actual).items()}
+    arguments = [pointers[name] for name in ("input", "filters", "offset", "mask")]
+    gradients = [pointers[f"grad_{name}"] for name in ("input", "filters", "offset", "mask")]
+    grad_output = np.ones_like(expected["output"])
+    problem = problem_of(case, element_type)
+    assert not c_interface.deform_conv2d_forward_cpu(
+        problem, *arguments, pointers["output"], threads
+    )
+    assert not c_interface.deform_conv2d_backward_cpu(
+        problem, *arguments, grad_output.ctypes.data_as(ctypes.c_void_p), *gradients, threads
+    )
+    for key, value in expected.items():
+        assert relative_error(actual[key], value) <= 8 * np.finfo(dtype).eps, key
+
+
+@pytest.mark.parametrize(
+    ("element_type", "threads", "message"),
+    [
+        (2, 1, "element_type must be 0 or 1; received 2"),
+        (0, 0, "threads must be at least 1; received 0"),
+    ],
+)
+def test_c_interface_names_what_is_wrong(c_interface, element_type, threads, message):
+    case = random_case(np.random.default_rng(1), size=(9, 11), deform_groups=2, padding="VALID")
+    error = c_interface.deform_conv2d_forward_cpu(
+        problem_of(case, element_type), None, None, None, None, None, threads
+    )
+    assert error.decode() == message
 
 
 # --- The sources ---

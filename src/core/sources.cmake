@@ -53,7 +53,11 @@ set(CORE_CUDA_SM90_SOURCES
   cuda/sm90/region_scatter.cu
 )
 
-# The CUDA half behind a C interface.
+# The halves behind a C interface.
+set(CORE_CPU_C_API_SOURCES
+  c_api/deform_conv2d_cpu.cc
+)
+
 set(CORE_C_API_SOURCES
   c_api/deform_conv2d_cuda.cc
 )

@@ -7,7 +7,7 @@
 #include "core/cpu/threads.h"
 #include "tensorflow/core/platform/threadpool.h"
 #include "tf/deform_conv2d_kernels.h"
-#include "tf/shared_work.h"
+#include "core/cpu/shared_work.h"
 
 namespace deform_conv {
 namespace {

@@ -21,7 +21,6 @@ add_library(fuzz_common OBJECT EXCLUDE_FROM_ALL ${fuzz_dir}/driver.cc ${fuzz_dir
 target_include_directories(fuzz_common PRIVATE src ${fuzz_dir})
 target_compile_options(fuzz_common PRIVATE ${warnings} -O3)
 
-find_package(Threads REQUIRED)
 add_executable(fuzz_core EXCLUDE_FROM_ALL ${fuzz_dir}/core.cc ${fuzz_dir}/core_layout.cc
                ${fuzz_dir}/core_sizes.cc ${fuzz_dir}/allocations.cc $<TARGET_OBJECTS:fuzz_common>
                $<TARGET_OBJECTS:core> ${CPU_KERNEL_OBJECTS})

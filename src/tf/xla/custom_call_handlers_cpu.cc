@@ -2,7 +2,7 @@
 
 #include <utility>
 
-#include "tf/shared_work.h"
+#include "core/cpu/shared_work.h"
 #include "tf/xla/custom_call_handlers.h"
 
 namespace deform_conv {

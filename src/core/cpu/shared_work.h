@@ -1,7 +1,7 @@
-// Work that a pool's threads and their caller share, for TensorFlow's pool and XLA's.
+// Work that the threads of a pool and their caller share: of TensorFlow, XLA or the C interface.
 
-#ifndef DEFORM_CONV_TF_SHARED_WORK_H_
-#define DEFORM_CONV_TF_SHARED_WORK_H_
+#ifndef DEFORM_CONV_CORE_CPU_SHARED_WORK_H_
+#define DEFORM_CONV_CORE_CPU_SHARED_WORK_H_
 
 #include <algorithm>
 #include <atomic>
@@ -64,4 +64,4 @@ CpuThreads ThreadsOf(Pool* pool, int64_t threads) {
 
 }  // namespace deform_conv
 
-#endif  // DEFORM_CONV_TF_SHARED_WORK_H_
+#endif  // DEFORM_CONV_CORE_CPU_SHARED_WORK_H_
