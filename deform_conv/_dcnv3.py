@@ -60,7 +60,7 @@ def from_dcnv3_offset(
             f"remove_center needs a kernel of odd height and width; received {kernel_h}x{kernel_w}"
         )
     offset, weights = (tf.convert_to_tensor(tensor) for tensor in (offset, weights))
-    grid = _centered_grid(kernel_size, dilations).reshape(-1)
+    grid = centered_grid(kernel_size, dilations).reshape(-1)
     shift = tf.constant(np.tile((offset_scale - 1) * grid, groups), offset.dtype)
     scaled = tf.cast(offset_scale, offset.dtype) * offset
     outside = offset.dtype.min  # finite, for those who look for infinities
@@ -68,7 +68,7 @@ def from_dcnv3_offset(
     return moved + shift, _reordered(weights, kernel_size, groups, 1, 0 if remove_center else None)
 
 
-def _centered_grid(kernel_size, dilations) -> np.ndarray:
+def centered_grid(kernel_size, dilations) -> np.ndarray:
     """(dy, dx) of each tap from the centre, `[KH, KW, 2]`."""
     h, w = (
         np.arange(size) * dilation - (size - 1) * dilation // 2

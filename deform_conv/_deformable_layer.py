@@ -7,13 +7,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from ._arguments import AXES, DATA_FORMATS, LETTERS, shown
+from ._arguments import AXES, shown
 from ._extended_convolution import ExtendedConvolution
 from ._layer_arguments import (
     boolean,
-    dtype_policy,
     keras_object,
-    one_of,
     per_axis,
     positive_integer,
     positive_number,
@@ -23,16 +21,14 @@ from ._library import xla_kernels_loaded
 from ._offset_convolution import OffsetConv1D, OffsetConv2D
 from ._one_dimension import deform_conv1d
 from ._plain_weights import choose_weights
+from ._sampling_layer import SamplingLayer
 from .ops import deform_conv2d
 
-_KERAS_FORMATS = ("channels_last", "channels_first")
-_COMPUTE_DTYPES = ("float32", "float64", "float16", "bfloat16")
 _OPERATIONS = {1: deform_conv1d, 2: deform_conv2d}
 _OFFSET_CONVOLUTIONS = {1: OffsetConv1D, 2: OffsetConv2D}
-_INPUTS = {1: "sequences", 2: "images"}
 
 
-class DeformableConvolution(ExtendedConvolution):
+class DeformableConvolution(SamplingLayer, ExtendedConvolution):
     """A deformable layer, beside a class of Keras. `rank` is the number of its inputs' axes.
 
     Its arguments are in the docstrings of `DeformableConv1D` and `DeformableConv2D`.
@@ -65,13 +61,10 @@ class DeformableConvolution(ExtendedConvolution):
         own_offsets=True,
         **kwargs,
     ):
-        if data_format is not None:
-            data_format = one_of(data_format, "data_format", _KERAS_FORMATS)
+        data_format = self._checked(data_format, kwargs)
         # None and numbers too, as in Keras: deformable() copies models that have them.
         if isinstance(use_bias, int | None):
             use_bias = bool(use_bias)
-        if kwargs.get("dtype") is not None:
-            kwargs["dtype"] = dtype_policy(kwargs["dtype"])
         # Keras takes much for these that it fails on later, or names no argument.
         super().__init__(
             filters=positive_integer(filters, "filters"),
@@ -92,11 +85,7 @@ class DeformableConvolution(ExtendedConvolution):
             bias_constraint=keras_object(bias_constraint, "bias_constraint"),
             **kwargs,
         )
-        if self.compute_dtype not in _COMPUTE_DTYPES:
-            raise ValueError(
-                f"dtype must be one of {', '.join(_COMPUTE_DTYPES)}, or a policy that computes in "
-                f"one of them. Received: {shown(self.dtype_policy.name)}"
-            )
+        self._check_compute_dtype()
         self.deform_groups = positive_integer(deform_groups, "deform_groups")
         self.modulated = boolean(modulated, "modulated")
         self.mask_scale = positive_number(mask_scale, "mask_scale")
@@ -146,16 +135,8 @@ class DeformableConvolution(ExtendedConvolution):
         )
 
     @property
-    def _offset_dtype(self) -> str:
-        return "float64" if self.compute_dtype == "float64" else "float32"
-
-    @property
-    def _channel_axis(self) -> int:
-        return -1 if self.data_format == "channels_last" else 1
-
-    @property
-    def _tensorflow_format(self) -> str:
-        return DATA_FORMATS[self.rank][_KERAS_FORMATS.index(self.data_format)]
+    def _offset_parts(self):
+        return [part for part in (self.offset_conv, self.mask_conv) if part is not None]
 
     def _specify_inputs(self, channels: int | None) -> None:
         """Has Keras check the number of inputs and their channels in every call."""
@@ -167,57 +148,18 @@ class DeformableConvolution(ExtendedConvolution):
             for count in per_input
         ]
 
-    @property
-    def offset_trainable(self) -> bool:
-        """Whether `offset_conv` and `mask_conv` are trained; setting `trainable` sets it too."""
-        return self.own_offsets and self.offset_conv.trainable
-
-    @offset_trainable.setter
-    def offset_trainable(self, value: bool) -> None:
-        value = boolean(value, "offset_trainable")
-        if value and not self.own_offsets:
-            raise ValueError(
-                "offset_trainable must be False where own_offsets is: the layer has no offset "
-                f"convolution. Received: {value}"
-            )
-        for convolution in filter(None, (self.offset_conv, self.mask_conv)):
-            convolution.trainable = value
-
-    # In Keras a layer whose `trainable` is False has no trainable variables; here, offsets may be.
-
-    @property
-    def trainable_variables(self):
-        return [variable for variable in self.variables if variable.trainable]
-
-    @property
-    def non_trainable_variables(self):
-        return [variable for variable in self.variables if not variable.trainable]
-
-    trainable_weights = trainable_variables
-    non_trainable_weights = non_trainable_variables
-
     def build(self, input_shape):
         image_shape = _shapes(input_shape)[0]
-        self._check_images(image_shape)
-        channels = image_shape[self._channel_axis]
-        if channels is None:
-            raise ValueError(
-                f"inputs must have a known number of channels. Received: shape {image_shape}"
-            )
-        if channels % self.deform_groups != 0:
-            raise ValueError(
-                f"deform_groups must divide the number of input channels, {channels}. "
-                f"Received: {self.deform_groups}"
-            )
+        channels = self._channels_of(image_shape)
         super().build(image_shape)
         self._specify_inputs(channels)
-        for convolution in filter(None, (self.offset_conv, self.mask_conv)):
+        for convolution in self._offset_parts:
             convolution.build((None,) * (self.rank + 1) + (channels,))
 
     def load_own_variables(self, store):
         """Loads the kernel and the bias, also of a plain layer of the same name."""
         plain = choose_weights(store, self.name, f"Conv{self.rank}D")
-        for convolution in filter(None, (self.offset_conv, self.mask_conv)):
+        for convolution in self._offset_parts:
             convolution.keeps_weights = plain
         super().load_own_variables(store)
 
@@ -258,26 +200,6 @@ class DeformableConvolution(ExtendedConvolution):
         """
         return self._prediction("mask", inputs)
 
-    # Keras saves a model as calls of its layers, with their arguments. So the offsets and masks of
-    # a model are calls of this layer with an argument. They go past Keras's own __call__, which
-    # would regularize them as if they were the layer's activity.
-
-    def __call__(self, inputs, *args, returns="outputs", **kwargs):
-        if not isinstance(returns, str) or returns not in ("outputs", "offset", "mask"):
-            raise ValueError(
-                f"returns must be 'outputs', 'offset' or 'mask'. Received: {shown(returns)}"
-            )
-        if returns != "outputs":
-            return self._prediction(returns, inputs)
-        return super().__call__(self._tensors(inputs), *args, **kwargs)
-
-    def compute_output_spec(self, inputs, *args, returns="outputs", **kwargs):
-        if returns == "outputs":
-            return super().compute_output_spec(inputs, *args, **kwargs)
-        shape = list(super().compute_output_shape(tuple(inputs.shape)))
-        shape[self._channel_axis] = self._samples * (self.rank if returns == "offset" else 1)
-        return keras.KerasTensor(shape, dtype=self._offset_dtype)
-
     def _tensors(self, inputs):
         """The layer's inputs as tensors of numbers, symbolic or not."""
         if self.own_offsets:
@@ -291,22 +213,6 @@ class DeformableConvolution(ExtendedConvolution):
             )
         return [tensor(value, name) for value, name in zip(given, names, strict=True)]
 
-    def _check_images(self, shape) -> None:
-        """Checks the shape of images as Keras does in calls of the layer."""
-        shape = tf.TensorShape(shape)
-        axes = LETTERS[self.rank]
-        order = f"N{axes}C" if self.data_format == "channels_last" else f"NC{axes}"
-        order = f"[{', '.join(order)}]"
-        if shape.rank != self.rank + 2:
-            raise ValueError(
-                f"inputs must be {_INPUTS[self.rank]}, {order}. Received: shape {shape}"
-            )
-        channels = self.input_spec[0].axes[self._channel_axis]
-        if channels is not None and shape[self._channel_axis] != channels:
-            raise ValueError(
-                f"inputs must have {channels} channels, {order}. Received: shape {shape}"
-            )
-
     def _prediction(self, returns: str, inputs):
         """What `offset` or `mask` return."""
         if returns == "mask" and not self.modulated:
@@ -316,14 +222,12 @@ class DeformableConvolution(ExtendedConvolution):
                 f"own_offsets must be True for {self.name} to compute offsets and masks. "
                 f"Received: {self.own_offsets}"
             )
-        inputs = tensor(inputs, "inputs")
-        self._check_images(inputs.shape)
-        if not self.built:
-            self.build(tuple(inputs.shape))
-        if isinstance(inputs, keras.KerasTensor):
-            return keras.Operation.symbolic_call(self, inputs, returns=returns)
-        if returns == "offset":
-            return self._held(self._predict(self.offset_conv, inputs))
+        return super()._prediction(returns, inputs)
+
+    def _offset(self, inputs):
+        return self._held(self._predict(self.offset_conv, inputs))
+
+    def _mask(self, inputs):
         return self._scaled(self._predict(self.mask_conv, inputs))
 
     def _offset_and_mask(self, inputs):
@@ -347,11 +251,7 @@ class DeformableConvolution(ExtendedConvolution):
 
     def _predict(self, convolution, inputs):
         inputs = keras.ops.cast(inputs, self._offset_dtype)
-        if self.data_format == "channels_last":
-            return convolution(inputs)
-        axes = range(1, self.rank + 1)
-        outputs = convolution(keras.ops.transpose(inputs, (0, *(axis + 1 for axis in axes), 1)))
-        return keras.ops.transpose(outputs, (0, self.rank + 1, *axes))
+        return self._from_channels_last(convolution(self._to_channels_last(inputs)))
 
     def _held(self, offset):
         """The offsets that the layer samples with.

@@ -1,12 +1,19 @@
 """The convolutions that compute the offsets and masks of a deformable layer."""
 
 import contextvars
+import math
 
 import keras
 import tensorflow as tf
 
 from ._arguments import LETTERS, MAX_EXTENT
-from ._extended_convolution import ExtendedConv1D, ExtendedConv2D, ExtendedConvolution
+from ._extended_convolution import (
+    ExtendedConv1D,
+    ExtendedConv2D,
+    ExtendedConvolution,
+    first_of_same,
+)
+from ._parts import Part
 from ._reference import sizes
 
 # False while `deform_conv.onnx` traces a model: what empty inputs take is for TensorFlow alone, and
@@ -14,35 +21,14 @@ from ._reference import sizes
 takes_empty = contextvars.ContextVar("takes_empty", default=True)
 
 
-class OffsetConvolution(ExtendedConvolution):
-    """A convolution that is part of a layer, and "channels_last".
-
-    Keras never rounds its kernel and bias to the 16 bits of the layer around it.
-    """
+class OffsetConvolution(Part, ExtendedConvolution):
+    """A convolution that is part of a layer, and "channels_last"."""
 
     keeps_weights = False  # when a file is loaded, which has none for it
 
     def load_own_variables(self, store):
         if not self.keeps_weights:
             super().load_own_variables(store)
-
-    def add_weight(self, *args, **kwargs):
-        return super().add_weight(*args, autocast=False, **kwargs)
-
-    def __call__(self, *args, **kwargs):
-        # A model that is loaded or cloned would have one without the layer around it.
-        if any(isinstance(x, keras.KerasTensor) for x in keras.tree.flatten((args, kwargs))):
-            raise ValueError(self._is_a_part("called in a functional model"))
-        return super().__call__(*args, **kwargs)
-
-    def get_config(self):
-        raise ValueError(self._is_a_part("saved or copied"))
-
-    def _is_a_part(self, done: str) -> str:
-        return (
-            f"{self.name} cannot be {done} without the DeformableConv{self.rank}D that it is part "
-            "of: use that layer, and its methods offset() and mask()"
-        )
 
     def convolution_op(self, inputs, kernel):
         """Convolves, also where the input or the output is empty.
@@ -101,19 +87,50 @@ class OffsetConvolution(ExtendedConvolution):
         first = [0] * self.rank
         if padding == "SAME":
             axes = zip(sizes(inputs)[1:-1], self.strides, self._extents, strict=True)
-            first = [_first_of_same(*axis) for axis in axes]
+            first = [first_of_same(*axis) for axis in axes]
         axes = zip(first, self.strides, strict=True)
         return outputs[(slice(None), *(slice(start, None, stride) for start, stride in axes))]
 
 
 class OffsetConv1D(OffsetConvolution, ExtendedConv1D):
+    owner = "DeformableConv1D"
+
     def call(self, inputs):
         # Past Conv1D's own, which does not convolve by convolution_op().
         return super(keras.layers.Conv1D, self).call(inputs)
 
 
 class OffsetConv2D(OffsetConvolution, ExtendedConv2D):
-    pass
+    owner = "DeformableConv2D"
+
+
+class DepthwiseConvolution(OffsetConv2D):
+    """A convolution of each channel by itself, at every pixel, that is part of a layer.
+
+    The kernel is [KH, KW, 1, C]. It and the bias start as those of a convolution in PyTorch do.
+    """
+
+    def __init__(self, kernel_size, **kwargs):
+        limit = 1 / math.sqrt(math.prod(kernel_size))
+        super().__init__(
+            1,  # until build() knows the channels
+            kernel_size,
+            padding="same",
+            dilation_rate=(1, 1),
+            data_format="channels_last",
+            kernel_initializer=keras.initializers.RandomUniform(-limit, limit),
+            bias_initializer=keras.initializers.RandomUniform(-limit, limit),
+            **kwargs,
+        )
+
+    def build(self, input_shape):
+        self.filters = self.groups = input_shape[-1]
+        super().build(input_shape)
+
+    def _convolve(self, inputs, kernel):
+        # TensorFlow has no gradient of a grouped convolution on a CPU.
+        kernel = tf.reshape(kernel, [*self.kernel_size, self.filters, 1])
+        return tf.nn.depthwise_conv2d(inputs, kernel, [1] * 4, "SAME")
 
 
 def _pad(inputs, paddings):
@@ -123,17 +140,6 @@ def _pad(inputs, paddings):
     that is empty, and ends the process where the padding is very large.
     """
     return tf.pad(inputs, paddings, constant_values=tf.zeros([], inputs.dtype))
-
-
-def _first_of_same(size, stride: int, extent: int):
-    """Which output of stride 1 is the first of `stride`, along an axis that "same" pads.
-
-    It pads less at a larger stride, so that this one's taps start further into the image.
-    """
-    # No division of negative numbers, which rounds to 0 in ONNX.
-    padding = (size - 1) // stride * stride + extent - size
-    padding = max(padding, 0) if isinstance(size, int) else tf.maximum(padding, 0)
-    return (extent - 1) // 2 - padding // 2
 
 
 def _lack(size, extent: int, stride: int):

@@ -1,7 +1,8 @@
-"""`DeformableConv2D` and `DeformableConv1D`: deformable convolution as Keras layers."""
+"""Deformable convolution as Keras layers: of versions 1 and 2, and the modules of 3 and 4."""
 
 import keras
 
+from ._aggregation_layers import DeformableConv2DV3, DeformableConv2DV4
 from ._deformable_layer import DeformableConvolution
 from ._extended_convolution import ExtendedConv1D, ExtendedConv2D
 
@@ -11,7 +12,7 @@ if keras.backend.backend() != "tensorflow":
         "Set KERAS_BACKEND=tensorflow before Keras is imported"
     )
 
-__all__ = ["DeformableConv1D", "DeformableConv2D"]
+__all__ = ["DeformableConv1D", "DeformableConv2D", "DeformableConv2DV3", "DeformableConv2DV4"]
 
 
 @keras.saving.register_keras_serializable(package="deform_conv")

@@ -1,15 +1,14 @@
-"""`from_torch`: gives a `DeformableConv2D` the weights of a layer in PyTorch, without PyTorch."""
+"""`from_torch`: gives a layer the weights of one in PyTorch, without PyTorch."""
 
-import functools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
-from ._arguments import converting, shown
-from ._layer_arguments import height_and_width, image_padding, one_of, positive_integer
-from .layers import DeformableConv2D
+from ._arguments import shown
+from ._layer_arguments import height_and_width, one_of, positive_integer
+from ._torch_modules import load_module
+from ._torch_source import Convolution, Source, check_padding
+from .layers import DeformableConv2D, DeformableConv2DV3, DeformableConv2DV4
 
 __all__ = ["from_torch"]
 
@@ -19,11 +18,13 @@ _OFFSETS = ("conv_offset_mask", "conv_offset", "offset_conv")
 _MASKS = ("mask_conv", "modulator_conv", "conv_mask")
 _DEFORM_GROUPS = ("deform_groups", "deformable_groups", "offset_groups")
 
+_WHOSE = "one deformable convolution and, perhaps, of those of its offsets and masks"
+
 _ORDERS = ("yxyx", "xyxy", "yyxx", "xxyy")
 
 
 def from_torch(
-    layer: DeformableConv2D,
+    layer: DeformableConv2D | DeformableConv2DV3 | DeformableConv2DV4,
     source,
     *,
     offset_conv=None,
@@ -43,8 +44,13 @@ def from_torch(
     output channels, as in mmcv and DCNv2, and its mask is a sigmoid, so that the layer must have
     `mask_scale=1`. One without a bias becomes one with a bias of zeros.
 
+    A `DeformableConv2DV3` takes InternImage's module DCNv3, or its state dict, and a
+    `DeformableConv2DV4` FlashInternImage's module DCNv4. The parameters have their names in the
+    published code. The channels of offsets and masks are brought into the order of
+    `deform_aggregate2d`. Of the arguments below, `source` and `prefix` are for these layers too.
+
     Args:
-      layer: a `DeformableConv2D`.
+      layer: a `DeformableConv2D`, `DeformableConv2DV3` or `DeformableConv2DV4`.
       source: a module, such as `torchvision.ops.DeformConv2d` or mmcv's
         `ModulatedDeformConv2dPack`, whose stride, padding, dilation and groups are compared with
         those of the layer; or a state dict of tensors or arrays; or a pair (weight, bias), with
@@ -68,14 +74,32 @@ def from_torch(
       >>> layer = DeformableConv2D(128, 3, strides=2, padding=1)
       >>> from_torch(layer, theirs, offset_conv=offsets)
     """
-    if not isinstance(layer, DeformableConv2D):
-        raise ValueError(f"layer must be a DeformableConv2D. Received: {shown(layer)}")
+    if not isinstance(layer, DeformableConv2D | DeformableConv2DV3 | DeformableConv2DV4):
+        raise ValueError(
+            "layer must be a DeformableConv2D, DeformableConv2DV3 or DeformableConv2DV4. "
+            f"Received: {shown(layer)}"
+        )
     offset_order = one_of(offset_order, "offset_order", _ORDERS)
-    source = _Source(source, "source", prefix)
+    source = Source(source, "source", prefix)
+    if not isinstance(layer, DeformableConv2D):
+        given = {"offset_conv": offset_conv, "mask_conv": mask_conv}
+        for argument, value in given.items():
+            if value is not None:
+                raise ValueError(
+                    f"{argument} must be None for a {type(layer).__name__}: its module has all in "
+                    f"it. Received: {shown(value)}"
+                )
+        if offset_order != _ORDERS[0]:
+            raise ValueError(
+                f"offset_order must be {_ORDERS[0]!r} for a {type(layer).__name__}: its module has "
+                f"an order of its own. Received: {shown(offset_order)}"
+            )
+        load_module(layer, source)
+        return
     convolution = source.convolution(_KERNELS)
     offsets = _found_or_given(source.take(_OFFSETS), "offset_conv", offset_conv)
     masks = _found_or_given(source.take(_MASKS), "mask_conv", mask_conv)
-    source.check_all_taken()
+    source.check_all_taken(_WHOSE)
 
     group_channels = layer.kernel.shape[2] if layer.built else convolution.weight.shape[1]
     channels = group_channels * layer.groups
@@ -103,110 +127,7 @@ def from_torch(
             target.bias.assign(np.zeros(target.filters) if part.bias is None else part.bias)
 
 
-@dataclass(frozen=True, eq=False)
-class _Part:
-    """A convolution of PyTorch."""
-
-    name: str  # for messages
-    weight: np.ndarray  # [O, I, H, W]
-    bias: np.ndarray | None
-    module: Any  # None of a state dict or a pair
-
-    def rows(self, index) -> "_Part":
-        """The convolution of some of the output channels."""
-        bias = None if self.bias is None else self.bias[index]
-        return replace(self, weight=self.weight[index], bias=bias)
-
-
-class _Source:
-    """The convolutions in what was given, until they are taken."""
-
-    def __init__(self, value, argument: str, prefix: str = ""):
-        if not isinstance(prefix, str):
-            raise ValueError(f"prefix must be a string. Received: {shown(prefix)}")
-        prefix = prefix.strip(".")
-        self._module = None
-        self._name = f"{argument}.{prefix}" if prefix else argument
-        if callable(getattr(value, "state_dict", None)) and not isinstance(value, type):
-            self._module = self._submodule(value, prefix)
-            tensors = self._module.state_dict()
-        elif isinstance(value, Mapping):
-            start = f"{prefix}." if prefix else ""
-            tensors = {
-                key[len(start) :]: tensor
-                for key, tensor in value.items()
-                if isinstance(key, str) and key.startswith(start)
-            }
-        elif isinstance(value, tuple | list) and len(value) == 2 and not prefix:
-            tensors = dict(zip(("weight", "bias"), value, strict=True))
-        else:
-            raise ValueError(
-                f"{argument} must be a module or a state dict of PyTorch, or, without a prefix, a "
-                f"pair (weight, bias). Received: {shown(value)}"
-            )
-        self._tensors = {key: tensor for key, tensor in tensors.items() if tensor is not None}
-
-    def take(self, names: Sequence[str]) -> _Part | None:
-        """The convolution with the first of `names` that there is."""
-        for name in names:
-            start = f"{name}." if name else ""
-            if f"{start}weight" in self._tensors:
-                return _Part(
-                    f"{self._name}.{name}" if name else self._name,
-                    _array(self._tensors.pop(f"{start}weight"), f"{self._name}.{start}weight", 4),
-                    _array(self._tensors.pop(f"{start}bias", None), f"{self._name}.{start}bias", 1),
-                    self._module and self._submodule(self._module, name),
-                )
-        return None
-
-    def convolution(self, names: Sequence[str]) -> _Part:
-        part = self.take(names)
-        if part is None:
-            keys = " or ".join(".".join(filter(None, (name, "weight"))) for name in names)
-            raise ValueError(f"{self._name} must have the key {keys}. Received: {self._keys()}")
-        return part
-
-    def check_all_taken(self) -> None:
-        if self._tensors:
-            raise ValueError(
-                f"{self._name} must have the keys of one deformable convolution and, perhaps, of "
-                f"those of its offsets and masks. Received: {self._keys()} too"
-            )
-
-    def _keys(self) -> str:
-        return shown(list(self._tensors)) if self._tensors else "no keys"
-
-    def _submodule(self, module, path: str):
-        try:
-            return functools.reduce(getattr, filter(None, path.split(".")), module)
-        except AttributeError as error:
-            raise ValueError(
-                f"prefix must be the name of a submodule. Received: {shown(path)}"
-            ) from error
-
-
-def _array(tensor, name: str, rank: int) -> np.ndarray | None:
-    """A tensor of PyTorch, or what NumPy converts, in float64, which holds all floating types."""
-    if tensor is None:
-        return None
-    with converting(
-        lambda: (
-            f"{name} must be a tensor of real numbers with {rank} dimension(s). "
-            f"Received: {shown(tensor)}"
-        )
-    ):
-        if hasattr(tensor, "detach"):
-            tensor = tensor.detach().cpu()
-            if not tensor.is_floating_point():
-                raise TypeError("no type of weights")
-            tensor = tensor.double().numpy()  # NumPy has no bfloat16
-        array = np.asarray(tensor)
-        if array.ndim != rank or np.iscomplexobj(array):
-            raise TypeError("no weights of a convolution")
-        return array.astype(np.float64)
-
-
-def _found_or_given(found: _Part | None, argument: str, given) -> _Part | None:
+def _found_or_given(found: Convolution | None, argument: str, given) -> Convolution | None:
     """The convolution of the source, or the given one."""
     if given is None:
         return found
@@ -214,9 +135,9 @@ def _found_or_given(found: _Part | None, argument: str, given) -> _Part | None:
         raise ValueError(
             f"{argument} must be None, since there is {found.name}. Received: {shown(given)}"
         )
-    source = _Source(given, argument)
+    source = Source(given, argument)
     part = source.convolution(("",))
-    source.check_all_taken()
+    source.check_all_taken(_WHOSE)
     return part
 
 
@@ -265,7 +186,7 @@ def _to_yxyx(count: int, order: str) -> np.ndarray:
     return (pairs if order.startswith("y") else pairs[:, ::-1]).ravel()
 
 
-def _check(part: _Part, layer, channels: tuple[int, int], groups: int = 1) -> None:
+def _check(part: Convolution, layer, channels: tuple[int, int], groups: int = 1) -> None:
     """Raises unless `part` has these numbers of channels, (O, I), and fits the layer else."""
     shape = (*channels, *layer.kernel_size)
     if part.weight.shape != shape or (part.bias is not None and len(part.bias) != channels[0]):
@@ -292,25 +213,4 @@ def _check(part: _Part, layer, channels: tuple[int, int], groups: int = 1) -> No
         theirs = getattr(part.module, name, common)
         if theirs != common:
             raise ValueError(f"{part.name} must have {name}={common!r}. Received: {theirs!r}")
-    padding = getattr(part.module, "padding", None)
-    if padding is not None:
-        theirs = _pads(image_padding(padding), layer)
-        if theirs != _pads(layer.padding, layer):
-            raise ValueError(
-                f"padding must be that of {part.name}: construct the layer with "
-                f"padding={padding!r}. Received: {layer.padding!r}"
-            )
-
-
-def _pads(padding, layer):
-    """`padding` as ((top, bottom), (left, right)); "same" if it depends on the size of images."""
-    extents = [
-        (taps - 1) * dilation
-        for taps, dilation in zip(layer.kernel_size, layer.dilation_rate, strict=True)
-    ]
-    if padding == "valid":
-        return (0, 0), (0, 0)
-    axes = zip(extents, layer.strides, strict=True)
-    if padding == "same" and all(stride == 1 or extent == 0 for extent, stride in axes):
-        return tuple((extent // 2, extent - extent // 2) for extent in extents)
-    return padding
+    check_padding(part.name, getattr(part.module, "padding", None), layer)

@@ -1,5 +1,6 @@
 """What the tests share: golden cases, random configurations, error measures, running scripts."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -18,6 +19,7 @@ from deform_conv import deform_conv2d
 
 PROJECT = Path(__file__).resolve().parent.parent
 GOLDEN_FILE = Path(__file__).parent / "data" / "torchvision_0_29.npz"
+DCNV3_FILE = GOLDEN_FILE.with_name("dcnv3.npz")
 ARGUMENTS = ("input", "filters", "offset", "mask")
 OFFSET_ARGUMENTS = ("offset", "mask", "weights")  # in float32 beside 16-bit types
 
@@ -52,6 +54,21 @@ def device(request):
     """Runs a test on the CPU and, marked `gpu`, on a GPU."""
     with tf.device(request.param):
         yield request.param
+
+
+def dcnv3_cases() -> dict[str, dict[str, np.ndarray]]:
+    """What InternImage's reference function in PyTorch, `dcnv3_core_pytorch`, computes in float64.
+
+    Each case has config (kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h,
+    dilation_w, groups, remove_center), offset_scale, input, offset, mask, output and gradients.
+    """
+    with np.load(DCNV3_FILE) as file:
+        arrays = dict(file)
+    cases = {}
+    for key, array in arrays.items():
+        name, _, part = key.partition("/")
+        cases.setdefault(name, {})[part] = array
+    return cases
 
 
 def relative_error(actual, expected) -> float:
@@ -185,6 +202,20 @@ def random_case(
 @pytest.fixture
 def rng():
     return np.random.default_rng(20261122)
+
+
+@pytest.fixture(scope="module")
+def torch():
+    """PyTorch, which no test needs but those that compare with its own modules."""
+    if importlib.util.find_spec("torch") is None:
+        pytest.skip("needs torch")
+    # torchvision imports Triton where it is installed. Both Triton and TensorFlow contain LLVM, and
+    # the process ends if TensorFlow is the first. None stands for a package that is not installed.
+    sys.modules.setdefault("triton", None)
+    import torch
+
+    torch.manual_seed(1)
+    return torch
 
 
 def script(*arguments, check=True, stdout=subprocess.PIPE, **environment):

@@ -4,7 +4,6 @@ import contextlib
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import hypothesis
 import hypothesis.strategies as st
@@ -13,6 +12,7 @@ import pytest
 import tensorflow as tf
 from conftest import (
     PROJECT,
+    dcnv3_cases,
     in_format,
     random_case,
     relative_error,
@@ -49,17 +49,7 @@ def reference_with_ones(*args, **kwargs):
 # --- Golden cases: InternImage's reference function in PyTorch, `dcnv3_core_pytorch`, float64 ---
 
 
-def golden_cases():
-    with np.load(Path(__file__).parent / "data" / "dcnv3.npz") as file:
-        arrays = dict(file)
-    cases = {}
-    for key, array in arrays.items():
-        name, _, part = key.partition("/")
-        cases.setdefault(name, {})[part] = array
-    return cases
-
-
-GOLDEN = golden_cases()
+GOLDEN = dcnv3_cases()
 
 
 def aggregate_as_dcnv3(input, offset, mask, config, offset_scale, data_format, function):
