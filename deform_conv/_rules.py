@@ -50,19 +50,11 @@ class Rules:
         self._extent = f"{', '.join(others)} and {last}" if others else last
 
     def ranked(self, argument: str, tensor: tf.Tensor) -> tf.Tensor:
-        """`tensor`; one of unknown rank as one of the rank that it must have."""
+        """`tensor`; one of unknown rank as one whose rank is checked when the graph runs."""
         if tensor.shape.rank is not None:
             return tensor
-        expected = self._rank + 2
-        assertion = tf.raw_ops.Assert(
-            condition=tf.equal(tf.rank(tensor), expected),
-            data=[f"{argument} must have rank {expected}; received shape ", tf.shape(tensor)],
-            name=argument,
-        )
-        with tf.control_dependencies([assertion]):
-            tensor = tf.identity(tensor)
-        tensor.set_shape([None] * expected)
-        return tensor
+        # Not an assertion: TensorFlow reads sizes of what is behind it without waiting for it.
+        return tf.ensure_shape(tensor, [None] * (self._rank + 2), argument)
 
     def check(
         self,

@@ -161,5 +161,5 @@ def test_zoo_is_timed_on_the_cpu_against_tensorflows_own_convolutions(tmp_path):
     assert list(rows) == ["R50-DCNv1 dg4 c4", "DCNv3-like depthwise dg4", "odd 30 channels"]
     for times in rows.values():
         assert list(times) == list(MEASUREMENTS)
-        assert all(list(of) == ["deform_conv2d", "tf.nn.conv2d"] for of in times.values())
+        assert all(list(of)[:2] == ["deform_conv2d", "tf.nn.conv2d"] for of in times.values())
     assert "## Layers of real networks" in kept.with_suffix(".md").read_text()

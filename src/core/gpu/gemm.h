@@ -3,9 +3,11 @@
 #ifndef DEFORM_CONV_CORE_GPU_GEMM_H_
 #define DEFORM_CONV_CORE_GPU_GEMM_H_
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 
+#include "core/gpu/chunk_plan.h"
 #include "core/gpu/device.h"
 #include "core/matrix.h"
 #include "core/params.h"
@@ -42,25 +44,44 @@ inline bool BestInTurn(ElementType type, GemmForm form, int64_t groups, int64_t 
   return form == GemmForm::kTransposeA && terms > long_sum * groups;
 }
 
+// How many rows of the left factor a GEMM of a batch takes at most, where a sum is over these:
+// where float has all its precision, the errors of many additions one after the other would show.
+inline int64_t MostTerms(ElementType type, GemmForm form, const GpuDevice& device, int64_t rows) {
+  constexpr int64_t kMost = 2048;
+  const bool is_precise = type == ElementType::kFloat && !device.allow_tf32();
+  if (!is_precise || form != GemmForm::kTransposeA || rows <= kMost) return rows;
+  return PartOf(rows, kMost);
+}
+
+// The matrices of a batch from number `first` on, and of each the rows from `row` on, at most
+// `rows` of them.
+template <typename Void, typename T>
+MatrixBatch<Void> SomeOf(const MatrixBatch<T>& batch, int64_t first, int64_t row, int64_t rows) {
+  const Matrix<T>& matrix = batch.first;
+  return {{matrix.data + first * batch.distance + row * matrix.stride,
+           std::min(rows, matrix.rows - row), matrix.cols, matrix.stride},
+          batch.distance};
+}
+
 // device.Gemm() for the matrices of all groups, whose elements are T.
 template <typename T, typename Left, typename Right>
 std::string GemmOfGroups(const DeformConvParams& params, GpuDevice& device, GemmForm form,
                          const MatrixBatch<Left>& a, const MatrixBatch<Right>& b,
                          const MatrixBatch<T>& c, bool accumulate) {
   constexpr ElementType kType = ElementTypeOf<T>::value;
+  const bool is_sum_of_rows = form == GemmForm::kTransposeA;
   const bool in_turn = BestInTurn(kType, form, params.groups, a.first.rows);
   const int64_t count = in_turn ? 1 : params.groups;
+  const int64_t rows = count == 1 ? a.first.rows : MostTerms(kType, form, device, a.first.rows);
   for (int64_t group = 0; group < params.groups; group += count) {
-    const auto from_group = [group](const auto& batch, auto* untyped) {
-      const auto& [data, rows, cols, stride] = batch.first;
-      *untyped = {{data + group * batch.distance, rows, cols, stride}, batch.distance};
-    };
-    MatrixBatch<const void> left, right;
-    MatrixBatch<void> result;
-    from_group(a, &left);
-    from_group(b, &right);
-    from_group(c, &result);
-    DEFORM_CONV_RETURN_IF_ERROR(device.Gemm(kType, form, count, left, right, result, accumulate));
+    int64_t row = 0;
+    do {
+      DEFORM_CONV_RETURN_IF_ERROR(
+          device.Gemm(kType, form, count, SomeOf<const void>(a, group, row, rows),
+                      SomeOf<const void>(b, group, row, is_sum_of_rows ? rows : b.first.rows),
+                      SomeOf<void>(c, group, 0, c.first.rows), accumulate || row > 0));
+      row += rows;
+    } while (row < a.first.rows);
   }
   return "";
 }
