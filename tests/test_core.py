@@ -303,7 +303,7 @@ def test_c_interface_computes_what_the_op_does(c_interface, element_type, dtype,
     ("element_type", "threads", "message"),
     [
         (2, 1, "element_type must be 0 or 1; received 2"),
-        (0, 0, "threads must be at least 1; received 0"),
+        (0, 0, "threads must be from 1 to 1024; received 0"),
     ],
 )
 def test_c_interface_names_what_is_wrong(c_interface, element_type, threads, message):

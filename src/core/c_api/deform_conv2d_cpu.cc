@@ -1,5 +1,6 @@
 #include "core/c_api/deform_conv2d_cpu.h"
 
+#include <algorithm>
 #include <new>
 #include <string>
 
@@ -11,10 +12,11 @@
 namespace deform_conv {
 namespace {
 
+constexpr int kMostThreads = 1024;
+
 CpuThreads SomeThreads(int count) {
   ThreadPool& pool = ThreadPool::Instance();
-  pool.Grow(count - 1);
-  return ThreadsOf(&pool, count);
+  return ThreadsOf(&pool, 1 + std::min(pool.Grow(count - 1), count - 1));
 }
 
 // Runs `run(params, threads, T())` and keeps its error for the caller to read.
@@ -23,8 +25,9 @@ const char* Call(const DeformConvProblem& problem, int threads, const Run& run) 
   static thread_local std::string error;
   DeformConvParams params;
   error = ParamsOf(problem, &params);
-  if (error.empty() && threads < 1) {
-    error = "threads must be at least 1; received " + std::to_string(threads);
+  if (error.empty() && (threads < 1 || threads > kMostThreads)) {
+    error = "threads must be from 1 to " + std::to_string(kMostThreads) + "; received " +
+            std::to_string(threads);
   }
   if (!error.empty()) return error.c_str();
   try {

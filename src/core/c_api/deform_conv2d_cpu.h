@@ -10,8 +10,9 @@
 extern "C" {
 #endif
 
-// Computes on the caller's thread and `threads` - 1 others, which sleep between calls. All tensors
-// are of element type 0 or 1. Returns null, or what went wrong, valid until the thread's next call.
+// Computes on the caller's thread and `threads` - 1 others, which sleep between calls; `threads` is
+// at most 1024. All tensors are of element type 0 or 1. Returns null, or what went wrong, valid
+// until the thread's next call.
 DEFORM_CONV_API const char* deform_conv2d_forward_cpu(const DeformConvProblem* problem,
                                                       const void* input, const void* filters,
                                                       const void* offset, const void* mask,

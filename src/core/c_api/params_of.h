@@ -31,7 +31,7 @@ inline std::string ParamsOf(const DeformConvProblem& problem, DeformConvParams* 
   std::copy_n(problem.filters, 4, shapes.filters.begin());
   std::copy_n(problem.offset, 4, shapes.offset.begin());
   std::copy_n(problem.mask, 4, shapes.mask.begin());
-  shapes.has_mask = problem.mask[3] != 0;
+  shapes.has_mask = std::any_of(problem.mask, problem.mask + 4, [](int64_t n) { return n != 0; });
   shapes.has_filters = problem.filters[2] != 0 || problem.filters[3] != 0;
   for (const auto* shape : {&shapes.input, &shapes.filters, &shapes.offset, &shapes.mask}) {
     if (*std::min_element(shape->begin(), shape->end()) < 0) return "a size is negative";

@@ -3,6 +3,9 @@
 #ifndef DEFORM_CONV_CORE_C_API_THREAD_POOL_H_
 #define DEFORM_CONV_CORE_C_API_THREAD_POOL_H_
 
+#include <unistd.h>
+
+#include <atomic>
 #include <condition_variable>
 #include <deque>
 #include <functional>
@@ -14,20 +17,28 @@ namespace deform_conv {
 
 class ThreadPool {
  public:
-  // The one of this process. It is never destroyed, since its threads do not end.
+  // The one of this process. It is never destroyed, since its threads do not end. A process that
+  // was forked has none of them, and gets a pool of its own.
   static ThreadPool& Instance() {
-    static ThreadPool& pool = *new ThreadPool;
-    return pool;
+    static std::atomic<ThreadPool*> pool{nullptr};
+    ThreadPool* found = pool;
+    while (found == nullptr || found->process_ != getpid()) {
+      ThreadPool* made = new ThreadPool;
+      if (pool.compare_exchange_strong(found, made)) return *made;
+      delete made;  // another thread was first
+    }
+    return *found;
   }
 
-  // Starts threads until there are so many, or the system refuses.
-  void Grow(int threads) {
+  // Starts threads until there are so many, or the system refuses; returns how many there are.
+  int Grow(int threads) {
     const std::lock_guard<std::mutex> lock(mutex_);
     try {
       for (; threads_ < threads; ++threads_) std::thread([this] { Work(); }).detach();
     } catch (const std::system_error&) {
       // Fewer do the same work.
     }
+    return threads_;
   }
 
   // Some thread will call `function`.
@@ -57,6 +68,7 @@ class ThreadPool {
   std::condition_variable has_work_;
   std::deque<std::function<void()>> waiting_;
   int threads_ = 0;
+  const pid_t process_ = getpid();
 };
 
 }  // namespace deform_conv

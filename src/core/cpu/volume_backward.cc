@@ -28,6 +28,7 @@ class VolumeBackward {
         all_runs_(RunsOf(params)),
         runs_{all_runs_.data(), all_runs_.data() + all_runs_.size()},
         width_(params.taps() * params.in_channels),
+        packed_width_(RoundUp(params.group_out_channels(), kernels_.gemm_panel)),
         ranges_(TapRanges(params, kernels_.gemm_panel, threads.count)) {
     if (gradients.sampled.any() && params.out_positions() > 0) PackFilters(filters);
   }
@@ -36,7 +37,8 @@ class VolumeBackward {
     Zero(gradients_.sampled.input, params_.batch * params_.image_size());
     if (!add_filters) Zero(gradients_.filters, params_.filters_size());
     const int64_t positions = params_.out_positions();
-    const int64_t band = PositionsWithin<T>(params_, kVolumeTileBytes * threads_.count);
+    const int64_t band = PositionsWithin<T>(params_, params_.groups * packed_width_,
+                                            kVolumeTileBytes * threads_.count);
     samples_.resize(band * params_.mask_channels());
     columns_.resize(band * width_);
     for (int64_t begin = 0; begin < positions; begin += band) {
@@ -114,8 +116,7 @@ class VolumeBackward {
 
   // Adds what the columns bring to the filters' gradient.
   void BackpropFilters(const VolumeTile<T>& band, const Matrix<T>& columns) {
-    const int64_t group_size =
-        band.positions() * RoundUp(params_.group_out_channels(), kernels_.gemm_panel);
+    const int64_t group_size = band.positions() * packed_width_;
     packed_output_.resize(params_.groups * group_size);
     ForEachOn(threads_, params_.groups, [&](int64_t group) {
       kernels_.pack(GroupOutput(planar_, group, grad_output_, band.begin, band.end), 0,
@@ -159,7 +160,8 @@ class VolumeBackward {
   const DeformConvGradients<T>& gradients_;
   const std::vector<ChannelRun> all_runs_;
   const ChannelRuns runs_;
-  const int64_t width_;  // of a row of columns
+  const int64_t width_;         // of a row of columns
+  const int64_t packed_width_;  // of a row of a group's packed output
   const std::vector<TapRange> ranges_;
   std::vector<int64_t> range_begins_;      // within the packed filters
   WorkspaceVector<T> filters_;             // packed

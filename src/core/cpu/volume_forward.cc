@@ -52,7 +52,7 @@ void DeformConv3DForwardCpu(const DeformConv3DParams& params, const SampledTenso
   const ChannelRuns runs = {all_runs.data(), all_runs.data() + all_runs.size()};
   const PackedVolumeFilters<T> packed(params, filters, threads);
   // Small enough for every thread to have one.
-  const int64_t tile_positions = std::min(PositionsWithin<T>(params, kVolumeTileBytes),
+  const int64_t tile_positions = std::min(PositionsWithin<T>(params, 0, kVolumeTileBytes),
                                           CeilDiv<int64_t>(positions, threads.count));
   const int64_t tiles = CeilDiv(positions, tile_positions);
   const int64_t width = params.taps() * params.in_channels;

@@ -33,13 +33,14 @@ inline std::vector<ChannelRun> RunsOf(const DeformConv3DParams& params) {
   return runs;
 }
 
-// So many positions have columns and samples at a time, of `bytes`.
+// So many positions have columns and samples at a time, and `others` numbers each, of `bytes`.
 template <typename T>
-int64_t PositionsWithin(const DeformConv3DParams& params, int64_t bytes) {
+int64_t PositionsWithin(const DeformConv3DParams& params, int64_t others, int64_t bytes) {
   const int64_t of_sample = sizeof(TapSample<T>);
   const int64_t of_column = sizeof(T);
   const int64_t of_position =
-      params.taps() * (params.deform_groups * of_sample + params.in_channels * of_column);
+      params.taps() * (params.deform_groups * of_sample + params.in_channels * of_column) +
+      others * of_column;
   return std::clamp<int64_t>(bytes / of_position, 1, std::max<int64_t>(params.out_positions(), 1));
 }
 

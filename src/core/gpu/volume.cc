@@ -3,6 +3,8 @@
 #include "core/cuda/general/volume.h"
 
 #include <algorithm>
+#include <cstdint>
+#include <string>
 
 #include "core/cuda/general/kernels.h"
 #include "core/deform_conv3d.h"
@@ -19,6 +21,13 @@ template <typename T>
 std::string AllocateColumns(const DeformConvParams& planar, GpuDevice& device, int64_t* chunk,
                             T** columns) {
   if (device.path() == KernelPath::kFused) return "no fused kernel takes three dimensions";
+  // The kernels count a position's samples, and a sample's channels, in int.
+  if (std::max(planar.mask_channels(), planar.deform_group_channels()) > INT32_MAX) {
+    return "on a GPU, deform_groups * taps, and the channels of a deformable group, must be fewer "
+           "than 2^31; received " +
+           std::to_string(planar.mask_channels()) + " and " +
+           std::to_string(planar.deform_group_channels());
+  }
   *chunk = PositionsOfChunk(planar, sizeof(T), device.columns_bytes());
   return device.Allocate(ColumnsBytes(planar, *chunk, sizeof(T)),
                          reinterpret_cast<void**>(columns));
@@ -82,8 +91,10 @@ class VolumeBackward {
             params_, tensors_, begin, end, columns_, sampled.input, workspace_, device_.stream()));
         sampled.input = nullptr;
       }
-      DEFORM_CONV_RETURN_IF_ERROR(cuda::VolumeCol2Im<T>(params_, tensors_, begin, end, want_filters,
-                                                        columns_, sampled, device_.stream()));
+      if (sampled.any() || want_filters) {
+        DEFORM_CONV_RETURN_IF_ERROR(cuda::VolumeCol2Im<T>(
+            params_, tensors_, begin, end, want_filters, columns_, sampled, device_.stream()));
+      }
     } else if (want_filters) {
       DEFORM_CONV_RETURN_IF_ERROR(
           cuda::VolumeIm2Col<T>(params_, tensors_, begin, end, columns_, device_.stream()));
