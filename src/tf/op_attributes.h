@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstddef>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -101,52 +102,57 @@ inline absl::Status ToNativeShape(const char* argument, DataFormat format,
   return absl::OkStatus();
 }
 
-// Reads a stride or dilation per axis: four numbers in the order of the data format.
-template <typename Context>
-absl::Status ReadPerAxis(Context* context, const char* argument, DataFormat format, int64_t* h,
-                         int64_t* w) {
+// Reads a number for each spatial axis: one for each of a tensor's dimensions, which stand where
+// `axes` says.
+template <typename Context, std::size_t rank>
+absl::Status ReadPerAxis(Context* context, const char* argument, const std::array<int, rank>& axes,
+                         std::array<int64_t, rank - 2>* numbers) {
   std::vector<int64_t> values;
-  absl::Status status = context->GetAttr(argument, &values);
+  const absl::Status status = context->GetAttr(argument, &values);
   if (!status.ok()) return status;
-  const std::array<int, 4> axes = AxesOf(format);
-  if (values.size() != 4 || values[axes[0]] != 1 || values[axes[3]] != 1) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(argument, " must be 4 numbers, 1 for batch and channels; received [",
-                     absl::StrJoin(values, ", "), "]"));
+  if (values.size() != rank || values[axes.front()] != 1 || values[axes.back()] != 1) {
+    return absl::InvalidArgumentError(absl::StrCat(argument, " must be ", rank,
+                                                   " numbers, 1 for batch and channels; received [",
+                                                   absl::StrJoin(values, ", "), "]"));
   }
-  *h = values[axes[1]];
-  *w = values[axes[2]];
+  for (std::size_t i = 0; i + 2 < rank; ++i) (*numbers)[i] = values[axes[i + 1]];
   return absl::OkStatus();
 }
 
-// Reads padding and explicit_paddings.
-template <typename Context>
-absl::Status ReadPadding(Context* context, DataFormat format, DeformConvAttributes* conv) {
-  std::string padding;
-  absl::Status status = context->GetAttr("padding", &padding);
+// Padding before and after a spatial axis.
+struct PadsOfAxis {
+  int64_t before = 0, after = 0;
+};
+
+// Reads padding and explicit_paddings; `pads` only where that is explicit.
+template <typename Context, std::size_t rank>
+absl::Status ReadPadding(Context* context, const std::array<int, rank>& axes, Padding* padding,
+                         std::array<PadsOfAxis, rank - 2>* pads) {
+  std::string name;
+  absl::Status status = context->GetAttr("padding", &name);
   if (!status.ok()) return status;
-  conv->padding = padding == "SAME"    ? Padding::kSame
-                  : padding == "VALID" ? Padding::kValid
-                                       : Padding::kExplicit;
-  std::vector<int64_t> pads;
-  status = context->GetAttr("explicit_paddings", &pads);
+  *padding = name == "SAME"    ? Padding::kSame
+             : name == "VALID" ? Padding::kValid
+                               : Padding::kExplicit;
+  std::vector<int64_t> values;
+  status = context->GetAttr("explicit_paddings", &values);
   if (!status.ok()) return status;
-  if (conv->padding != Padding::kExplicit) {
-    if (pads.empty()) return absl::OkStatus();
+  if (*padding != Padding::kExplicit) {
+    if (values.empty()) return absl::OkStatus();
     return absl::InvalidArgumentError(
-        absl::StrCat("explicit_paddings go with padding EXPLICIT only; received ", padding));
+        absl::StrCat("explicit_paddings go with padding EXPLICIT only; received ", name));
   }
-  const std::array<int, 4> axes = AxesOf(format);
-  const auto pad = [&](int axis, int side) { return pads[2 * axes[axis] + side]; };
-  if (pads.size() != 8 || pad(0, 0) != 0 || pad(0, 1) != 0 || pad(3, 0) != 0 || pad(3, 1) != 0) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("padding must be 4 pairs of numbers, 0 for batch and channels; received [",
-                     absl::StrJoin(pads, ", "), "]"));
+  const auto of_axis = [&](int axis) { return PadsOfAxis{values[2 * axis], values[2 * axis + 1]}; };
+  const auto is_padded = [&](int axis) {
+    const PadsOfAxis of = of_axis(axis);
+    return of.before != 0 || of.after != 0;
+  };
+  if (values.size() != 2 * rank || is_padded(axes.front()) || is_padded(axes.back())) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "padding must be ", rank, " pairs of numbers, 0 for batch and channels; received [",
+        absl::StrJoin(values, ", "), "]"));
   }
-  conv->pad_top = pad(1, 0);
-  conv->pad_bottom = pad(1, 1);
-  conv->pad_left = pad(2, 0);
-  conv->pad_right = pad(2, 1);
+  for (std::size_t i = 0; i + 2 < rank; ++i) (*pads)[i] = of_axis(axes[i + 1]);
   return absl::OkStatus();
 }
 
@@ -187,13 +193,23 @@ absl::Status ReadAttributes(Context* context, Operation operation, OpAttributes*
   absl::Status status = context->GetAttr("data_format", &format);
   if (!status.ok()) return status;
   attributes->format = format == "NCHW" ? DataFormat::kNchw : DataFormat::kNhwc;
-  status = ReadPerAxis(context, "strides", attributes->format, &conv.stride_h, &conv.stride_w);
+  const std::array<int, 4> axes = AxesOf(attributes->format);
+  std::array<int64_t, 2> strides, dilations;
+  std::array<PadsOfAxis, 2> pads;
+  status = ReadPerAxis(context, "strides", axes, &strides);
   if (!status.ok()) return status;
-  status =
-      ReadPerAxis(context, "dilations", attributes->format, &conv.dilation_h, &conv.dilation_w);
+  status = ReadPerAxis(context, "dilations", axes, &dilations);
   if (!status.ok()) return status;
-  status = ReadPadding(context, attributes->format, &conv);
+  status = ReadPadding(context, axes, &conv.padding, &pads);
   if (!status.ok()) return status;
+  conv.stride_h = strides[0];
+  conv.stride_w = strides[1];
+  conv.dilation_h = dilations[0];
+  conv.dilation_w = dilations[1];
+  conv.pad_top = pads[0].before;
+  conv.pad_bottom = pads[0].after;
+  conv.pad_left = pads[1].before;
+  conv.pad_right = pads[1].after;
   status = context->GetAttr("deform_groups", &conv.deform_groups);
   if (!status.ok()) return status;
   if (operation == Operation::kConvolve) return ReadMaskCount(context, &attributes->has_mask);
@@ -223,10 +239,9 @@ absl::Status MakeParamsOf(const OpAttributes& attributes, const Dimensions& dime
 }
 
 // Fails unless grad_output, the gradient op's last argument, has the output's shape.
-inline absl::Status CheckGradOutput(DataFormat format, const DeformConvParams& params,
-                                    const std::vector<int64_t>& grad_output) {
-  const std::array<int64_t, 4> expected =
-      FromNativeShape(format, {params.batch, params.out_h, params.out_w, params.out_channels});
+template <std::size_t rank>
+absl::Status CheckGradOutput(const std::array<int64_t, rank>& expected,
+                             const std::vector<int64_t>& grad_output) {
   const auto fits = [](int64_t size, int64_t expected_size) {
     return size == expected_size || size == kUnknown || expected_size == kUnknown;
   };
@@ -241,6 +256,12 @@ inline absl::Status CheckGradOutput(DataFormat format, const DeformConvParams& p
   return absl::InvalidArgumentError(absl::StrCat("grad_output must have the output's shape [",
                                                  text(expected), "]; received [", text(grad_output),
                                                  "]"));
+}
+inline absl::Status CheckGradOutput(DataFormat format, const DeformConvParams& params,
+                                    const std::vector<int64_t>& grad_output) {
+  return CheckGradOutput(
+      FromNativeShape(format, {params.batch, params.out_h, params.out_w, params.out_channels}),
+      grad_output);
 }
 
 }  // namespace deform_conv

@@ -4,7 +4,6 @@
 #ifndef DEFORM_CONV_TF_OP_ATTRIBUTES3D_H_
 #define DEFORM_CONV_TF_OP_ATTRIBUTES3D_H_
 
-#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <string>
@@ -49,56 +48,6 @@ inline Shape3D OutputShapeOf(DataFormat format, const DeformConv3DParams& params
   return shape;
 }
 
-// Reads one number for each spatial axis: five in the order of the data format.
-template <typename Context>
-absl::Status ReadPerAxis(Context* context, const char* argument, DataFormat format,
-                         int64_t AxisAttributes::* number, DeformConv3DAttributes* conv) {
-  std::vector<int64_t> values;
-  const absl::Status status = context->GetAttr(argument, &values);
-  if (!status.ok()) return status;
-  const std::array<int, kRank3D> axes = AxesOf3D(format);
-  if (values.size() != kRank3D || values[axes[0]] != 1 || values[axes[kRank3D - 1]] != 1) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(argument, " must be 5 numbers, 1 for batch and channels; received [",
-                     absl::StrJoin(values, ", "), "]"));
-  }
-  for (int i = 0; i < kSpatialAxes; ++i) conv->axes[i].*number = values[axes[1 + i]];
-  return absl::OkStatus();
-}
-
-// Reads padding and explicit_paddings.
-template <typename Context>
-absl::Status ReadPadding(Context* context, DataFormat format, DeformConv3DAttributes* conv) {
-  std::string padding;
-  absl::Status status = context->GetAttr("padding", &padding);
-  if (!status.ok()) return status;
-  conv->padding = padding == "SAME"    ? Padding::kSame
-                  : padding == "VALID" ? Padding::kValid
-                                       : Padding::kExplicit;
-  std::vector<int64_t> pads;
-  status = context->GetAttr("explicit_paddings", &pads);
-  if (!status.ok()) return status;
-  if (conv->padding != Padding::kExplicit) {
-    if (pads.empty()) return absl::OkStatus();
-    return absl::InvalidArgumentError(
-        absl::StrCat("explicit_paddings go with padding EXPLICIT only; received ", padding));
-  }
-  const std::array<int, kRank3D> axes = AxesOf3D(format);
-  const auto pad = [&](int axis, int side) { return pads[2 * axes[axis] + side]; };
-  constexpr int kChannels = kRank3D - 1;
-  if (pads.size() != 2 * kRank3D || pad(0, 0) != 0 || pad(0, 1) != 0 || pad(kChannels, 0) != 0 ||
-      pad(kChannels, 1) != 0) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("padding must be 5 pairs of numbers, 0 for batch and channels; received [",
-                     absl::StrJoin(pads, ", "), "]"));
-  }
-  for (int i = 0; i < kSpatialAxes; ++i) {
-    conv->axes[i].pad_before = pad(1 + i, 0);
-    conv->axes[i].pad_after = pad(1 + i, 1);
-  }
-  return absl::OkStatus();
-}
-
 // `Context` is an OpKernelConstruction or an InferenceContext.
 template <typename Context>
 absl::Status ReadAttributes(Context* context, OpAttributes3D* attributes) {
@@ -107,23 +56,24 @@ absl::Status ReadAttributes(Context* context, OpAttributes3D* attributes) {
   absl::Status status = context->GetAttr("data_format", &format);
   if (!status.ok()) return status;
   attributes->format = format == "NCDHW" ? DataFormat::kNchw : DataFormat::kNhwc;
-  status = ReadPerAxis(context, "strides", attributes->format, &AxisAttributes::stride, &conv);
+  const std::array<int, kRank3D> axes = AxesOf3D(attributes->format);
+  std::array<int64_t, kSpatialAxes> strides, dilations;
+  std::array<PadsOfAxis, kSpatialAxes> pads;
+  status = ReadPerAxis(context, "strides", axes, &strides);
   if (!status.ok()) return status;
-  status = ReadPerAxis(context, "dilations", attributes->format, &AxisAttributes::dilation, &conv);
+  status = ReadPerAxis(context, "dilations", axes, &dilations);
   if (!status.ok()) return status;
-  status = ReadPadding(context, attributes->format, &conv);
+  status = ReadPadding(context, axes, &conv.padding, &pads);
   if (!status.ok()) return status;
+  for (int i = 0; i < kSpatialAxes; ++i) {
+    conv.axes[i].stride = strides[i];
+    conv.axes[i].dilation = dilations[i];
+    conv.axes[i].pad_before = pads[i].before;
+    conv.axes[i].pad_after = pads[i].after;
+  }
   status = context->GetAttr("deform_groups", &conv.deform_groups);
   if (!status.ok()) return status;
-  int mask_count;  // an op has no optional inputs, but lists of them
-  status = context->GetAttr("mask_count", &mask_count);
-  if (!status.ok()) return status;
-  if (mask_count > 1) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("mask must be one tensor or none; received ", mask_count));
-  }
-  attributes->has_mask = mask_count == 1;
-  return absl::OkStatus();
+  return ReadMaskCount(context, &attributes->has_mask);
 }
 
 // The sizes that follow from the attributes and the shapes of the ops' arguments. `dimensions(i)`
@@ -154,21 +104,7 @@ absl::Status MakeParamsOf(const OpAttributes3D& attributes, const Dimensions& di
 // Fails unless grad_output, the gradient op's last argument, has the output's shape.
 inline absl::Status CheckGradOutput(DataFormat format, const DeformConv3DParams& params,
                                     const std::vector<int64_t>& grad_output) {
-  const Shape3D expected = OutputShapeOf(format, params);
-  const auto fits = [](int64_t size, int64_t expected_size) {
-    return size == expected_size || size == kUnknown || expected_size == kUnknown;
-  };
-  if (std::equal(grad_output.begin(), grad_output.end(), expected.begin(), expected.end(), fits)) {
-    return absl::OkStatus();
-  }
-  const auto text = [](const auto& sizes) {
-    return absl::StrJoin(sizes, ", ", [](std::string* to, int64_t size) {
-      absl::StrAppend(to, size == kUnknown ? "?" : absl::StrCat(size));
-    });
-  };
-  return absl::InvalidArgumentError(absl::StrCat("grad_output must have the output's shape [",
-                                                 text(expected), "]; received [", text(grad_output),
-                                                 "]"));
+  return CheckGradOutput(OutputShapeOf(format, params), grad_output);
 }
 
 }  // namespace deform_conv
