@@ -241,10 +241,10 @@ void Col2Im(const DeformConvParams& params, const ChannelRuns& runs, const TileS
                                                                                  backprop, columns);
     };
     // Training as usual; others do without.
-    if constexpr (kKnownSizes<T> && want_input() && want_offset_or_mask() && want_samples()) {
-      WithChannels<8, 16, 32, 64, 128>(runs, run);
+    if constexpr (want_input() && want_offset_or_mask() && want_samples()) {
+      WithChannels<T>(runs, run);
     } else {
-      WithChannels<>(runs, run);
+      run(Channels<0>());
     }
   });
   AddOffsetAndMaskGradients(params, tile, gradients);

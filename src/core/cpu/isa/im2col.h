@@ -185,17 +185,27 @@ struct Corners {
   }
 };
 
-// Calls run(channels), a std::integral_constant<int, ...>: the number of channels that every run
-// has if that is among `of`, for the compiler to know it, and otherwise 0: also where they are
-// spread.
-template <int... of, typename Run>
+template <int count>
+using Channels = std::integral_constant<int, count>;
+
+// Calls run(channels), some Channels<...>: the number of channels that every run
+// has, for the compiler to know it, if images or the deformable groups of usual layers have so
+// many, and otherwise 0: also where they are spread.
+template <typename T, typename Run>
 DEFORM_CONV_INLINE void WithChannels(const ChannelRuns& runs, const Run& run) {
-  int64_t count = runs.begin->count;
+  int64_t count = kKnownSizes<T> ? runs.begin->count : 0;
   for (const ChannelRun* other = runs.begin; other < runs.end; ++other) {
     if (other->count != count || other->spread != 1) count = 0;
   }
-  const bool known = ((count == of && (run(std::integral_constant<int, of>()), true)) || ...);
-  if (!known) run(std::integral_constant<int, 0>());
+  const auto run_if_any = [&](auto... channels) {
+    return ((count == channels && (run(channels), true)) || ...);
+  };
+  bool known = false;
+  if constexpr (kKnownSizes<T>) {
+    known = run_if_any(Channels<1>(), Channels<3>(), Channels<4>(), Channels<8>(), Channels<16>(),
+                       Channels<32>(), Channels<64>(), Channels<128>());
+  }
+  if (!known) run(Channels<0>());
 }
 
 // With `channels` > 0, every run has that many.
@@ -243,11 +253,7 @@ void Im2Col(const DeformConvParams& params, const ChannelRuns& runs, const TileS
         tensors.mask == nullptr ? Im2ColFor<channels(), false, T> : Im2ColFor<channels(), true, T>;
     im2col(params, runs, tile, tensors, zeros, columns);
   };
-  if constexpr (kKnownSizes<T>) {
-    WithChannels<1, 3, 4, 8, 16, 32, 64, 128>(runs, run);
-  } else {
-    WithChannels<>(runs, run);
-  }
+  WithChannels<T>(runs, run);
 }
 
 }  // namespace DEFORM_CONV_ISA
