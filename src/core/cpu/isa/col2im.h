@@ -95,6 +95,7 @@ void AddOffsetAndMaskGradients(const DeformConvParams& params, const TileSamples
 // sampled. Copies: nothing that is written through a pointer can change them.
 template <typename T>
 struct SampleBackprop {
+  TileTensors<T> tensors;
   const T* input;
   const T* zeros;
   T* ignored;
@@ -107,7 +108,8 @@ struct SampleBackprop {
   SampleBackprop(const DeformConvParams& params, const TileSamples<T>& tile,
                  const SampledTensors<T>& tensors, const T* zeros, T* ignored,
                  const SampledGradients<T>& gradients)
-      : input(tensors.input),
+      : tensors{tensors, gradients},
+        input(tensors.input),
         zeros(zeros),
         ignored(ignored),
         grad_input(gradients.input),
@@ -195,7 +197,7 @@ void Col2ImFor(const DeformConvParams& params, const ChannelRuns& runs, const Ti
                const SampleBackprop<T>& backprop, const Matrix<T>& columns_matrix) {
   const Matrix<T> columns = columns_matrix;
   const SampleBackprop<T> copy = backprop;
-  ForEachRead(params, runs, tile, backprop.input,
+  ForEachRead(params, runs, tile, backprop.tensors,
               [=](const ChannelRun& run, int64_t row, int64_t tap, const TileSample<T>& sample,
                   int64_t n, int64_t at) DEFORM_CONV_INLINE_LAMBDA {
                 const int64_t spread = channels > 0 ? 1 : run.spread;
@@ -239,10 +241,10 @@ void Col2Im(const DeformConvParams& params, const ChannelRuns& runs, const TileS
                                                                                  backprop, columns);
     };
     // Training as usual; others do without.
-    if constexpr (kKnownSizes<T> && want_input() && want_offset_or_mask() && want_samples()) {
-      WithChannels<8, 16, 32, 64, 128>(runs, run);
+    if constexpr (want_input() && want_offset_or_mask() && want_samples()) {
+      WithChannels<T>(runs, run);
     } else {
-      WithChannels<>(runs, run);
+      run(Channels<0>());
     }
   });
   AddOffsetAndMaskGradients(params, tile, gradients);

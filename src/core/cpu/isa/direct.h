@@ -211,7 +211,7 @@ void DirectForwardFor(const DeformConvParams& params, const ChannelRuns& runs,
   const int64_t taps = params.taps(), in_w = params.in_w, channels = params.in_channels;
   const int64_t out_channels = params.out_channels;
   ForEachRunAtPosition(
-      params, runs, tile, input,
+      params, runs, tile, {tensors, {}},
       [=](const ChannelRun& run, int64_t row, int64_t /*n*/, int64_t image, uint64_t first_sample)
           DEFORM_CONV_INLINE_LAMBDA {
             const PositionSamples<T> samples = {tile.blocks, first_sample, input, zeros,
@@ -261,7 +261,7 @@ void DirectBackwardFor(const DeformConvParams& params, const ChannelRuns& runs,
   const int64_t taps = params.taps(), channels = params.in_channels;
   const int64_t out_channels = params.out_channels;
   ForEachRunAtPosition(
-      params, runs, tile, backprop.input,
+      params, runs, tile, backprop.tensors,
       [=](const ChannelRun& run, int64_t row, int64_t n, int64_t image,
           uint64_t first_sample) DEFORM_CONV_INLINE_LAMBDA {
         const int64_t group_out = Sizes::Out(filters), count = run.count;

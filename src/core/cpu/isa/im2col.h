@@ -13,17 +13,32 @@
 namespace deform_conv {
 namespace DEFORM_CONV_ISA {
 
-// Prefetches the pixels that coming positions will be the first to sample, if offsets are small.
-// Hardware prefetchers see no pattern in samples.
+// The tensors that the kernels of a tile read, and those that they add to: none in forward.
 template <typename T>
-class InputPrefetcher {
+struct TileTensors {
+  SampledTensors<T> sampled;
+  SampledGradients<T> gradients;
+};
+
+// Prefetches what hardware prefetchers miss, which see no pattern in samples and are late for the
+// rest: the pixels that coming positions will be the first to sample, if offsets are small, and
+// their gradients; the offsets and masks of the tile that comes next; and the gradients of this
+// tile's. Of tensors that a second-level cache holds, only the input.
+template <typename T>
+class Prefetcher {
  public:
-  InputPrefetcher(const DeformConvParams& params, const ChannelRuns& runs,
-                  const TileSamples<T>& tile, const T* input)
-      : channels_(params.in_channels),
+  Prefetcher(const DeformConvParams& params, const ChannelRuns& runs, const TileSamples<T>& tile,
+             const TileTensors<T>& tensors)
+      : from_(tensors),
+        channels_(params.in_channels),
         pixels_(params.batch * params.in_h * params.in_w),
         step_(params.stride_h * params.stride_w),
-        wanted_(step_ < params.taps() ? step_ : params.taps()) {
+        wanted_(step_ < params.taps() ? step_ : params.taps()),
+        samples_(params.deform_groups * params.taps()),
+        tile_samples_((tile.end_deform_group - tile.first_deform_group) * params.taps()),
+        sample_(tile.begin * samples_ + tile.first_deform_group * params.taps()),
+        tile_size_((tile.end - tile.begin) * samples_),
+        end_(params.out_positions() * samples_) {
     // The lowest pixel without offsets, and so many below it.
     constexpr int64_t kRowsAhead = 5;
     const int64_t rows = (params.kernel_h - 1) * params.dilation_h - params.pad_top + kRowsAhead;
@@ -32,23 +47,52 @@ class InputPrefetcher {
     pixel_ = (n * params.in_h + y * params.stride_h + rows) * params.in_w + x * params.stride_w;
     if (pixel_ < 0) pixel_ = 0;
     const ChannelRun& last = runs.end[-1];
-    from_ = input + runs.begin->channel;
-    size_ = last.channel + last.count - runs.begin->channel;
+    channel_ = runs.begin->channel;
+    size_ = last.channel + last.count - channel_;
+
+    constexpr int64_t kCacheBytes = 1 << 20;
+    if (pixels_ * channels_ * int64_t{sizeof(T)} <= kCacheBytes) from_.gradients.input = nullptr;
+    // Later slices of a deformable group have the same samples.
+    has_samples_ = 2 * end_ * int64_t{sizeof(T)} > kCacheBytes &&
+                   channel_ % params.deform_group_channels() == 0;
   }
 
-  // To be called for each position of the tile in turn.
-  DEFORM_CONV_INLINE void Next() {
-    constexpr int64_t kLine = 64 / sizeof(T);
+  // To be called for each position of the tile in turn. Not inlined: the loops over samples need
+  // the registers.
+  __attribute__((noinline)) void Next() {
     for (int64_t i = 0; i < wanted_ && pixel_ + i < pixels_; ++i) {
-      const T* pixel = from_ + (pixel_ + i) * channels_;
-      for (int64_t c = 0; c < size_; c += kLine) __builtin_prefetch(pixel + c, 0, 2);
+      const int64_t at = (pixel_ + i) * channels_ + channel_;
+      Prefetch<kToRead>(from_.sampled.input, at, size_);
+      Prefetch<kToWrite>(from_.gradients.input, at, size_);
     }
     pixel_ += step_;
+    if (!has_samples_) return;
+    const int64_t next = sample_ + tile_size_;
+    if (next < end_) {
+      Prefetch<kToRead>(from_.sampled.offset, 2 * next, 2 * tile_samples_);
+      Prefetch<kToRead>(from_.sampled.mask, next, tile_samples_);
+    }
+    Prefetch<kToWrite>(from_.gradients.offset, 2 * sample_, 2 * tile_samples_);
+    Prefetch<kToWrite>(from_.gradients.mask, sample_, tile_samples_);
+    sample_ += samples_;
   }
 
  private:
-  const T* from_;
-  int64_t channels_, pixels_, step_, wanted_, pixel_, size_;
+  enum Intent { kToRead, kToWrite };
+
+  template <Intent intent>
+  static DEFORM_CONV_INLINE void Prefetch(const T* tensor, int64_t begin, int64_t size) {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    if (tensor == nullptr) return;
+    for (int64_t i = 0; i < size; i += kLine) __builtin_prefetch(tensor + begin + i, intent, 2);
+  }
+
+  TileTensors<T> from_;
+  int64_t channels_, pixels_, step_, wanted_, pixel_, channel_, size_;
+  // Samples of a position; those of the tile's deformable groups; the coming position's first one;
+  // from it to that of the next tile; all.
+  int64_t samples_, tile_samples_, sample_, tile_size_, end_;
+  bool has_samples_;
 };
 
 // Calls visit(run, row, n, image, first_sample) for each run at each position of a tile: `row` is
@@ -58,8 +102,8 @@ class InputPrefetcher {
 template <typename T, typename Visit>
 DEFORM_CONV_INLINE void ForEachRunAtPosition(const DeformConvParams& params,
                                              const ChannelRuns& runs, const TileSamples<T>& tile,
-                                             const T* input, const Visit& visit) {
-  InputPrefetcher<T> prefetcher(params, runs, tile, input);
+                                             const TileTensors<T>& tensors, const Visit& visit) {
+  Prefetcher<T> prefetcher(params, runs, tile, tensors);
   const int64_t taps = params.taps(), image_size = params.in_h * params.in_w * params.in_channels;
   const int64_t image_positions = params.out_h * params.out_w;
   const int64_t groups = tile.end_deform_group - tile.first_deform_group;
@@ -112,12 +156,12 @@ DEFORM_CONV_INLINE void ForEachTap(const SampleBlock<T>* blocks, uint64_t first_
 // Calls visit(run, row, tap, sample, n, top_left) for all that a tile reads.
 template <typename T, typename Visit>
 DEFORM_CONV_INLINE void ForEachRead(const DeformConvParams& params, const ChannelRuns& runs,
-                                    const TileSamples<T>& tile, const T* input,
+                                    const TileSamples<T>& tile, const TileTensors<T>& tensors,
                                     const Visit& visit) {
   const SampleBlock<T>* const blocks = tile.blocks;
   const int64_t taps = params.taps(), channels = params.in_channels;
   ForEachRunAtPosition(
-      params, runs, tile, input,
+      params, runs, tile, tensors,
       [=](const ChannelRun& run, int64_t row, int64_t n, int64_t image, uint64_t first_sample)
           DEFORM_CONV_INLINE_LAMBDA {
             ForEachTap(blocks, first_sample, taps, image, channels,
@@ -141,29 +185,40 @@ struct Corners {
   }
 };
 
-// Calls run(channels), a std::integral_constant<int, ...>: the number of channels that every run
-// has if that is among `of`, for the compiler to know it, and otherwise 0: also where they are
-// spread.
-template <int... of, typename Run>
+template <int count>
+using Channels = std::integral_constant<int, count>;
+
+// Calls run(channels), some Channels<...>: the number of channels that every run
+// has, for the compiler to know it, if images or the deformable groups of usual layers have so
+// many, and otherwise 0: also where they are spread.
+template <typename T, typename Run>
 DEFORM_CONV_INLINE void WithChannels(const ChannelRuns& runs, const Run& run) {
-  int64_t count = runs.begin->count;
+  int64_t count = kKnownSizes<T> ? runs.begin->count : 0;
   for (const ChannelRun* other = runs.begin; other < runs.end; ++other) {
     if (other->count != count || other->spread != 1) count = 0;
   }
-  const bool known = ((count == of && (run(std::integral_constant<int, of>()), true)) || ...);
-  if (!known) run(std::integral_constant<int, 0>());
+  const auto run_if_any = [&](auto... channels) {
+    return ((count == channels && (run(channels), true)) || ...);
+  };
+  bool known = false;
+  if constexpr (kKnownSizes<T>) {
+    known = run_if_any(Channels<1>(), Channels<3>(), Channels<4>(), Channels<8>(), Channels<16>(),
+                       Channels<32>(), Channels<64>(), Channels<128>());
+  }
+  if (!known) run(Channels<0>());
 }
 
 // With `channels` > 0, every run has that many.
 template <int channels, bool has_mask, typename T>
 void Im2ColFor(const DeformConvParams& params, const ChannelRuns& runs,
-               const TileSamples<T>& tile_samples, const T* input, const T* zeros,
+               const TileSamples<T>& tile_samples, const SampledTensors<T>& tensors, const T* zeros,
                const Matrix<T>& columns_matrix) {
   // Copies: nothing that is written through a pointer can change them.
   const TileSamples<T> tile = tile_samples;
   const Matrix<T> columns = columns_matrix;
+  const T* const input = tensors.input;
   const int64_t right = params.in_channels, down = params.in_w * params.in_channels;
-  ForEachRead(params, runs, tile, input,
+  ForEachRead(params, runs, tile, {tensors, {}},
               [=](const ChannelRun& run, int64_t row, int64_t tap, const TileSample<T>& from_tile,
                   int64_t /*n*/, int64_t at) DEFORM_CONV_INLINE_LAMBDA {
                 const SampleBlock<T>& block = from_tile.block;
@@ -196,13 +251,9 @@ void Im2Col(const DeformConvParams& params, const ChannelRuns& runs, const TileS
   const auto run = [&](auto channels) {
     const auto im2col =
         tensors.mask == nullptr ? Im2ColFor<channels(), false, T> : Im2ColFor<channels(), true, T>;
-    im2col(params, runs, tile, tensors.input, zeros, columns);
+    im2col(params, runs, tile, tensors, zeros, columns);
   };
-  if constexpr (kKnownSizes<T>) {
-    WithChannels<1, 3, 4, 8, 16, 32, 64, 128>(runs, run);
-  } else {
-    WithChannels<>(runs, run);
-  }
+  WithChannels<T>(runs, run);
 }
 
 }  // namespace DEFORM_CONV_ISA
