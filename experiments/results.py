@@ -9,6 +9,7 @@ from pathlib import Path
 
 from utils.quiet_tensorflow import keras, tf
 
+import cv2
 import numpy as np
 
 import deform_conv
@@ -30,6 +31,7 @@ def environment() -> dict:
             "Keras": keras.__version__,
             "deform_conv": deform_conv.__version__,
             "NumPy": np.__version__,
+            "OpenCV": cv2.__version__,
         },
     }
 

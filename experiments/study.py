@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Does every run of the study that is missing, each in a process of its own.
+"""Does every run of the study that is missing, several at a time.
 
     python -m experiments.study [--dataset mnist] [--arm 'offsets-*'] [--seed 1] [--jobs 8]
 
@@ -9,23 +9,21 @@ Runs that fail are told of in the end, and the exit status is 1. experiments/REA
 """
 
 import argparse
-import contextlib
 import itertools
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 from experiments import datasets
 from experiments.arms import ARMS, SHIFTS, Run, chosen
 from experiments.run import add_run_options, record_file, settings_of, weights_of
-from utils.cli import PROJECT, UserError, number, reading, run
+from experiments.workers import Worker
+from utils.cli import UserError, number, reading, run
 from utils.files import locked
 
 POLL_SECONDS = 0.1
-LAST_WORDS = 300  # characters of what a failed run wrote
+LEAST_THREADS = 2  # of a process: one waits for the GPU
 
 
 def main() -> None:
@@ -100,8 +98,10 @@ class Study:
         self.done = 0
         self.failed: dict[str, str] = {}  # by the run's name, why
         self._options, self._count = options, len(runs)
-        self._under_way: dict[Run, tuple[subprocess.Popen, float]] = {}  # and when it began
+        self._under_way: dict[Run, tuple[Worker, float]] = {}  # and when it began
+        self._idle: list[Worker] = []
         self._begun = time.monotonic()
+        self._workers_made = 0
         self._longest = 0.0  # seconds, of runs with the usual number of epochs
 
     def work(self) -> None:
@@ -125,7 +125,9 @@ class Study:
         starting = list(itertools.islice(filter(self._has_time, ready), max(room, 0)))
         for asked in starting:
             self.pending.remove(asked)
-            self._under_way[asked] = (self._start(asked), time.monotonic())
+            worker = self._idle.pop() if self._idle else self._new_worker()
+            worker.begin(asked)
+            self._under_way[asked] = (worker, time.monotonic())
         return bool(starting)
 
     def _is_ready(self, asked: Run) -> bool:
@@ -139,56 +141,39 @@ class Study:
         expected = self._longest * ARMS[asked.arm].recipe.times_epochs
         return self._elapsed() + expected < self._options.time_limit
 
-    def _start(self, asked: Run) -> subprocess.Popen:
-        options = self._options
-        command = [sys.executable, "-m", "experiments.run", asked.name]
-        command += ["--output", options.output, "--cache", options.cache]
-        command += ["--fashion-mnist", options.fashion_mnist.absolute()]
-        for name, value in settings_of(options).items():
-            if value is not None:
-                command += [f"--{name.replace('_', '-')}", value]
-        if options.jit_compile:
-            command.append("--jit-compile")
-        environment = dict(os.environ)
+    def _new_worker(self) -> Worker:
+        options, threads = self._options, None
         if options.jobs > 1:
-            processors = len(os.sched_getaffinity(0))
-            environment["OMP_NUM_THREADS"] = str(max(2, processors // options.jobs))
-        self._log(asked).parent.mkdir(parents=True, exist_ok=True)
-        with self._log(asked).open("wb") as log:
-            return subprocess.Popen(
-                list(map(str, command)), cwd=PROJECT, env=environment, stdout=log, stderr=log
-            )
-
-    def _log(self, asked: Run) -> Path:
-        return self._options.cache / "logs" / f"{asked.name}.log"
+            threads = max(LEAST_THREADS, len(os.sched_getaffinity(0)) // options.jobs)
+        self._workers_made += 1
+        log = options.cache / "logs" / f"worker{self._workers_made}.log"
+        return Worker(options, threads, log)
 
     def _collect(self) -> None:
         """Takes account of the runs that have ended."""
-        for asked, (process, begun) in list(self._under_way.items()):
-            if process.poll() is None:
+        for asked, (worker, begun) in list(self._under_way.items()):
+            reason = worker.outcome()
+            if reason is None:
                 continue
             del self._under_way[asked]
+            if worker.alive:
+                self._idle.append(worker)
+            if reason:
+                self.failed[asked.name] = reason
+                self._tell(asked, f"failed: {reason}")
+                continue
             seconds = time.monotonic() - begun
-            path = record_file(asked, self._options)
-            if process.returncode == 0 and path.is_file():
-                self.done += 1
-                usual = seconds / ARMS[asked.arm].recipe.times_epochs
-                self._longest = max(self._longest, usual)
-                self._tell(asked, f"{_summary(path)}, {seconds:.0f} s")
-            else:
-                words = self._log(asked).read_text(errors="replace").strip()[-LAST_WORDS:]
-                self.failed[asked.name] = words
-                self._tell(asked, f"failed with status {process.returncode}: {words}")
+            self.done += 1
+            self._longest = max(self._longest, seconds / ARMS[asked.arm].recipe.times_epochs)
+            self._tell(asked, f"{_summary(record_file(asked, self._options))}, {seconds:.0f} s")
 
     def _tell(self, asked: Run, text: str) -> None:
         print(f"[{self.done + len(self.failed)}/{self._count}] {asked.name}: {text}", flush=True)
 
     def _end_all(self) -> None:
-        for asked, (process, _) in self._under_way.items():
-            with contextlib.suppress(ProcessLookupError):
-                process.terminate()
-            process.wait()
-            self.pending.append(asked)
+        for worker in (*self._idle, *(worker for worker, _ in self._under_way.values())):
+            worker.end()
+        self.pending += self._under_way
         self._under_way.clear()
 
 
