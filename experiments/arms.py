@@ -106,10 +106,10 @@ STUDY = (
     Arm("scratch-wide", "regular, wider", wide=True),
     Arm("scratch-v1", "version 1", DEFORM),
     Arm("scratch-v2", "version 2", DEFORM_MODULATED),
-    Arm("scratch-v3", "version 3", DEFORM_V3),
-    Arm("scratch-v4", "version 4", DEFORM_V4),
     Arm("scratch-random", "random offsets of a convolution", DEFORM, random_offsets=CONVOLUTION),
     Arm("scratch-constant", "random constant offsets", DEFORM, random_offsets=CONSTANT),
+    Arm("scratch-v3", "version 3", DEFORM_V3),
+    Arm("scratch-v4", "version 4", DEFORM_V4),
 )
 
 # Those that are trained with the larger shift too.

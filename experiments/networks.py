@@ -21,6 +21,7 @@ from utils.model import (
     CONVOLUTION_NAMES,
     CONVOLUTIONS,
     DEFORM,
+    DEFORM_V4,
     KERNEL_SIZE,
     build_model,
 )
@@ -39,10 +40,23 @@ def build(arm: Arm, regular: keras.Model | None, images: np.ndarray, seed: int) 
     model = build_model(arm.model, convolutions=wide_convolutions() if arm.wide else CONVOLUTIONS)
     if arm.pretrained:
         copy_weights(regular, model)
+    elif arm.model == DEFORM_V4:
+        _start_with_means(model)
     if arm.random_offsets:
         draw_offsets(model, arm, images, np.random.default_rng(seed))
     _freeze(model, arm)
     return model
+
+
+def _start_with_means(model: keras.Model) -> None:
+    """Has modules of version 4 take the mean of their window at first, as version 3 does.
+
+    From zero weights, as published, they never start here: batch normalisation makes zeros of what
+    is the same everywhere, and at zeros ReLU lets no gradient through.
+    """
+    for name in CONVOLUTION_NAMES:
+        bias = model.get_layer(name).mask_proj.bias
+        bias.assign(np.full(bias.shape, 1 / KERNEL_SIZE**2))
 
 
 def _freeze(model: keras.Model, arm: Arm) -> None:

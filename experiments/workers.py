@@ -4,14 +4,16 @@ TensorFlow takes seconds to import and to set a GPU up, which a process for ever
 """
 
 import argparse
+import contextlib
 import gc
 import multiprocessing
 import os
 import signal
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
-from utils.quiet_tensorflow import keras
+from utils.quiet_tensorflow import keras, quiet
 
 from experiments.arms import Run
 from experiments.run import do, use_devices
@@ -29,7 +31,8 @@ class Worker:
         log.parent.mkdir(parents=True, exist_ok=True)
         self._connection, theirs = _spawn.Pipe()
         self._process = _spawn.Process(target=_work, args=(theirs, options, threads, log))
-        self._process.start()
+        with _unchanged_log_level():
+            self._process.start()
         theirs.close()
 
     def begin(self, asked: Run) -> None:
@@ -56,6 +59,17 @@ class Worker:
         if self.alive:
             self._process.kill()
             self._process.join()
+
+
+@contextlib.contextmanager
+def _unchanged_log_level() -> Iterator[None]:
+    """Lets a process that is started keep TensorFlow's notices to itself, as this one has done."""
+    level = os.environ.pop("TF_CPP_MIN_LOG_LEVEL", None) if quiet else None
+    try:
+        yield
+    finally:
+        if level is not None:
+            os.environ["TF_CPP_MIN_LOG_LEVEL"] = level
 
 
 def _work(connection, options: argparse.Namespace, threads: int | None, log: Path) -> None:

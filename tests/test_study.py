@@ -8,6 +8,7 @@ from argparse import Namespace
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from conftest import PROJECT, error_of, script
 
 from experiments import datasets, results
@@ -182,6 +183,18 @@ def test_loop_learns_from_the_digits(digits):
     assert [line["epoch"] for line in lines] == list(range(1, 9))
     assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
     assert lines[-1]["accuracy"] > 80
+
+
+@pytest.mark.parametrize("name", ["scratch-v3", "scratch-v4"])
+def test_gradients_reach_the_modules_of_other_versions(name, digits):
+    model = build(ARMS[name], None, digits.images[:10], seed=1)
+    with tf.GradientTape() as tape:
+        logits = model(digits.images[:50], training=True)
+        loss = tf.reduce_mean(losses_of(digits.labels[:50].astype(np.int32), logits))
+    layer = model.get_layer("conv1")
+    kernels = [layer.mask_proj.kernel.value, layer.offset_proj.kernel.value]
+    for gradient in tape.gradient(loss, kernels):
+        assert np.abs(gradient).max() > 1e-6
 
 
 def test_averaging_and_distillation_change_what_is_learned(regular, digits):
