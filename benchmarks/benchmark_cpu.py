@@ -70,14 +70,6 @@ VARIANTS = {
 }
 
 
-def processor_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
-
-
 def instruction_set() -> str:
     """The one that the library chooses here; see src/core/cpu/kernels.cc."""
     if asked := os.environ.get("DEFORM_CONV_CPU_ISA"):
@@ -442,7 +434,7 @@ def main() -> None:
 
     compared = "".join(f", {name} {version}" for name, version in peers.versions().items())
     machine = (
-        f"{processor_name()}, {os.cpu_count()} cores, instruction set {instruction_set()}, "
+        f"{report.processor_name()}, {os.cpu_count()} cores, instruction set {instruction_set()}, "
         f"TensorFlow {tf.__version__}{compared}, Python {platform.python_version()}, "
         f"{report.today()}"
     )

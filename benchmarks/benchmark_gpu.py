@@ -42,11 +42,6 @@ from gpu_layers import TIMED_TYPES
 from zoo import layers_named
 
 
-def driver_version() -> str:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
-
-
 def time_inside_tensorflow(environment: Path | None) -> dict | None:
     """What tensorflow_gpu.py measures, or None where it fails, having said why."""
     command = [sys.executable, str(Path(__file__).with_name("tensorflow_gpu.py"))]
@@ -61,7 +56,7 @@ def time_inside_tensorflow(environment: Path | None) -> dict | None:
 
 
 def describe_machine() -> dict:
-    machine = f"{torch.cuda.get_device_name()}, driver {driver_version()}, {report.today()}"
+    machine = f"{torch.cuda.get_device_name()}, driver {report.driver_version()}, {report.today()}"
     print(machine)
     return {
         "machine": machine,

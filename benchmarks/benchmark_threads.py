@@ -12,7 +12,6 @@ Times are medians; the functions of one number of threads take turns.
 import argparse
 import ctypes
 import os
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -126,14 +125,6 @@ def as_markdown(results: dict) -> str:
     return "\n".join(lines)
 
 
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), "")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -145,7 +136,7 @@ def main() -> None:
         parser.error(f"{LIBRARY} is missing; see --help for how to build it")
     library = load()
     results = {
-        "machine": f"{processor()}, {thread_counts()[-1]} processors",
+        "machine": f"{report.processor_name()}, {thread_counts()[-1]} processors",
         "versions": {"PyTorch": torch.__version__},
         "date": report.today(),
         "layers": {str(layer): time_layer(library, layer, arguments.rounds) for layer in LAYERS},
