@@ -146,13 +146,14 @@ class Painter:
         objects = []
         area = rng.uniform(0.15, 0.6) * SIZE**2
         while area > 0 and len(objects) < MOST_OBJECTS:
-            objects.append(self._object(rng))
+            objects.append(self.draw_object(rng))
             area -= objects[-1].size ** 2
         colours, labels = compose(draw_background(rng), objects)
         colours += rng.uniform(0, 0.06) * rng.standard_normal(colours.shape, np.float32)
         return (np.clip(colours, 0, 1) * 255 + 0.5).astype(np.uint8), labels
 
-    def _object(self, rng: np.random.Generator) -> Object:
+    def draw_object(self, rng: np.random.Generator) -> Object:
+        """A glyph at any place, of any size that the kind has."""
         label = 0 if rng.random() < CLUTTER_SHARE else int(rng.integers(1, len(self.sprites)))
         sprite = self.sprites[label][rng.integers(len(self.sprites[label]))]
         size = float(np.exp(rng.uniform(*np.log(self.kind.sizes))))

@@ -22,7 +22,7 @@ from utils.cli import PROJECT, UserError, number, reading, run
 from utils.files import check_writable, write_file
 
 RESULTS = PROJECT / "experiments" / "results" / "segmentation"
-CACHE = PROJECT / "experiments" / "cache"
+CACHE = PROJECT / "build" / "experiments"
 PICTURED = 6  # of the mixed test scenes, the first
 PICTURED_SEED = 1  # whose networks' predictions of them are kept
 
@@ -90,7 +90,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--font", type=Path, default=glyphs.FONT, help="of colour bitmaps (default: %(default)s)")
     add("--glyphs", type=Path, help="a file that experiments.segmentation.glyphs wrote")
     add("--output", type=Path, default=RESULTS, help="by default experiments/results/segmentation")
-    add("--cache", type=Path, default=CACHE, help="for scenes; by default experiments/cache")
+    add("--cache", type=Path, default=CACHE, help="for scenes; by default build/experiments")
     add("--time-limit", type=number(float, above=0), help="in seconds; runs that it cuts are lost")
     add("--here", action="store_true", help="make the runs in this process")
     return parser.parse_args()
