@@ -1,6 +1,6 @@
 # Each target sets up what it needs by itself: .venv, the requirements, the library.
 
-.PHONY: all demo test fuzz benchmark wheel clean
+.PHONY: all demo test fuzz benchmark study wheel clean
 
 all:
 	@scripts/setup.sh
@@ -19,6 +19,11 @@ fuzz:
 benchmark:
 	@scripts/setup.sh
 	@.venv/bin/python benchmarks/benchmark_cpu.py $(BENCHMARK_ARGUMENTS)
+
+study:
+	@scripts/setup.sh
+	@.venv/bin/python -m experiments.study $(STUDY_ARGUMENTS)
+	@.venv/bin/python -m experiments.report
 
 wheel:
 	@scripts/build_wheel.sh $(WHEEL_ARGUMENTS)

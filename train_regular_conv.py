@@ -15,7 +15,7 @@ from utils.cli import run
 from utils.mnist import Digits, load_mnist
 from utils.model import REGULAR, build_model, load_model
 from utils.strategy import is_chief, open_strategy
-from utils.training import add_training_arguments, print_accuracies, train
+from utils.training import Lesson, add_training_arguments, print_accuracies, train
 
 
 def main() -> None:
@@ -30,14 +30,14 @@ def train_and_test(arguments: argparse.Namespace, strategy: tf.distribute.Strate
     train_digits, test_digits = load_mnist(arguments.data)
     train_digits = train_digits.take(arguments.train_digits)
 
-    def epoch_digits(rng: np.random.Generator) -> Digits:
+    def lesson_of(rng: np.random.Generator, _: int) -> Lesson:
         order = rng.permutation(len(train_digits.labels))
-        return Digits(train_digits.images[order], train_digits.labels[order])
+        return Lesson(Digits(train_digits.images[order], train_digits.labels[order]))
 
     keras.utils.set_random_seed(arguments.seed)
     with strategy.scope():
         model = build_model(REGULAR, arguments.dtype_policy)
-    train(model, epoch_digits, arguments, strategy)
+    train(model, lesson_of, arguments, strategy)
 
     if is_chief(strategy):
         trained = load_model(REGULAR, folder=arguments.checkpoint_dir)

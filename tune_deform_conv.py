@@ -16,7 +16,7 @@ from utils.quiet_tensorflow import keras, tf
 import numpy as np
 
 from utils.cli import number, run
-from utils.mnist import Digits, load_mnist, scale_images, scaled_test_digits
+from utils.mnist import Digits, apply_scaling, load_mnist, scaled_test_digits
 from utils.model import (
     CONVOLUTION_NAMES,
     DEFORM,
@@ -27,7 +27,20 @@ from utils.model import (
     offsets_of,
 )
 from utils.strategy import is_chief, open_strategy
-from utils.training import add_training_arguments, print_accuracies, train
+from utils.training import (
+    Lesson,
+    add_training_arguments,
+    logits_of,
+    print_accuracies,
+    train,
+)
+from utils.tuning import (
+    copy_weights,
+    draw_epoch,
+    freeze_all_but_offsets,
+    frozen_variables,
+    share_in_epoch,
+)
 
 
 def main() -> None:
@@ -40,6 +53,25 @@ def main() -> None:
         default=0.15,
         help="share of the training digits that stay unscaled, so that the network does not "
         "unlearn regular ones (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--unscaled-share-at-end",
+        type=number(float, at_least=0, at_most=1),
+        help="the share in the last epoch, to which it goes along a line (default: it stays)",
+    )
+    parser.add_argument(
+        "--distillation",
+        type=number(float, at_least=0, at_most=1),
+        default=0.0,
+        help="share of the loss that asks for what the regular network says to the unscaled digit, "
+        "in place of its label (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--average",
+        type=number(float, at_least=0, at_most=0.999999),
+        default=0.0,
+        help="keep an exponential moving average of the weights, with this share of the old one in "
+        "each step (default: %(default)s, none)",
     )
     parser.add_argument(
         "--regular-weights",
@@ -56,17 +88,21 @@ def tune_and_test(arguments: argparse.Namespace, strategy: tf.distribute.Strateg
     train_digits, test_digits = load_mnist(arguments.data)
     train_digits = train_digits.take(arguments.train_digits)
 
-    def epoch_digits(rng: np.random.Generator) -> Digits:
-        order = rng.permutation(len(train_digits.labels))
-        images, labels = train_digits.images[order], train_digits.labels[order]
-        unscaled = round(arguments.unscaled_share * len(labels))
-        scaled = scale_images(images[unscaled:], rng, arguments.shift)
-        # The unscaled ones came first; spread them over the epoch.
-        order = rng.permutation(len(labels))
-        return Digits(np.concatenate([images[:unscaled], scaled])[order], labels[order])
-
     keras.utils.set_random_seed(arguments.seed)
     regular = load_model(REGULAR, arguments.regular_weights, arguments.checkpoint_dir)
+    teacher_logits = None
+    if arguments.distillation:
+        teacher_logits = logits_of(regular, train_digits.images)
+    first, last = arguments.unscaled_share, arguments.unscaled_share_at_end
+    last = first if last is None else last
+
+    def lesson_of(rng: np.random.Generator, epoch: int) -> Lesson:
+        share = share_in_epoch(first, last, epoch, arguments.epochs)
+        order, scaling = draw_epoch(rng, len(train_digits.labels), share, arguments.shift)
+        images = apply_scaling(train_digits.images[order], scaling)
+        logits = None if teacher_logits is None else teacher_logits[order]
+        return Lesson(Digits(images, train_digits.labels[order]), logits)
+
     name = DEFORM_MODULATED if arguments.modulated else DEFORM
     with strategy.scope():
         model = build_model(name, arguments.dtype_policy)
@@ -74,7 +110,14 @@ def tune_and_test(arguments: argparse.Namespace, strategy: tf.distribute.Strateg
         freeze_all_but_offsets(model)
     if is_chief(strategy):
         print("training", *(variable.path for variable in model.trainable_variables), sep="\n  ")
-    train(model, epoch_digits, arguments, strategy)
+    train(
+        model,
+        lesson_of,
+        arguments,
+        strategy,
+        distillation=arguments.distillation,
+        average=arguments.average,
+    )
 
     if is_chief(strategy):
         tuned = load_model(name, folder=arguments.checkpoint_dir)
@@ -82,29 +125,6 @@ def tune_and_test(arguments: argparse.Namespace, strategy: tf.distribute.Strateg
         report_offsets(tuned, scaled_test_digits(test_digits, arguments.shift))
         models = {"regular CNN": regular, "deformable CNN": tuned}
         print_accuracies(models, test_digits, arguments)
-
-
-def frozen_variables(regular: keras.Model, model: keras.Model):
-    """Pairs of a regular model's variable and the one of the same role in a deformable model."""
-    for layer in regular.layers:
-        twin = model.get_layer(layer.name)
-        if layer.name in CONVOLUTION_NAMES:
-            yield layer.kernel, twin.kernel
-            yield layer.bias, twin.bias
-        else:
-            yield from zip(layer.variables, twin.variables, strict=True)
-
-
-def copy_weights(regular: keras.Model, model: keras.Model) -> None:
-    for source, target in frozen_variables(regular, model):
-        target.assign(source)
-
-
-def freeze_all_but_offsets(model: keras.Model) -> None:
-    for layer in model.layers:
-        layer.trainable = False  # batch normalisation then uses its moving statistics
-        if layer.name in CONVOLUTION_NAMES:
-            layer.offset_trainable = True
 
 
 def check_frozen(regular: keras.Model, model: keras.Model) -> None:

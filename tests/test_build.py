@@ -141,7 +141,16 @@ def test_sdist_has_what_a_build_needs_and_nothing_large(tmp_path, monkeypatch):
     }
     assert needed <= set(names)
     folders = {name.partition("/")[0] for name in names}
-    assert not folders & {"benchmarks", "build", "checkpoint", "data", "dist", "img", ".venv"}
+    assert not folders & {
+        "benchmarks",
+        "build",
+        "checkpoint",
+        "data",
+        "dist",
+        "experiments",
+        "img",
+        ".venv",
+    }
 
 
 def test_wheel_of_the_python_alone_is_for_any_platform_and_needs_no_tensorflow(

@@ -57,7 +57,14 @@ def test_program_of_a_page_runs(page, tmp_path):
 
 @pytest.mark.parametrize(
     "page",
-    ["README.md", "benchmarks/README.md", "benchmarks/gpu_kernels.md", "src/README.md", *PAGES],
+    [
+        "README.md",
+        "benchmarks/README.md",
+        "benchmarks/gpu_kernels.md",
+        "experiments/README.md",
+        "src/README.md",
+        *PAGES,
+    ],
     ids=str,
 )
 def test_links_lead_somewhere(page):

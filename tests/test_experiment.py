@@ -9,7 +9,6 @@ import pytest
 from conftest import STOP_AFTER_ONE_EPOCH, error_of, script
 from PIL import Image
 
-from tune_deform_conv import copy_weights, frozen_variables
 from utils import mnist
 from utils.model import (
     CONVOLUTION_NAMES,
@@ -22,6 +21,7 @@ from utils.model import (
     weights_file,
 )
 from utils.training import accuracy
+from utils.tuning import copy_weights, frozen_variables
 from utils.visualization import sampling_locations
 
 # --- Scaled MNIST ---

@@ -47,11 +47,16 @@ def load_mnist(path: Path | str = MNIST_FILE) -> tuple[Digits, Digits]:
         parts = [(arrays[f"x_{part}"], arrays[f"y_{part}"]) for part in ("train", "test")]
         if not all(isinstance(array, np.ndarray) for part in parts for array in part):
             raise ValueError("it holds something that is no array")
-    train, test = (_digits(images, labels, path) for images, labels in parts)
+    train, test = (checked_digits(images, labels, path) for images, labels in parts)
     return train, test
 
 
-def _digits(images: np.ndarray, labels: np.ndarray, path: Path) -> Digits:
+def checked_digits(images: np.ndarray, labels: np.ndarray, path: Path) -> Digits:
+    """Digits of images `[N, 28, 28]` uint8 and labels `[N]` that `path` holds.
+
+    Raises:
+      UserError: they are none, or of other shapes or types.
+    """
     if (
         labels.shape != images.shape[:1]
         or images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE)
@@ -100,6 +105,28 @@ def warp(image: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     )
 
 
+class Scaling(NamedTuple):
+    """Of each image, zoom factors and shifts `[N, 2]` along (y, x), as `zoom_matrix` takes them."""
+
+    zooms: np.ndarray
+    shifts: np.ndarray
+
+
+def draw_scaling(rng: np.random.Generator, count: int, shift: float = EASY_SHIFT) -> Scaling:
+    """Draws, for `count` images, a zoom from (1.0, 2.5) and a shift of up to `shift` per axis."""
+    zooms = rng.uniform(*ZOOM_RANGE, size=(count, 2))
+    return Scaling(zooms, rng.uniform(-shift, shift, size=(count, 2)))
+
+
+def apply_scaling(images: np.ndarray, scaling: Scaling) -> np.ndarray:
+    """Zooms and shifts each of the images `[N, 28, 28, 1]` uint8."""
+    scaled = np.empty_like(images)
+    for index, image in enumerate(images):
+        matrix = zoom_matrix(scaling.zooms[index], scaling.shifts[index])
+        scaled[index, ..., 0] = warp(image[..., 0], matrix)
+    return scaled
+
+
 def scale_images(
     images: np.ndarray, rng: np.random.Generator, shift: float = EASY_SHIFT
 ) -> np.ndarray:
@@ -113,12 +140,7 @@ def scale_images(
     Returns:
       `[N, 28, 28, 1]` uint8.
     """
-    zooms = rng.uniform(*ZOOM_RANGE, size=(len(images), 2))
-    shifts = rng.uniform(-shift, shift, size=(len(images), 2))
-    scaled = np.empty_like(images)
-    for index, image in enumerate(images):
-        scaled[index, ..., 0] = warp(image[..., 0], zoom_matrix(zooms[index], shifts[index]))
-    return scaled
+    return apply_scaling(images, draw_scaling(rng, len(images), shift))
 
 
 def scaled_test_digits(test: Digits, shift: float = EASY_SHIFT) -> Digits:

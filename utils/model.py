@@ -1,7 +1,7 @@
 """The network of the experiment: four convolutions, regular or deformable, on 28x28 digits."""
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from utils.quiet_tensorflow import keras, tf
@@ -21,6 +21,7 @@ KERNEL_SIZE = 3
 CONVOLUTION_NAMES = tuple(f"conv{index}" for index in range(1, len(CONVOLUTIONS) + 1))
 
 REGULAR, DEFORM, DEFORM_MODULATED = "regular_model", "deform_model", "deform_modulated_model"
+DEFORM_V3, DEFORM_V4 = "deform_v3_model", "deform_v4_model"
 
 
 def weights_file(name: str, folder: Path = CHECKPOINTS) -> Path:
@@ -28,21 +29,35 @@ def weights_file(name: str, folder: Path = CHECKPOINTS) -> Path:
     return Path(folder) / f"{name}.weights.h5"
 
 
-def build_model(name: str, dtype_policy: str = "float32") -> keras.Sequential:
+def build_model(
+    name: str,
+    dtype_policy: str = "float32",
+    convolutions: Sequence[tuple[int, int]] = CONVOLUTIONS,
+) -> keras.Sequential:
     """Builds the CNN `name`: REGULAR, DEFORM (version 1) or DEFORM_MODULATED (version 2).
+
+    DEFORM_V3 and DEFORM_V4 have a 1x1 convolution and the module of that version, which keeps the
+    number of channels, in place of each convolution.
 
     Each of the four 3x3 convolutions has a bias and is followed by batch normalisation and ReLU;
     global average pooling and a dense layer yield the 10 logits. Layers of one role have one name
-    in all three models. Takes images `[N, 28, 28, 1]` with values from 0 to 255.
+    in all models. Takes images `[N, 28, 28, 1]` with values from 0 to 255.
 
     Where a batch is shared among replicas, batch normalisation is over the whole of it. The logits
     are float32 under every dtype policy, since the loss is.
+
+    Args:
+      name: which network.
+      dtype_policy: what it computes in.
+      convolutions: (filters, stride) of each convolution.
     """
     replicas = tf.distribute.get_strategy().num_replicas_in_sync
     model = keras.Sequential(name=name)
     model.add(keras.Input((IMAGE_SIZE, IMAGE_SIZE, 1), dtype="uint8"))
     model.add(keras.layers.Rescaling(1 / 255, name="rescaling", dtype=dtype_policy))
-    for index, (filters, strides) in enumerate(CONVOLUTIONS, start=1):
+    for index, (filters, strides) in enumerate(convolutions, start=1):
+        if name in (DEFORM_V3, DEFORM_V4):
+            model.add(keras.layers.Conv2D(filters, 1, name=f"expand{index}", dtype=dtype_policy))
         model.add(_convolution(name, filters, strides, f"conv{index}", dtype_policy))
         model.add(
             keras.layers.BatchNormalization(
@@ -62,8 +77,11 @@ def _convolution(
     if model_name == REGULAR:
         return keras.layers.Conv2D(filters, KERNEL_SIZE, **arguments)
     # Needs the compiled library, which the regular network does without.
-    from deform_conv.layers import DeformableConv2D
+    from deform_conv.layers import DeformableConv2D, DeformableConv2DV3, DeformableConv2DV4
 
+    if model_name in (DEFORM_V3, DEFORM_V4):
+        module = DeformableConv2DV3 if model_name == DEFORM_V3 else DeformableConv2DV4
+        return module(KERNEL_SIZE, **arguments)
     modulated = model_name == DEFORM_MODULATED
     return DeformableConv2D(filters, KERNEL_SIZE, modulated=modulated, **arguments)
 

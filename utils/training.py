@@ -4,6 +4,7 @@ import argparse
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from utils.quiet_tensorflow import keras, tf
 
@@ -25,6 +26,25 @@ from utils.strategy import add_strategy_arguments, is_chief
 from utils.training_state import TrainingState, check_history, state_folder, write_history
 
 EVALUATION_BATCH = 500
+
+# What a teacher's and a student's logits are divided by before they are compared.
+TEMPERATURE = 2.0
+
+
+class Lesson(NamedTuple):
+    """What an epoch trains on, in the order in which it is to be used.
+
+    `teacher_logits` `[N, 10]` float32 are needed for distillation only.
+    """
+
+    digits: Digits
+    teacher_logits: np.ndarray | None = None
+
+    def part(self, part: slice) -> list[tf.Tensor]:
+        """Some of it, as the training step takes it."""
+        images, labels = self.digits.images[part], self.digits.labels[part].astype(np.int32)
+        teacher_logits = [] if self.teacher_logits is None else [self.teacher_logits[part]]
+        return [tf.constant(array) for array in (images, labels, *teacher_logits)]
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,9 +95,12 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
 
 def train(
     model: keras.Model,
-    epoch_digits: Callable[[np.random.Generator], Digits],
+    lesson_of: Callable[[np.random.Generator, int], Lesson],
     arguments: argparse.Namespace,
     strategy: tf.distribute.Strategy,
+    *,
+    distillation: float = 0.0,
+    average: float = 0.0,
 ) -> None:
     """Trains `model` with Adam and a cosine decay, then writes its weights file.
 
@@ -88,13 +111,15 @@ def train(
 
     Args:
       model: an unfitted model, named as its weights file shall be, built in the strategy's scope.
-      epoch_digits: yields the digits of one epoch, in the order in which they are to be used. The
+      lesson_of: yields what an epoch trains on, of a generator and the epoch's index. The
         generator depends on the seed and the epoch alone, so a resumed epoch sees the same digits,
-        and so does every worker.
+        and so does every worker. All epochs have as many digits.
       arguments: the options of `add_training_arguments`.
       strategy: what `open_strategy` yields for them.
+      distillation: as `losses_of` takes it.
+      average: as `make_optimizer` takes it. The weights that are written are the averages.
     """
-    digits_per_epoch = len(epoch_digits(np.random.default_rng(0)).labels)
+    digits_per_epoch = len(lesson_of(np.random.default_rng(0), 0).digits.labels)
     steps_per_epoch = -(-digits_per_epoch // arguments.batch_size)
     last_batch = digits_per_epoch - (steps_per_epoch - 1) * arguments.batch_size
     # TensorFlow 2.21 gives an empty part of a batch wrong shapes on the CPU, in a convolution
@@ -110,9 +135,10 @@ def train(
                 arguments.learning_rate, decay_steps=arguments.epochs * steps_per_epoch
             ),
             arguments.dtype_policy,
+            average,
         )
         optimizer.build(model.trainable_variables)
-    step = _training_step(model, optimizer, strategy)
+    step = _training_step(model, optimizer, strategy, distillation)
     state = TrainingState(model, optimizer, arguments, strategy)
     path = weights_file(model.name, arguments.checkpoint_dir)
     history = arguments.history if is_chief(strategy) else None
@@ -135,8 +161,8 @@ def train(
         for epoch in range(state.epochs_done, arguments.epochs):
             if is_chief(strategy):
                 print(f"Epoch {epoch + 1}/{arguments.epochs}")
-            digits = epoch_digits(np.random.default_rng([arguments.seed, epoch]))
-            loss, right = _train_epoch(step, digits, arguments.batch_size, strategy)
+            lesson = lesson_of(np.random.default_rng([arguments.seed, epoch]), epoch)
+            loss, right = _train_epoch(step, lesson, arguments.batch_size, strategy)
             if not math.isfinite(loss) or not_finite(model.variables):
                 raise UserError(
                     f"epoch {epoch + 1} ended with NaN or infinite numbers, and is not kept. Try "
@@ -145,20 +171,52 @@ def train(
             state.save(loss, right)
             if history:
                 write_history(history, state.history)
+        if average:
+            optimizer.finalize_variable_values(model.trainable_variables)
         if is_chief(strategy):
             save_weights(model, path)
             state.remove()
             print(f"saved {path}")
 
 
-def make_optimizer(learning_rate, dtype_policy: str) -> keras.Optimizer:
-    """Adam; for float16 with a loss scale, without which small gradients would become zeros."""
-    adam = keras.optimizers.Adam(learning_rate)
+def make_optimizer(learning_rate, dtype_policy: str, average: float = 0.0) -> keras.Optimizer:
+    """Adam; for float16 with a loss scale, without which small gradients would become zeros.
+
+    With `average` above 0, it keeps an exponential moving average of what it trains, with that
+    share of the old average in each step. `finalize_variable_values` takes it over.
+    """
+    adam = keras.optimizers.Adam(learning_rate, use_ema=average > 0, ema_momentum=average)
     return LossScaleOptimizer(adam) if dtype_policy == "mixed_float16" else adam
 
 
+def losses_of(labels, logits, teacher_logits=None, distillation: float = 0.0) -> tf.Tensor:
+    """The loss of each digit: cross entropy, and in part that with what a teacher says.
+
+    Args:
+      labels: `[N]`, integers.
+      logits: `[N, 10]`.
+      teacher_logits: `[N, 10]`, of another network, for distillation above 0.
+      distillation: the share of the teacher's part, from 0 to 1: the cross entropy of both
+        networks' distributions, softened by TEMPERATURE and times its square (Hinton et al. 2015,
+        Distilling the Knowledge in a Neural Network, arXiv:1503.02531).
+
+    Returns:
+      `[N]`.
+    """
+    losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+    if not distillation:
+        return losses
+    softened = tf.nn.softmax_cross_entropy_with_logits(
+        tf.nn.softmax(teacher_logits / TEMPERATURE), logits / TEMPERATURE
+    )
+    return (1 - distillation) * losses + distillation * TEMPERATURE**2 * softened
+
+
 def _training_step(
-    model: keras.Model, optimizer: keras.Optimizer, strategy: tf.distribute.Strategy
+    model: keras.Model,
+    optimizer: keras.Optimizer,
+    strategy: tf.distribute.Strategy,
+    distillation: float,
 ) -> Callable:
     """A function that trains on one batch; returns its [summed loss, number of right answers].
 
@@ -166,10 +224,11 @@ def _training_step(
     losses as if each had as many digits as the others.
     """
 
-    def replica_step(images, labels, batch_size):
+    def replica_step(lesson, batch_size):
+        images, labels, *teacher_logits = lesson
         with tf.GradientTape() as tape:
             logits = model(images, training=True)
-            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+            losses = losses_of(labels, logits, *teacher_logits, distillation=distillation)
             # The optimizer adds up the replicas' gradients: the whole batch is what to divide by.
             loss = optimizer.scale_loss(tf.reduce_sum(losses) / batch_size)
         variables = model.trainable_variables
@@ -178,18 +237,18 @@ def _training_step(
         return tf.stack([tf.reduce_sum(losses), tf.reduce_sum(tf.cast(right, losses.dtype))])
 
     @tf.function(reduce_retracing=True)
-    def step(images, labels, batch_size):
-        sums = strategy.run(replica_step, (images, labels, batch_size))
+    def step(lesson, batch_size):
+        sums = strategy.run(replica_step, (lesson, batch_size))
         return strategy.reduce(tf.distribute.ReduceOp.SUM, sums, axis=None)
 
     return step
 
 
 def _train_epoch(
-    step: Callable, digits: Digits, batch_size: int, strategy: tf.distribute.Strategy
+    step: Callable, lesson: Lesson, batch_size: int, strategy: tf.distribute.Strategy
 ) -> tuple[float, float]:
-    """Trains on `digits` batch by batch; returns their mean loss and the share of right answers."""
-    count = len(digits.labels)
+    """Trains on `lesson` batch by batch; returns its mean loss and the share of right answers."""
+    count = len(lesson.digits.labels)
     replicas = strategy.num_replicas_in_sync
     progress = keras.utils.Progbar(
         -(-count // batch_size),
@@ -201,22 +260,22 @@ def _train_epoch(
         stop = min(start + batch_size, count)
 
         def share(context, start=start, stop=stop):
-            part = slice(start + context.replica_id_in_sync_group, stop, replicas)
-            return (
-                tf.constant(digits.images[part]),
-                tf.constant(digits.labels[part].astype(np.int32)),
-            )
+            return lesson.part(slice(start + context.replica_id_in_sync_group, stop, replicas))
 
-        images, labels = strategy.experimental_distribute_values_from_function(share)
-        sums += tf.cast(step(images, labels, tf.constant(stop - start, tf.float32)), tf.float64)
+        parts = strategy.experimental_distribute_values_from_function(share)
+        sums += tf.cast(step(parts, tf.constant(stop - start, tf.float32)), tf.float64)
         loss, accuracy = tf.unstack(sums / stop)
         progress.update(start // batch_size + 1, [("loss", loss), ("accuracy", accuracy)])
     return float(loss), float(accuracy)
 
 
+def logits_of(model: keras.Model, images: np.ndarray) -> np.ndarray:
+    return model.predict(images, batch_size=EVALUATION_BATCH, verbose=0)
+
+
 def accuracy(model: keras.Model, digits: Digits) -> float:
     """The share of `digits` that `model` names rightly, in percent."""
-    logits = model.predict(digits.images, batch_size=EVALUATION_BATCH, verbose=0)
+    logits = logits_of(model, digits.images)
     return 100 * float(np.mean(np.argmax(logits, axis=-1) == digits.labels))
 
 
