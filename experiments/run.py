@@ -6,16 +6,16 @@ python -m experiments.run mnist-offsets-v1-shift1-seed1
 
 import argparse
 import hashlib
-import os
 import time
 from pathlib import Path
 
-from utils.quiet_tensorflow import keras, tf
+from utils.quiet_tensorflow import keras
 
 import numpy as np
 
 from experiments import datasets, results
 from experiments.arms import ARMS, BATCH_SIZE, EPOCHS, SHIFTS, STATISTICS, TRAINED_REGULAR, Run
+from experiments.jobs import share_machine
 from experiments.networks import build
 from experiments.offsets import OffsetStatistics
 from experiments.training import DeviceDigits, Predictor, reestimate_statistics, train
@@ -87,11 +87,7 @@ def main() -> None:
     parser.add_argument("run", type=_parse, help="DATASET-ARM-shiftSHIFT-seedSEED")
     add_run_options(parser)
     options = parser.parse_args()
-    for gpu in tf.config.list_physical_devices("GPU"):
-        tf.config.experimental.set_memory_growth(gpu, True)
-    if threads := os.environ.get("OMP_NUM_THREADS"):  # where several runs share the processors
-        tf.config.threading.set_intra_op_parallelism_threads(int(threads))
-        tf.config.threading.set_inter_op_parallelism_threads(int(threads))
+    share_machine()
     results.write(record_file(options.run, options), record_of(options.run, options))
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import gzip
-import json
 from argparse import Namespace
 
 import keras
@@ -10,12 +9,11 @@ import numpy as np
 import pytest
 from conftest import error_of, script
 
-from experiments import datasets, results
-from experiments.arms import ARMS, STUDY, TRAINED_REGULAR, Run, chosen, plan
+from experiments import datasets, jobs, results
+from experiments.arms import ARMS, STUDY, TRAINED_REGULAR, chosen, plan
 from experiments.networks import build, parameters_of, wide_convolutions
 from experiments.offsets import OffsetStatistics
 from experiments.report import PAGE, RESULTS, page_of
-from experiments.study import Study
 from experiments.training import DeviceDigits, Predictor, reestimate_statistics, scaled, train
 from utils import mnist
 from utils.cli import UserError
@@ -333,32 +331,31 @@ class FakeProcess:
 
 def test_time_limit_starts_nothing_that_takes_longer_and_ends_what_does(tmp_path, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("experiments.study.time.monotonic", lambda: now[0])
-    monkeypatch.setattr("experiments.study.time.sleep", lambda _: now.__setitem__(0, now[0] + 1))
-    runs = [Run("mnist", "scratch-v1", 1.0, seed) for seed in range(6)]
+    monkeypatch.setattr("experiments.jobs.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("experiments.jobs.time.sleep", lambda _: now.__setitem__(0, now[0] + 1))
+    runs = [jobs.Job(f"run{i}", (), tmp_path / f"run{i}.json") for i in range(6)]
     durations = dict(zip(runs, (10, 10, 10, 100, 10, 10), strict=True))
     processes = {}
 
-    def start(self, asked):
-        (tmp_path / f"{asked.name}.json").write_text(json.dumps({"accuracy": {"test": {}}}))
-        processes[asked] = FakeProcess(lambda: now[0], now[0] + durations[asked])
-        return processes[asked]
+    def start(self, job):
+        job.record.write_text("{}")
+        processes[job] = FakeProcess(lambda: now[0], now[0] + durations[job])
+        return processes[job]
 
-    monkeypatch.setattr(Study, "_start", start)
-    options = Namespace(jobs=2, time_limit=45, output=tmp_path, cache=tmp_path)
-    a_study = Study(runs, options)
-    a_study.work()
-    assert a_study.done == 5
+    monkeypatch.setattr(jobs.Jobs, "_start", start)
+    some = jobs.Jobs(runs, Namespace(jobs=2, time_limit=45, cache=tmp_path), str)
+    some.work()
+    assert some.done == 5
     assert processes[runs[3]].terminated
-    assert a_study.pending == [runs[3]]
-    assert not a_study.failed
+    assert some.pending == [runs[3]]
+    assert not some.failed
     assert now[0] <= 45
 
     # The run that took longest took 11 seconds, by which the last one would be too late.
     now[0], processes = 0.0, {}
-    a_study = Study(runs[:3], Namespace(jobs=1, time_limit=30, output=tmp_path, cache=tmp_path))
-    a_study.work()
-    assert (a_study.done, a_study.pending) == (2, [runs[2]])
+    some = jobs.Jobs(runs[:3], Namespace(jobs=1, time_limit=30, cache=tmp_path), str)
+    some.work()
+    assert (some.done, some.pending) == (2, [runs[2]])
 
 
 # --- The report ---

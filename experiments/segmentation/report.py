@@ -4,7 +4,7 @@ Writes the tables into the page, between its marks, and the picture beside it.
 """
 
 import argparse
-import re
+import io
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from benchmarks.report import table
 from experiments import results
+from experiments.page import with_report
 from experiments.segmentation.glyphs import NAMES
 from experiments.segmentation.scenes import MIXED, TEST_KINDS
 from experiments.segmentation.settings import ARMS, EQUAL_PARAMETERS
@@ -24,7 +25,7 @@ PICTURE = Path(__file__).parent / "scenes.png"
 PICTURE_LINE = (
     f"![Test scenes, their true labels, and what the networks of seed 1 predict]({PICTURE.name})\n"
 )
-MARKS = ("<!-- tables: report.py writes them -->\n", "<!-- end of tables -->\n")
+SCRIPT = "experiments/segmentation/report.py"
 
 
 def main() -> None:
@@ -39,33 +40,22 @@ def main() -> None:
         raise UserError(f"no results in {arguments.results}: experiments.segmentation.train")
     with reading(f"{arguments.page} cannot be read"):
         text = arguments.page.read_text(encoding="utf-8")
-    write_file(arguments.page, with_tables(text, as_markdown(records)).encode())
+    write_file(arguments.page, with_report(text, SCRIPT, parts_of(records)).encode())
     write_file(arguments.picture, picture(arguments.results))
     print(f"wrote {arguments.page} and {arguments.picture}")
-
-
-def with_tables(page: str, tables: str) -> str:
-    """The page with other tables between its marks.
-
-    Raises:
-      UserError: it has no marks.
-    """
-    before, after = MARKS
-    pattern = re.compile(f"(?<={re.escape(before)}).*?(?={re.escape(after)})", re.S)
-    if not pattern.search(page):
-        raise UserError(f"the page has no {before.strip()} and {after.strip()}")
-    return pattern.sub(lambda _: f"\n{tables}\n", page)
 
 
 # --- Tables ---
 
 
-def as_markdown(records: list[dict]) -> str:
+def parts_of(records: list[dict]) -> list[str]:
+    """Tables and sentences, in Markdown."""
+    if not records:
+        return []
     by_arm = {arm: {r["seed"]: r for r in records if r["arm"] == arm} for arm in ARMS}
     by_arm = {arm: runs for arm, runs in by_arm.items() if runs}
-    sections = [heading(records), iou_table(by_arm), difference_table(by_arm)]
-    sections += [PICTURE_LINE, class_table(by_arm), offset_table(by_arm)]
-    return "\n".join(filter(None, sections))
+    parts = [heading(records), iou_table(by_arm), difference_table(by_arm), PICTURE_LINE]
+    return list(filter(None, [*parts, class_table(by_arm), offset_table(by_arm)]))
 
 
 def heading(records: list[dict]) -> str:
@@ -172,8 +162,6 @@ def picture(folder: Path, shown: int = 4) -> bytes:
 
 
 def _drawn(columns: dict[str, np.ndarray]) -> bytes:
-    import io
-
     import matplotlib
 
     matplotlib.use("Agg")  # no window, no display

@@ -1,5 +1,6 @@
 """What is compared, and what all runs have in common."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 # Filters of the encoder's stages; each but the first halves the resolution.
@@ -37,3 +38,8 @@ class Settings(NamedTuple):
     train_scenes: int
     test_scenes: int  # of each kind
     glyphs: str  # their digest
+
+
+def record_file(output: Path, arm: str, seed: int) -> Path:
+    """Where the record of a run is kept."""
+    return Path(output) / f"{arm}-{seed}.json"

@@ -1,66 +1,17 @@
 """Training and testing of one network."""
 
 import math
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 from utils.quiet_tensorflow import keras, tf
 
 import numpy as np
 
-from experiments import results
 from experiments.segmentation import network, scenes
-from experiments.segmentation.glyphs import NAMES
-from experiments.segmentation.metrics import confusion, iou, mean_iou
-from experiments.segmentation.settings import ARMS, Settings
-from utils.cli import UserError
+from experiments.segmentation.settings import Settings
 
 TEST_BATCH = 50
 WARM_UP_SHARE = 0.05  # of the steps, in which the learning rate rises to its full value
-
-
-def train_and_test(
-    arm: str, seed: int, settings: Settings, folder: Path
-) -> tuple[dict, keras.Model]:
-    """Trains a network and tests it. Returns the record of the run, and the network.
-
-    Args:
-      arm: a key of `settings.ARMS`.
-      seed: of the first weights and of the order of the scenes.
-      settings: of the training.
-      folder: of the scenes, from `scenes.prepare`.
-
-    Raises:
-      UserError: the loss became NaN or infinite.
-    """
-    started = time.monotonic()
-    keras.utils.set_random_seed(seed)
-    model = network.build(ARMS[arm])
-    losses = train(model, scenes.load(folder, scenes.TRAIN), settings, seed)
-    if not np.isfinite(losses).all():
-        raise UserError(f"{arm}, seed {seed}: the loss became NaN or infinite")
-    trained = time.monotonic()
-    tests = {name: scenes.load(folder, name) for name in scenes.TEST_KINDS}
-    predict, mean_offsets = predictor(model), offset_meter(model)
-    ious = {
-        name: iou(confusion(test.labels, predict(test.images), len(NAMES)))
-        for name, test in tests.items()
-    }
-    record = {
-        "experiment": "segmentation",
-        "arm": arm,
-        "seed": seed,
-        "settings": settings._asdict(),
-        "environment": results.environment(),
-        "parameters": network.parameters(model),
-        "loss": losses,
-        "mean_iou": {name: mean_iou(values) for name, values in ious.items()},
-        "iou": {name: dict(zip(NAMES, values, strict=True)) for name, values in ious.items()},
-        "mean_offset": {name: mean_offsets(test.images) for name, test in tests.items()},
-        "seconds": {"training": trained - started, "testing": time.monotonic() - trained},
-    }
-    return record, model
 
 
 def train(
