@@ -1,7 +1,8 @@
 """The arms of the study, as data: which network, from where, what of it is trained, and how.
 
 All arms of one data set see equally many images in equally many steps, with one optimizer and one
-batch size. Those that start from the trained regular network have that training besides.
+batch size. Those that start from the trained regular network have that training besides. Recipes
+train longer.
 """
 
 import fnmatch
@@ -89,6 +90,13 @@ STUDY = (
     _tuned("offsets-v2", "offsets and masks only, version 2", model=DEFORM_MODULATED),
     _tuned("finetuned", "regular, all weights tuned", ALL, REGULAR),
     _tuned("finetuned-norm", "regular, batch normalisation tuned", NORM, REGULAR),
+    _tuned(
+        "finetuned-norm-fast",
+        "the same, 10 times the learning rate",
+        NORM,
+        REGULAR,
+        recipe=Recipe(learning_rate=2e-2),
+    ),
     _tuned("statistics", "regular, statistics estimated again", STATISTICS, REGULAR),
     _tuned("offsets-last2", "offsets of the last two layers only", layers=CONVOLUTION_NAMES[2:]),
     _tuned("offsets-constant", "learned constant offsets", CONSTANT_OFFSETS),

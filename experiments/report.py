@@ -41,8 +41,10 @@ ZOOMED = (
     "scratch-regular",
     "scratch-v1",
 )
-MOVING = ("offsets-v1", "offsets-v2", "scratch-v1", "scratch-v2", "scratch-v3", "scratch-v4")
+MOVING = ("offsets-v1", "offsets-v2", "scratch-v1", "scratch-v3")
 DRAWN = ("offsets-v1", "scratch-v1")
+
+NEAR = 5  # percent, below the largest accuracy, that are drawn once more
 
 
 def main() -> None:
@@ -239,26 +241,31 @@ def _provenance(records: list[dict]) -> list[str]:
 
 
 def draw_zoom(path: Path, dataset: str, records: list[dict]) -> None:
-    """Accuracy against zoom: means over the seeds, and from the least to the largest in colour."""
-    figure, axes = plt.subplots(figsize=(8, 5), dpi=100, layout="constrained")
+    """Accuracy against zoom, whole and near its largest values.
+
+    Lines are means over the seeds; their colour reaches from the smallest to the largest value.
+    """
+    figure, (whole, upper) = plt.subplots(1, 2, figsize=(11, 5), dpi=100, layout="constrained")
+    largest = 0.0
     for arm in ZOOMED:
         if not (of := _of(records, dataset, arm, EASY_SHIFT)):
             continue
         zooms = [float(zoom) for zoom in of[0]["accuracy"]["zoom"]]
-        curves = [list(record["accuracy"]["zoom"].values()) for record in of]
-        by_zoom = list(zip(*curves, strict=True))
-        (line,) = axes.plot(
-            zooms, [statistics.mean(values) for values in by_zoom], label=_label(arm), marker="."
-        )
-        axes.fill_between(
-            zooms, *([of(values) for values in by_zoom] for of in (min, max)),
-            color=line.get_color(), alpha=0.2, linewidth=0,
-        )  # fmt: skip
-    axes.axvspan(1, 2.5, color="gray", alpha=0.08, label="zooms that are trained on")
-    axes.set_xlabel("zoom along both axes; above 1, the image shrinks")
-    axes.set_ylabel(f"test accuracy on {DATASETS[dataset]}, percent")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", loc="lower left")
+        by_zoom = list(zip(*(each["accuracy"]["zoom"].values() for each in of), strict=True))
+        means, lowest, highest = ([f(v) for v in by_zoom] for f in (statistics.mean, min, max))
+        largest = max(largest, *means)
+        for axes in (whole, upper):
+            (line,) = axes.plot(zooms, means, label=_label(arm), marker=".")
+            color = line.get_color()
+            axes.fill_between(zooms, lowest, highest, color=color, alpha=0.2, linewidth=0)
+    for axes in (whole, upper):
+        axes.axvspan(1, 2.5, color="gray", alpha=0.08, label="zooms that are trained on")
+        axes.set_xlabel("zoom along both axes; above 1, the image shrinks")
+        axes.grid(alpha=0.3)
+    upper.set_ylim(largest - NEAR, largest + 0.1 * NEAR)
+    whole.set_ylabel(f"test accuracy on {DATASETS[dataset]}, percent")
+    figure.legend(*whole.get_legend_handles_labels(), fontsize="small", loc="outside lower center",
+                  ncols=3)  # fmt: skip
     _save(figure, path)
 
 
@@ -279,6 +286,7 @@ def draw_offsets(path: Path, dataset: str, records: list[dict]) -> None:
         of = _of(records, dataset, arm, EASY_SHIFT)
         panels[0, column].set_title(_label(arm), fontsize=10)
         panels[-1, column].set_xlabel("epoch")
+        panels[-1, column].xaxis.get_major_locator().set_params(integer=True)
         for row, (key, label) in enumerate(keys.items()):
             panels[row, 0].set_ylabel(label)
             panels[row, column].grid(alpha=0.3)

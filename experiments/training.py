@@ -159,7 +159,10 @@ def reestimate_statistics(
     model: keras.Model, digits: DeviceDigits, *, batch_size: int, share: float, shift: float,
     seed: int, steps: int = 50,
 ) -> None:  # fmt: skip
-    """Sets batch normalisation's statistics to their means over some batches of scaled digits."""
+    """Sets batch normalisation's statistics to their means over some batches of scaled digits.
+
+    Batch normalisation is frozen before, and after.
+    """
     count = len(digits.labels)
     batch_size = min(batch_size, count)
     order, scaling = draw_epoch(np.random.default_rng([seed, 0]), count, share, shift)
@@ -168,8 +171,11 @@ def reestimate_statistics(
     batches = _by_step(steps, batch_size, order.astype(np.int64), scaling)
     for index, (chosen, zooms, shifts) in enumerate(zip(*batches, strict=True)):
         for layer in layers:
+            layer.trainable = True  # or its statistics would stay
             layer.momentum = index / (index + 1)
         model(scaled(tf.gather(digits.images, chosen), zooms, shifts), training=True)
+    for layer in layers:
+        layer.trainable = False
 
 
 class Predictor:

@@ -204,7 +204,8 @@ def test_averaging_and_distillation_change_what_is_learned(regular, digits):
 def test_distilled_loss_is_least_at_the_teachers_logits(rng):
     labels, teacher = np.array([3]), rng.standard_normal((1, 10)).astype(np.float32)
     at_teacher = losses_of(labels, teacher, teacher, distillation=1.0)
-    elsewhere = losses_of(labels, teacher + rng.standard_normal(10), teacher, distillation=1.0)
+    other = teacher + rng.standard_normal(10).astype(np.float32)
+    elsewhere = losses_of(labels, other, teacher, distillation=1.0)
     assert at_teacher < elsewhere
     softened = np.exp(teacher / TEMPERATURE) / np.exp(teacher / TEMPERATURE).sum()
     entropy = -(softened * np.log(softened)).sum()
