@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
-"""Does one run of the study, and keeps its record. `experiments.study` starts one process for each.
+"""Does one run of the study, and keeps its record. `experiments.study` does many.
 
 python -m experiments.run mnist-offsets-v1-shift1-seed1
 """
 
 import argparse
+import functools
 import hashlib
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from utils.quiet_tensorflow import keras
 
@@ -15,12 +17,12 @@ import numpy as np
 
 from experiments import datasets, results
 from experiments.arms import ARMS, BATCH_SIZE, EPOCHS, SHIFTS, STATISTICS, TRAINED_REGULAR, Run
-from experiments.jobs import share_machine
 from experiments.networks import build
 from experiments.offsets import OffsetStatistics
 from experiments.training import DeviceDigits, Predictor, reestimate_statistics, train
+from experiments.workers import use_devices
 from utils.cli import PROJECT, UserError, number, run
-from utils.mnist import Digits, scaled_test_digits
+from utils.mnist import scaled_test_digits
 from utils.model import REGULAR, load_model, save_weights
 
 RESULTS = PROJECT / "experiments" / "results" / "study"
@@ -87,8 +89,8 @@ def main() -> None:
     parser.add_argument("run", type=_parse, help="DATASET-ARM-shiftSHIFT-seedSEED")
     add_run_options(parser)
     options = parser.parse_args()
-    share_machine()
-    results.write(record_file(options.run, options), record_of(options.run, options))
+    use_devices()
+    do(options.run, options)
 
 
 def _parse(text: str) -> Run:
@@ -100,24 +102,27 @@ def _parse(text: str) -> Run:
     return Run(dataset, arm, float(shift), int(seed))
 
 
-def record_of(asked: Run, options: argparse.Namespace) -> dict:
-    """Trains and tests; returns what is kept.
+def do(asked: Run, options: argparse.Namespace) -> None:
+    """Does a run and keeps its record.
 
     Raises:
-      UserError: images, or the weights to start from, cannot be read.
+      UserError: images, or the weights to start from, cannot be read, or the record not written.
+      FloatingPointError: the loss was NaN or infinite.
     """
+    results.write(record_file(asked, options), _record_of(asked, options))
+
+
+def _record_of(asked: Run, options: argparse.Namespace) -> dict:
     begun = time.monotonic()
     arm = ARMS[asked.arm]
-    parts = datasets.load(asked.dataset, options.fashion_mnist)
-    parts = datasets.Parts(
-        parts.train.take(options.train_digits),
-        *(part.take(options.test_digits) for part in parts[1:]),
+    images = _images(
+        asked.dataset, options.fashion_mnist, options.train_digits, options.test_digits
     )
     keras.utils.set_random_seed(asked.seed)
     regular = _regular(asked, options)
-    model = build(arm, regular, parts.train.images[:BATCH_SIZE], asked.seed)
+    model = build(arm, regular, images.some, asked.seed)
     statistics = OffsetStatistics(model)
-    history = _train(asked, options, model, regular, parts, statistics)
+    history = _train(asked, options, model, regular, images, statistics)
     if arm is TRAINED_REGULAR:
         save_weights(model, weights_of(asked, options))
     return _rounded(
@@ -134,7 +139,7 @@ def record_of(asked: Run, options: argparse.Namespace) -> dict:
             "trained_parameters": int(sum(np.prod(v.shape) for v in model.trainable_variables)),
             "padding": statistics.padding(),
             "epochs": history,
-            "accuracy": _accuracies(Predictor(model), parts),
+            "accuracy": _accuracies(Predictor(model), images),
             "seconds": time.monotonic() - begun,
         }
     )
@@ -151,30 +156,66 @@ def _regular(asked: Run, options: argparse.Namespace) -> keras.Model | None:
     return load_model(REGULAR, path)
 
 
+class Images(NamedTuple):
+    """What a run needs of a data set, scaled where that is the same in every run."""
+
+    train: DeviceDigits
+    some: np.ndarray  # of those to train on
+    measured: dict[float, np.ndarray]  # by the shift
+    tests: dict[str, dict[str, DeviceDigits]]  # by part, and how they are scaled
+
+
+@functools.lru_cache(maxsize=len(datasets.DATASETS))
+def _images(
+    dataset: str, fashion_folder: Path, train_digits: int | None, test_digits: int | None
+) -> Images:
+    train, *others = datasets.load(dataset, fashion_folder)
+    train = train.take(train_digits)
+    tests = {
+        name: {"regular": part}
+        | {_scaled(shift): scaled_test_digits(part, shift) for shift in SHIFTS}
+        for name, part in zip(
+            ("held out", "test"), (part.take(test_digits) for part in others), strict=True
+        )
+    }
+    return Images(
+        DeviceDigits.of(train),
+        train.images[:BATCH_SIZE],
+        {shift: tests["held out"][_scaled(shift)].images[:MEASURED] for shift in SHIFTS},
+        {
+            part: {name: DeviceDigits.of(digits) for name, digits in of.items()}
+            for part, of in tests.items()
+        },
+    )
+
+
+def _scaled(shift: float) -> str:
+    return f"scaled {shift:g}"
+
+
 def _train(
-    asked: Run, options, model, regular, parts: datasets.Parts, statistics: OffsetStatistics
+    asked: Run, options, model, regular, images: Images, statistics: OffsetStatistics
 ) -> list[dict]:
     """Returns what each epoch came to; offsets before the first one are those of epoch 0."""
     arm = ARMS[asked.arm]
-    measured = scaled_test_digits(parts.held_out.take(MEASURED), asked.shift).images
     history = []
 
     def keep(line: dict) -> None:
-        history.append(line | {"offsets": statistics(measured)})
+        history.append(line | {"offsets": statistics(images.measured[asked.shift])})
 
-    digits = DeviceDigits.of(parts.train)
     common = {"batch_size": options.batch_size, "shift": asked.shift, "seed": asked.seed}
     if arm.trained == STATISTICS:
         share = arm.recipe.unscaled_share[0]
-        reestimate_statistics(model, digits, share=share, **common)
+        reestimate_statistics(model, images.train, share=share, **common)
     keep({"epoch": 0})
     if arm.trains:
+        distilled = arm.recipe.distillation > 0
         train(
             model,
-            digits,
+            images.train,
             arm.recipe,
             epochs=options.epochs * arm.recipe.times_epochs,
-            teacher_logits=Predictor(regular).logits(digits) if arm.recipe.distillation else None,
+            teacher_logits=Predictor(regular).logits(images.train) if distilled else None,
             jit_compile=options.jit_compile,
             after_epoch=keep,
             **common,
@@ -182,20 +223,15 @@ def _train(
     return history
 
 
-def _accuracies(predictor: Predictor, parts: datasets.Parts) -> dict:
+def _accuracies(predictor: Predictor, images: Images) -> dict:
     """In percent: of those held out and of the test set, and of that zoomed along both axes."""
     accuracies = {
-        name: {"regular": predictor.accuracy(DeviceDigits.of(part))}
-        | {f"scaled {shift:g}": _scaled_accuracy(predictor, part, shift) for shift in SHIFTS}
-        for name, part in {"held out": parts.held_out, "test": parts.test}.items()
+        part: {name: predictor.accuracy(digits) for name, digits in of.items()}
+        for part, of in images.tests.items()
     }
-    test = DeviceDigits.of(parts.test)
+    test = images.tests["test"]["regular"]
     accuracies["zoom"] = {f"{zoom:g}": predictor.accuracy(test, zoom) for zoom in ZOOMS}
     return accuracies
-
-
-def _scaled_accuracy(predictor: Predictor, digits: Digits, shift: float) -> float:
-    return predictor.accuracy(DeviceDigits.of(scaled_test_digits(digits, shift)))
 
 
 def _digest(model: keras.Model) -> str:

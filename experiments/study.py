@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Does every run of the study that is missing, each in a process of its own.
+"""Does every run of the study that is missing, several at a time.
 
     python -m experiments.study [--dataset mnist] [--arm 'offsets-*'] [--seed 1] [--jobs 8]
 
@@ -9,10 +9,11 @@ Runs that fail are told of in the end, and the exit status is 1. experiments/REA
 """
 
 import argparse
+import functools
 
 from experiments import datasets, jobs
 from experiments.arms import ARMS, SHIFTS, Run, chosen
-from experiments.run import add_run_options, record_file, settings_of, weights_of
+from experiments.run import add_run_options, do, record_file, settings_of, weights_of
 from utils.cli import number, run
 
 
@@ -35,7 +36,8 @@ def main() -> None:
     if options.list:
         print(*(each.name for each in missing), sep="\n")
         return
-    jobs.run_all([job_of(each, options) for each in missing], options, summary)
+    some_jobs = [job_of(each, options) for each in missing]
+    jobs.run_all(some_jobs, functools.partial(do, options=options), options, summary)
 
 
 def missing_runs(options: argparse.Namespace) -> list[Run]:
@@ -59,17 +61,9 @@ def missing_runs(options: argparse.Namespace) -> list[Run]:
 
 
 def job_of(asked: Run, options: argparse.Namespace) -> jobs.Job:
-    arguments = ["-m", "experiments.run", asked.name]
-    arguments += ["--output", options.output, "--cache", options.cache]
-    arguments += ["--fashion-mnist", options.fashion_mnist.absolute()]
-    for name, value in settings_of(options).items():
-        if value is not None:
-            arguments += [f"--{name.replace('_', '-')}", value]
-    if options.jit_compile:
-        arguments.append("--jit-compile")
     after = asked.regular and asked.regular.name
     length = ARMS[asked.arm].recipe.times_epochs
-    return jobs.Job(asked.name, tuple(arguments), record_file(asked, options), after, length)
+    return jobs.Job(asked.name, asked, record_file(asked, options), after, length)
 
 
 def summary(record: dict) -> str:

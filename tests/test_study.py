@@ -2,12 +2,13 @@
 
 import dataclasses
 import gzip
+import os
 from argparse import Namespace
 
 import keras
 import numpy as np
 import pytest
-from conftest import error_of, script
+from conftest import PROJECT, error_of, script
 
 from experiments import datasets, jobs, results
 from experiments.arms import ARMS, STUDY, TRAINED_REGULAR, chosen, plan
@@ -314,47 +315,67 @@ def test_failed_runs_are_told_of(tmp_path):
     assert not list((tmp_path / "out").glob("*.json"))
 
 
-class FakeProcess:
-    """A run that ends when `seconds` of the fake clock have gone by."""
-
-    def __init__(self, clock, ends):
-        self.clock, self.ends, self.terminated, self.returncode = clock, ends, False, 0
-
-    def poll(self):
-        return 0 if self.clock() >= self.ends else None
-
-    def terminate(self):
-        self.terminated = True
-
-    def wait(self):
-        pass
+def test_run_whose_process_dies_has_failed_and_others_go_on(tmp_path):
+    program = """
+import os, sys
+from experiments import run
+do = run.do
+def die(asked, options):
+    os._exit(3) if asked.arm == "scratch-v1" else do(asked, options)
+run.do = die
+from experiments import study
+if __name__ == "__main__":
+    study.main()
+"""
+    file = tmp_path / "dying_study.py"
+    file.write_text(program)
+    arms = ("--arm", "scratch-v1", "--arm", "scratch-v2")
+    places = ("--output", tmp_path / "out", "--cache", tmp_path / "cache")
+    options = ("--dataset", "mnist", "--shift", 1, "--seed", 1, *FEW, *arms, *places)
+    environment = {"PYTHONPATH": f"{PROJECT}:{os.environ.get('PYTHONPATH', '')}"}
+    done = script(file, *options, check=False, **environment)
+    assert "scratch-v1-shift1-seed1: failed: its process ended with status 3" in done.stdout
+    assert "1 runs done, 0 left" in done.stdout
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [
+        "mnist-scratch-v2-shift1-seed1.json"
+    ]
 
 
 def test_time_limit_starts_nothing_that_takes_longer_and_ends_what_does(tmp_path, monkeypatch):
-    now = [0.0]
+    now, ended = [0.0], []
     monkeypatch.setattr("experiments.jobs.time.monotonic", lambda: now[0])
     monkeypatch.setattr("experiments.jobs.time.sleep", lambda _: now.__setitem__(0, now[0] + 1))
-    runs = [jobs.Job(f"run{i}", (), tmp_path / f"run{i}.json") for i in range(6)]
-    durations = dict(zip(runs, (10, 10, 10, 100, 10, 10), strict=True))
-    processes = {}
+    runs = [jobs.Job(f"run{i}", i, tmp_path / f"run{i}.json") for i in range(6)]
+    durations = (10, 10, 10, 100, 10, 10)
 
-    def start(self, job):
-        job.record.write_text("{}")
-        processes[job] = FakeProcess(lambda: now[0], now[0] + durations[job])
-        return processes[job]
+    class FakeWorker:
+        alive = True
 
-    monkeypatch.setattr(jobs.Jobs, "_start", start)
-    some = jobs.Jobs(runs, Namespace(jobs=2, time_limit=45, cache=tmp_path), str)
+        def __init__(self, *_):
+            self.task = None
+
+        def begin(self, task):
+            self.task, self.ends = task, now[0] + durations[task]
+            runs[task].record.write_text("{}")
+
+        def outcome(self):
+            return "" if now[0] >= self.ends else None
+
+        def end(self):
+            ended.append(self.task)
+
+    monkeypatch.setattr(jobs, "Worker", FakeWorker)
+    some = jobs.Jobs(runs, None, Namespace(jobs=2, time_limit=45, cache=tmp_path), str)
     some.work()
     assert some.done == 5
-    assert processes[runs[3]].terminated
+    assert 3 in ended
     assert some.pending == [runs[3]]
     assert not some.failed
     assert now[0] <= 45
 
-    # The run that took longest took 11 seconds, by which the last one would be too late.
-    now[0], processes = 0.0, {}
-    some = jobs.Jobs(runs[:3], Namespace(jobs=1, time_limit=30, cache=tmp_path), str)
+    # The last one would be too late, if it took as long as those before it.
+    now[0] = 0.0
+    some = jobs.Jobs(runs[:3], None, Namespace(jobs=1, time_limit=25, cache=tmp_path), str)
     some.work()
     assert (some.done, some.pending) == (2, [runs[2]])
 

@@ -1,8 +1,6 @@
-"""Makes one run and keeps its record; `experiments.segmentation.train` starts such processes."""
+"""Makes one run of the segmentation experiment, and keeps its record."""
 
-import argparse
 import io
-import json
 import time
 from pathlib import Path
 
@@ -11,33 +9,33 @@ from utils.quiet_tensorflow import keras
 import numpy as np
 
 from experiments import results
-from experiments.jobs import share_machine
 from experiments.segmentation import network, scenes
 from experiments.segmentation.glyphs import NAMES
 from experiments.segmentation.metrics import confusion, iou, mean_iou
 from experiments.segmentation.settings import ARMS, Settings, record_file
 from experiments.segmentation.training import offset_meter, predictor, train
-from utils.cli import UserError, run
+from utils.cli import UserError
 from utils.files import write_file
 
 PICTURED = 6  # of the mixed test scenes, the first
 PICTURED_SEED = 1  # whose networks' predictions of them are kept
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="run.py", description=__doc__)
-    add = parser.add_argument
-    add("--arm", choices=ARMS, required=True)
-    add("--seed", type=int, required=True)
-    add("--settings", type=lambda text: Settings(**json.loads(text)), required=True, help="JSON")
-    add("--scenes", type=Path, required=True, help="the folder that scenes.prepare made")
-    add("--output", type=Path, required=True, help="the folder of the records")
-    options = parser.parse_args()
-    share_machine()
-    record, model = train_and_test(options.arm, options.seed, options.settings, options.scenes)
-    if options.seed == PICTURED_SEED:
-        keep_picture(model, options.arm, options.scenes, options.output)
-    results.write(record_file(options.output, options.arm, options.seed), record)
+def do(arm_and_seed: tuple[str, int], settings: Settings, folder: Path, output: Path) -> None:
+    """Trains and tests a network. Writes its record, and predictions for the picture.
+
+    Args:
+      arm_and_seed, settings, folder: as in `train_and_test`.
+      output: the folder of the records.
+
+    Raises:
+      UserError: the loss became NaN or infinite, or a file cannot be written.
+    """
+    arm, seed = arm_and_seed
+    record, model = train_and_test(arm, seed, settings, folder)
+    if seed == PICTURED_SEED:
+        keep_picture(model, arm, folder, output)
+    results.write(record_file(output, arm, seed), record)
 
 
 def train_and_test(
@@ -93,7 +91,3 @@ def _write_arrays(path: Path, **arrays: np.ndarray) -> None:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     write_file(path, buffer.getvalue())
-
-
-if __name__ == "__main__":
-    run(main)

@@ -6,7 +6,7 @@ kept in the cache; glyphs are drawn with the font, unless --glyphs names a file 
 """
 
 import argparse
-import json
+import functools
 import os
 import time
 from pathlib import Path
@@ -35,12 +35,7 @@ def main() -> None:
         options.test_scenes,
         drawn.digest(),
     )
-    missing = [
-        (arm, seed)
-        for seed in options.seed  # seed by seed, so that what there is can be compared
-        for arm in options.arm
-        if not jobs.is_finished(record_file(options.output, arm, seed), settings._asdict())
-    ]
+    missing = missing_jobs(options, settings)
     check_writable(record_file(options.output, "any", 0))
     counts = {scenes.TRAIN: settings.train_scenes}
     counts |= dict.fromkeys(scenes.TEST_KINDS, settings.test_scenes)
@@ -49,15 +44,25 @@ def main() -> None:
     print(f"{len(missing)} runs to make; scenes are ready after {prepared:.0f} s", flush=True)
     if options.time_limit:
         options.time_limit -= prepared
-    all_jobs = [job_of(arm, seed, settings, folder, options.output) for arm, seed in missing]
-    jobs.run_all(all_jobs, options, summary)
+    # Imports TensorFlow, which the processes that draw scenes do without.
+    from experiments.segmentation.run import do
+
+    do = functools.partial(do, settings=settings, folder=folder, output=options.output)
+    jobs.run_all(missing, do, options, summary)
 
 
-def job_of(arm: str, seed: int, settings: Settings, folder: Path, output: Path) -> jobs.Job:
-    arguments = ["-m", "experiments.segmentation.run", "--arm", arm, "--seed", seed]
-    arguments += ["--settings", json.dumps(settings._asdict())]
-    arguments += ["--scenes", folder, "--output", output]
-    return jobs.Job(f"{arm}-{seed}", tuple(arguments), record_file(output, arm, seed))
+def missing_jobs(options: argparse.Namespace, settings: Settings) -> list[jobs.Job]:
+    """Runs without a record, seed by seed, so that those that there are can be compared.
+
+    Raises:
+      UserError: there is a record of other settings.
+    """
+    asked = [
+        jobs.Job(f"{arm}-{seed}", (arm, seed), record_file(options.output, arm, seed))
+        for seed in options.seed
+        for arm in options.arm
+    ]
+    return [job for job in asked if not jobs.is_finished(job.record, settings._asdict())]
 
 
 def summary(record: dict) -> str:
