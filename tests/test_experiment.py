@@ -121,6 +121,7 @@ def test_shipped_deformable_model_differs_from_the_regular_one_in_its_offsets_on
 # --- Training scripts ---
 
 FEW = ("--epochs", 2, "--train-digits", 256, "--test-digits", 200)
+SCHEDULE = ("--unscaled-share", 0.25, "--unscaled-share-at-end", 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +143,11 @@ def test_regular_training_writes_weights_and_tests_on_both_sets(trained):
     ("options", "name", "convolutions"),
     [
         ((), DEFORM, ["offset_conv"]),
-        (("--modulated", "--unscaled-share", 0.25), DEFORM_MODULATED, ["offset_conv", "mask_conv"]),
+        (
+            ("--modulated", *SCHEDULE, "--distillation", 0.5, "--average", 0.9),
+            DEFORM_MODULATED,
+            ["offset_conv", "mask_conv"],
+        ),
     ],
 )
 def test_tuning_trains_offsets_and_nothing_else(trained, options, name, convolutions):
