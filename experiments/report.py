@@ -21,14 +21,15 @@ from benchmarks.report import table
 from experiments import results
 from experiments.arms import ARMS, RECIPES, SHIFTS, STUDY, TRAINED_REGULAR, Arm
 from experiments.datasets import DATASETS
-from utils.cli import PROJECT, UserError, run
+from experiments.page import with_report
+from utils.cli import PROJECT, run
 from utils.files import write_file
 from utils.mnist import EASY_SHIFT
 from utils.model import CONVOLUTION_NAMES
 
 PAGE = PROJECT / "experiments" / "README.md"
 RESULTS = PAGE.parent / "results" / "study"
-BEGIN, END = "<!-- written by experiments/report.py -->\n", "<!-- to here -->\n"
+SCRIPT = "experiments/report.py"
 
 # The arms of the curves, and of the tables of offsets.
 ZOOMED = (
@@ -63,16 +64,12 @@ def main() -> None:
 
 
 def page_of(page: str, records: list[dict]) -> str:
-    """The page with what the records say between the markers.
+    """The page with what the records say between the marks.
 
     Raises:
-      UserError: the markers are missing.
+      UserError: the marks are missing.
     """
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise UserError(f"the page must have the lines {BEGIN.strip()} and {END.strip()}")
-    return "".join([before, begin, "\n", *(f"{part}\n" for part in parts_of(records)), end, after])
+    return with_report(page, SCRIPT, parts_of(records))
 
 
 def parts_of(records: list[dict]) -> list[str]:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from utils.quiet_tensorflow import keras, tf
 
-import cv2
 import numpy as np
 
 import deform_conv
@@ -20,6 +19,10 @@ from utils.files import write_file
 
 def environment() -> dict:
     """The machine, the date and the versions, of which a record tells."""
+    try:
+        from cv2 import __version__ as opencv
+    except ImportError:  # not all experiments need it
+        opencv = None
     return {
         "gpu": _gpu(),
         "processor": processor_name(),
@@ -31,7 +34,7 @@ def environment() -> dict:
             "Keras": keras.__version__,
             "deform_conv": deform_conv.__version__,
             "NumPy": np.__version__,
-            "OpenCV": cv2.__version__,
+            "OpenCV": opencv,
         },
     }
 

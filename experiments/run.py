@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from utils.quiet_tensorflow import keras, tf
+from utils.quiet_tensorflow import keras
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from experiments.arms import ARMS, BATCH_SIZE, EPOCHS, SHIFTS, STATISTICS, TRAIN
 from experiments.networks import build
 from experiments.offsets import OffsetStatistics
 from experiments.training import DeviceDigits, Predictor, reestimate_statistics, train
+from experiments.workers import use_devices
 from utils.cli import PROJECT, UserError, number, run
 from utils.mnist import scaled_test_digits
 from utils.model import REGULAR, load_model, save_weights
@@ -90,18 +91,6 @@ def main() -> None:
     options = parser.parse_args()
     use_devices()
     do(options.run, options)
-
-
-def use_devices(threads: int | None = None) -> None:
-    """Lets several processes share a GPU, and the processors, of which each takes `threads`.
-
-    Must come before anything else is done in TensorFlow.
-    """
-    for gpu in tf.config.list_physical_devices("GPU"):
-        tf.config.experimental.set_memory_growth(gpu, True)
-    if threads:
-        tf.config.threading.set_intra_op_parallelism_threads(threads)
-        tf.config.threading.set_inter_op_parallelism_threads(threads)
 
 
 def _parse(text: str) -> Run:

@@ -1,22 +1,16 @@
-"""Processes that do runs, one after the other.
+"""Processes that make runs, one after the other.
 
 TensorFlow takes seconds to import and to set a GPU up, which a process for every run would pay for.
 """
 
-import argparse
-import contextlib
 import gc
 import multiprocessing
 import os
 import signal
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
-
-from utils.quiet_tensorflow import keras, quiet
-
-from experiments.arms import Run
-from experiments.run import do, use_devices
+from typing import Any
 
 LONGEST_REASON = 300  # characters
 PATIENCE = 5  # seconds, for a process that was told to end
@@ -24,19 +18,35 @@ PATIENCE = 5  # seconds, for a process that was told to end
 _spawn = multiprocessing.get_context("spawn")  # TensorFlow does not survive a fork
 
 
-class Worker:
-    """One of the processes. What it and TensorFlow print goes to a file."""
+def use_devices(threads: int | None = None) -> None:
+    """Lets several processes share a GPU, and the processors, of which each takes `threads`.
 
-    def __init__(self, options: argparse.Namespace, threads: int | None, log: Path):
+    Must come before anything else is done in TensorFlow.
+    """
+    from utils.quiet_tensorflow import tf
+
+    for gpu in tf.config.list_physical_devices("GPU"):
+        tf.config.experimental.set_memory_growth(gpu, True)
+    if threads:
+        tf.config.threading.set_intra_op_parallelism_threads(threads)
+        tf.config.threading.set_inter_op_parallelism_threads(threads)
+
+
+class Worker:
+    """One of the processes, which calls `do` with each task. Both must be picklable.
+
+    What it and TensorFlow print goes to the file `log`.
+    """
+
+    def __init__(self, do: Callable[[Any], None], threads: int | None, log: Path):
         log.parent.mkdir(parents=True, exist_ok=True)
         self._connection, theirs = _spawn.Pipe()
-        self._process = _spawn.Process(target=_work, args=(theirs, options, threads, log))
-        with _unchanged_log_level():
-            self._process.start()
+        self._process = _spawn.Process(target=_work, args=(theirs, do, threads, log))
+        self._process.start()
         theirs.close()
 
-    def begin(self, asked: Run) -> None:
-        self._connection.send(asked)
+    def begin(self, task: Any) -> None:
+        self._connection.send(task)
 
     def outcome(self) -> str | None:
         """None while the run is under way, "" once it is done, or else why it failed."""
@@ -61,35 +71,26 @@ class Worker:
             self._process.join()
 
 
-@contextlib.contextmanager
-def _unchanged_log_level() -> Iterator[None]:
-    """Lets a process that is started keep TensorFlow's notices to itself, as this one has done."""
-    level = os.environ.pop("TF_CPP_MIN_LOG_LEVEL", None) if quiet else None
-    try:
-        yield
-    finally:
-        if level is not None:
-            os.environ["TF_CPP_MIN_LOG_LEVEL"] = level
-
-
-def _work(connection, options: argparse.Namespace, threads: int | None, log: Path) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the study, which ends this
+def _work(connection, do: Callable[[Any], None], threads: int | None, log: Path) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     use_devices(threads)
     while True:
         try:
-            asked = connection.recv()
-        except EOFError:  # the study has ended
+            task = connection.recv()
+        except EOFError:  # the parent has ended
             return
-        connection.send(_reason_of_failure(asked, options))
+        connection.send(_reason_of_failure(do, task))
 
 
-def _reason_of_failure(asked: Run, options: argparse.Namespace) -> str:
-    """Does a run. Returns "" if it is done."""
+def _reason_of_failure(do: Callable[[Any], None], task: Any) -> str:
+    """Makes a run. Returns "" if it is done."""
+    from utils.quiet_tensorflow import keras
+
     try:
-        do(asked, options)
+        do(task)
     except Exception as error:
         traceback.print_exc()
         return f"{type(error).__name__}: {error}"[:LONGEST_REASON]

@@ -62,6 +62,7 @@ def test_program_of_a_page_runs(page, tmp_path):
         "benchmarks/README.md",
         "benchmarks/gpu_kernels.md",
         "experiments/README.md",
+        "experiments/segmentation/README.md",
         "src/README.md",
         *PAGES,
     ],

@@ -11,12 +11,11 @@ import pytest
 import tensorflow as tf
 from conftest import PROJECT, error_of, script
 
-from experiments import datasets, results
-from experiments.arms import ARMS, STUDY, TRAINED_REGULAR, Run, chosen, plan
+from experiments import datasets, jobs, results
+from experiments.arms import ARMS, STUDY, TRAINED_REGULAR, chosen, plan
 from experiments.networks import build, parameters_of, wide_convolutions
 from experiments.offsets import OffsetStatistics
 from experiments.report import PAGE, RESULTS, page_of
-from experiments.study import Study
 from experiments.training import DeviceDigits, Predictor, reestimate_statistics, scaled, train
 from utils import mnist
 from utils.cli import UserError
@@ -332,11 +331,11 @@ def test_failed_runs_are_told_of(tmp_path):
 def test_run_whose_process_dies_has_failed_and_others_go_on(tmp_path):
     program = """
 import os, sys
-import experiments.workers
-do = experiments.workers.do
+from experiments import run
+do = run.do
 def die(asked, options):
     os._exit(3) if asked.arm == "scratch-v1" else do(asked, options)
-experiments.workers.do = die
+run.do = die
 from experiments import study
 if __name__ == "__main__":
     study.main()
@@ -357,41 +356,41 @@ if __name__ == "__main__":
 
 def test_time_limit_starts_nothing_that_takes_longer_and_ends_what_does(tmp_path, monkeypatch):
     now, ended = [0.0], []
-    monkeypatch.setattr("experiments.study.time.monotonic", lambda: now[0])
-    monkeypatch.setattr("experiments.study.time.sleep", lambda _: now.__setitem__(0, now[0] + 1))
-    runs = [Run("mnist", "scratch-v1", 1.0, seed) for seed in range(6)]
-    durations = dict(zip(runs, (10, 10, 10, 100, 10, 10), strict=True))
+    monkeypatch.setattr("experiments.jobs.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("experiments.jobs.time.sleep", lambda _: now.__setitem__(0, now[0] + 1))
+    runs = [jobs.Job(f"run{i}", i, tmp_path / f"run{i}.json") for i in range(6)]
+    durations = (10, 10, 10, 100, 10, 10)
 
     class FakeWorker:
         alive = True
 
         def __init__(self, *_):
-            self.asked = None
+            self.task = None
 
-        def begin(self, asked):
-            self.asked, self.ends = asked, now[0] + durations[asked]
-            (tmp_path / f"{asked.name}.json").write_text('{"accuracy": {"test": {}}}')
+        def begin(self, task):
+            self.task, self.ends = task, now[0] + durations[task]
+            runs[task].record.write_text("{}")
 
         def outcome(self):
             return "" if now[0] >= self.ends else None
 
         def end(self):
-            ended.append(self.asked)
+            ended.append(self.task)
 
-    monkeypatch.setattr("experiments.study.Worker", FakeWorker)
-    a_study = Study(runs, Namespace(jobs=2, time_limit=45, output=tmp_path, cache=tmp_path))
-    a_study.work()
-    assert a_study.done == 5
-    assert runs[3] in ended
-    assert a_study.pending == [runs[3]]
-    assert not a_study.failed
+    monkeypatch.setattr(jobs, "Worker", FakeWorker)
+    some = jobs.Jobs(runs, None, Namespace(jobs=2, time_limit=45, cache=tmp_path), str)
+    some.work()
+    assert some.done == 5
+    assert 3 in ended
+    assert some.pending == [runs[3]]
+    assert not some.failed
     assert now[0] <= 45
 
     # The last one would be too late, if it took as long as those before it.
     now[0] = 0.0
-    a_study = Study(runs[:3], Namespace(jobs=1, time_limit=25, output=tmp_path, cache=tmp_path))
-    a_study.work()
-    assert (a_study.done, a_study.pending) == (2, [runs[2]])
+    some = jobs.Jobs(runs[:3], None, Namespace(jobs=1, time_limit=25, cache=tmp_path), str)
+    some.work()
+    assert (some.done, some.pending) == (2, [runs[2]])
 
 
 # --- The report ---
