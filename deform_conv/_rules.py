@@ -2,8 +2,7 @@
 
 That is in portable mode, where there is no op, in one dimension, where the op is called with
 images of one row, and of depthwise filters. The rules and their messages are those of
-src/core/params{,3d}.cc and
-src/tf/op_attributes{,3d}.h.
+src/core/params{,3d}.cc and src/tf/op_attributes.h.
 """
 
 import math

@@ -1,6 +1,7 @@
 """What the tests share: golden cases, random configurations, error measures, running scripts."""
 
 import importlib.util
+import math
 import os
 import re
 import subprocess
@@ -22,6 +23,9 @@ GOLDEN_FILE = Path(__file__).parent / "data" / "torchvision_0_29.npz"
 DCNV3_FILE = GOLDEN_FILE.with_name("dcnv3.npz")
 ARGUMENTS = ("input", "filters", "offset", "mask")
 OFFSET_ARGUMENTS = ("offset", "mask", "weights")  # in float32 beside 16-bit types
+
+# Its assertions say what they compared, as those of tests do.
+pytest.register_assert_rewrite("checks")
 
 # The same examples in every run: a failure is of the change at hand.
 hypothesis.settings.register_profile(
@@ -56,19 +60,24 @@ def device(request):
         yield request.param
 
 
+def golden_cases(path) -> dict[str, dict[str, np.ndarray]]:
+    """The arrays of each case in a file whose keys are `case/array`."""
+    with np.load(path) as file:
+        arrays = dict(file)
+    cases = {}
+    for key in sorted(arrays):
+        name, _, part = key.partition("/")
+        cases.setdefault(name, {})[part] = arrays[key]
+    return cases
+
+
 def dcnv3_cases() -> dict[str, dict[str, np.ndarray]]:
     """What InternImage's reference function in PyTorch, `dcnv3_core_pytorch`, computes in float64.
 
     Each case has config (kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h,
     dilation_w, groups, remove_center), offset_scale, input, offset, mask, output and gradients.
     """
-    with np.load(DCNV3_FILE) as file:
-        arrays = dict(file)
-    cases = {}
-    for key, array in arrays.items():
-        name, _, part = key.partition("/")
-        cases.setdefault(name, {})[part] = array
-    return cases
+    return golden_cases(DCNV3_FILE)
 
 
 def relative_error(actual, expected) -> float:
@@ -80,14 +89,28 @@ def relative_error(actual, expected) -> float:
     return 0.0 if distance == 0 else float(distance / norm) if norm else np.inf
 
 
+def assert_close(actual, expected, tolerance, data_format=None):
+    """Results as `run` gives them, each within a relative error of what is expected of it.
+
+    The actual ones may be in another data format; those expected have their channels last.
+    """
+    assert set(actual) == set(expected)
+    for name, value in actual.items():
+        error = relative_error(value, in_format(expected[name], name, data_format))
+        assert error <= tolerance, f"{name} has a relative error of {error}"
+
+
 @dataclass
 class Case:
-    """Arguments of one deformable convolution in NHWC, as float64 arrays, and its attributes."""
+    """Arguments of one deformable convolution, over any number of axes, and its attributes.
+
+    The arguments are float64 arrays with the channels last.
+    """
 
     arrays: dict[str, np.ndarray]
     attributes: dict = field(default_factory=dict)
 
-    def tensors(self, dtype=tf.float64, offset_dtype=None, data_format="NHWC"):
+    def tensors(self, dtype=tf.float64, offset_dtype=None, data_format=None):
         """The arguments as tensors; offset and mask in `offset_dtype` if given."""
         return {
             name: tf.constant(
@@ -111,18 +134,27 @@ class Case:
 
     def attributes_in(self, data_format):
         """The attributes, with explicit padding in the order of `data_format`."""
+        if data_format is None:
+            return self.attributes
         attributes = dict(self.attributes, data_format=data_format)
-        if data_format == "NCHW" and not isinstance(attributes.get("padding", "SAME"), str):
-            none, height, width, _ = attributes["padding"]
-            attributes["padding"] = [none, none, height, width]
+        if data_format[1] == "C" and not isinstance(attributes.get("padding", "SAME"), str):
+            none, *spatial, _ = attributes["padding"]
+            attributes["padding"] = [none, none, *spatial]
         return attributes
+
+    def arguments(self, dtype=tf.float64, offset_dtype=None, data_format=None):
+        """Both."""
+        return self.tensors(dtype, offset_dtype, data_format), self.attributes_in(data_format)
 
 
 def in_format(array, name, data_format):
-    """An NHWC array as `data_format` has it; filters are the same in both."""
-    if data_format == "NHWC" or name.endswith("filters"):
+    """An array whose channels are last as `data_format` has it; filters are the same in all.
+
+    Without a format, the channels stay last.
+    """
+    if data_format is None or data_format[1] != "C" or name.endswith("filters"):
         return array
-    return np.transpose(array, [0, 3, 1, 2])
+    return np.moveaxis(np.asarray(array), -1, 1)
 
 
 def run(tensors, attributes, grad_output=None, function=deform_conv2d):
@@ -148,6 +180,24 @@ def second_derivatives(tensors, attributes, function=deform_conv2d):
     return outer.gradient(norm, tensors)
 
 
+def output_size(size, kernel, strides, dilations, padding):
+    """The output's size along each axis and the padding before it, as in `tf.nn.convolution`."""
+    sizes, before = [], []
+    for axis, (length, taps, stride, dilation) in enumerate(
+        zip(size, kernel, strides, dilations, strict=True)
+    ):
+        extent = (taps - 1) * dilation + 1
+        if padding == "SAME":
+            out = -(-length // stride)
+            pad = max((out - 1) * stride + extent - length, 0) // 2
+        else:
+            pads = (0, 0) if padding == "VALID" else padding[axis + 1]
+            out, pad = (length + sum(pads) - extent) // stride + 1, pads[0]
+        sizes.append(out)
+        before.append(pad)
+    return sizes, before
+
+
 def random_case(
     rng,
     *,
@@ -155,9 +205,9 @@ def random_case(
     size=(6, 7),
     channels=4,
     out_channels=6,
-    kernel=(3, 3),
-    strides=(1, 1),
-    dilations=(1, 1),
+    kernel=3,
+    strides=1,
+    dilations=1,
     padding="SAME",
     groups=1,
     deform_groups=1,
@@ -165,19 +215,16 @@ def random_case(
     filters=True,
     offset_scale=1.5,
 ):
-    """A `Case` of normal numbers; without filters, of deform_aggregate2d. Samples stay 1e-3 away
-    from the pixel grid, where the gradient with respect to the offset jumps."""
-    pads = [(0, 0), (0, 0)] if isinstance(padding, str) else padding[1:3]
-    out_size = [
-        -(-length // stride)
-        if padding == "SAME"
-        else (length + sum(pad) - dilation * (taps - 1) - 1) // stride + 1
-        for length, taps, stride, dilation, pad in zip(
-            size, kernel, strides, dilations, pads, strict=True
-        )
-    ]
-    taps = kernel[0] * kernel[1]
-    offset = offset_scale * rng.standard_normal((batch, *out_size, 2 * deform_groups * taps))
+    """A `Case` of normal numbers, over as many axes as `size` has; without filters, of
+    deform_aggregate2d. Samples stay 1e-3 away from the pixel grid, where the gradient with respect
+    to the offset jumps."""
+    kernel, strides, dilations = (
+        tuple(np.broadcast_to(numbers, len(size)).tolist())
+        for numbers in (kernel, strides, dilations)
+    )
+    out_size, _ = output_size(size, kernel, strides, dilations, padding)
+    masks = (batch, *out_size, deform_groups * math.prod(kernel))
+    offset = offset_scale * rng.standard_normal((*masks[:-1], len(size) * masks[-1]))
     whole = np.floor(offset)
     arrays = {
         "input": rng.standard_normal((batch, *size, channels)),
@@ -185,8 +232,7 @@ def random_case(
         "offset": whole + np.clip(offset - whole, 1e-3, 1 - 1e-3),
     }
     if mask:
-        name = "mask" if filters else "weights"
-        arrays[name] = rng.uniform(size=(batch, *out_size, deform_groups * taps))
+        arrays["mask" if filters else "weights"] = rng.uniform(size=masks)
     attributes = {
         "strides": strides,
         "dilations": dilations,
@@ -237,6 +283,13 @@ def script(*arguments, check=True, stdout=subprocess.PIPE, **environment):
     if check:
         assert completed.returncode == 0, completed.stderr
     return completed
+
+
+def printed_by(program, *arguments, **environment):
+    """What a program in Python prints that imports from the project and from its tests."""
+    paths = [str(PROJECT), str(PROJECT / "tests"), os.environ.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
+    return script("-c", program, *arguments, **environment).stdout
 
 
 def error_of(*arguments, **environment):

@@ -1,24 +1,37 @@
 """deform_aggregate2d: against InternImage, filters of ones, and the rules; in every mode."""
 
 import contextlib
+import os
 import re
-import subprocess
-import sys
 
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import (
-    PROJECT,
-    dcnv3_cases,
-    in_format,
-    random_case,
-    relative_error,
-    run,
-    second_derivatives,
+from checks import (
+    KNOWN,
+    MODES,
+    TYPES,
+    assert_equals,
+    assert_forward_mode_is_the_jacobian,
+    assert_function_takes,
+    assert_gradient_is_numerical,
+    assert_jitted_equals,
+    assert_parts_equal_the_whole,
+    assert_portable_mode_gives_the_same,
+    assert_portable_mode_uses_no_op_of_ours,
+    assert_precise,
+    assert_saved_model_runs_and_trains_in_another_process,
+    assert_second_derivatives_equal,
+    assert_v1_graph_equals_eager,
+    assert_wrong_shape_raises,
+    configurations,
+    for_types,
+    gradients_alone,
+    output_shape,
 )
+from conftest import assert_close, dcnv3_cases, random_case, relative_error, run
 
 from deform_conv import deform_aggregate2d, deform_conv2d, portable, xla_kernels_loaded
 from deform_conv._dcnv3 import from_dcnv3_offset
@@ -92,8 +105,7 @@ def test_equals_internimage(name, data_format, function):
     attributes = {key: case[key] for key in ("config", "offset_scale")}
     attributes |= {"data_format": data_format, "function": function}
     actual = run(tensors, attributes, tf.constant(case["grad_output"]), aggregate_as_dcnv3)
-    for key, value in actual.items():
-        assert relative_error(value, case[key]) <= 1e-12, key
+    assert_close(actual, {key: case[key] for key in actual}, 1e-12)
 
 
 def test_tap_that_internimage_removes_costs_no_number():
@@ -119,52 +131,21 @@ def test_kernel_without_a_center_has_none_to_remove():
 
 
 @st.composite
-def configurations(draw):
-    small = st.integers(1, 3)
-    pair = st.tuples(small, small)
-    kernel, strides, dilations = draw(pair), draw(pair), draw(pair)
-    size = draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))
-    pads = st.tuples(st.integers(0, 4), st.integers(0, 4))
-    padding = draw(
-        st.one_of(
-            st.sampled_from(["SAME", "VALID"]),
-            st.tuples(st.just((0, 0)), pads, pads, st.just((0, 0))),
-        )
-    )
-    for axis in (0, 1):
-        pad = sum(padding[axis + 1]) if padding not in ("SAME", "VALID") else 0
-        reach = dilations[axis] * (kernel[axis] - 1) + 1
-        hypothesis.assume(padding == "SAME" or size[axis] + pad >= reach)
+def aggregations(draw):
     deform_groups = draw(st.integers(1, 4))
-    return {
-        "batch": draw(st.integers(1, 3)),
-        "size": size,
-        "channels": deform_groups * draw(st.sampled_from([1, 2, 3, 8, 17])),
-        "kernel": kernel,
-        "strides": strides,
-        "dilations": dilations,
-        "padding": padding,
-        "deform_groups": deform_groups,
-        "offset_scale": draw(st.sampled_from([0.5, 2.0, 10.0])),
-    }
+    channels = deform_groups * draw(st.sampled_from([1, 2, 3, 8, 17]))
+    return draw(configurations()) | {"channels": channels, "deform_groups": deform_groups}
 
 
 @hypothesis.given(
-    configuration=configurations(),
+    configuration=aggregations(),
     data_format=st.sampled_from(FORMATS),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_equals_filters_of_ones_in_any_configuration(configuration, data_format, seed):
     rng = np.random.default_rng(seed)
     case = aggregate_case(rng, **configuration)
-    tensors, attributes = case.tensors(data_format=data_format), case.attributes_in(data_format)
-    output_shape = deform_aggregate2d(**tensors, **attributes).shape
-    grad_output = tf.constant(rng.standard_normal(output_shape))
-    actual = run(tensors, attributes, grad_output, deform_aggregate2d)
-    expected = run(tensors, attributes, grad_output, reference_with_ones)
-    assert set(actual) == set(expected)
-    for key, value in actual.items():
-        assert relative_error(value, expected[key]) <= 1e-12, key
+    assert_equals(deform_aggregate2d, reference_with_ones, case, data_format, rng)
 
 
 # Widths of a deformable group, and sizes, for which kernels differ.
@@ -189,38 +170,15 @@ LAYERS = [
     {"channels": 16, "size": (0, 5), "padding": ((0, 0), (2, 2), (1, 1), (0, 0))},
     {"channels": 16, "batch": 0},
 ]
-TYPES = [
-    # dtype of the input, of offset and weights, tolerance
-    (tf.float64, tf.float64, 1e-12),
-    (tf.float32, tf.float32, 1e-6),
-    (tf.float16, tf.float32, 5e-3),
-    (tf.float16, tf.float16, 5e-3),
-    (tf.bfloat16, tf.float32, 2e-2),
-    (tf.bfloat16, tf.bfloat16, 2e-2),
-]
 
 
-@pytest.mark.parametrize(
-    ("dtype", "offset_dtype", "tolerance"), TYPES, ids=lambda value: getattr(value, "name", None)
-)
+@for_types(TYPES)
 @pytest.mark.parametrize("configuration", LAYERS, ids=str)
 def test_precision(configuration, dtype, offset_dtype, tolerance, rng):
     case = aggregate_case(rng, **{"size": (13, 19)} | configuration)
-    case = case.rounded_to(dtype, offset_dtype)
-    expected = run(case.tensors(), case.attributes, function=reference_with_ones)
-    for data_format in FORMATS:
-        actual = run(
-            case.tensors(dtype, offset_dtype, data_format),
-            case.attributes_in(data_format),
-            function=deform_aggregate2d,
-        )
-        for key, value in actual.items():
-            error = relative_error(
-                tf.cast(value, tf.float64), in_format(expected[key].numpy(), key, data_format)
-            )
-            assert error <= tolerance, key
-            of_offset = key in ("grad_offset", "grad_weights")
-            assert value.dtype == (offset_dtype if of_offset else dtype)
+    assert_precise(
+        deform_aggregate2d, reference_with_ones, case, dtype, offset_dtype, tolerance, FORMATS
+    )
 
 
 @pytest.mark.parametrize("wanted", NAMES)
@@ -228,32 +186,21 @@ def test_gives_each_gradient_alone(wanted, rng):
     case = aggregate_case(rng, channels=24, deform_groups=3)
     tensors = case.tensors(tf.float32)
     expected = run(case.tensors(), case.attributes, function=reference_with_ones)
-    with tf.GradientTape() as tape:
-        tape.watch(tensors[wanted])
-        output = deform_aggregate2d(**tensors, **case.attributes)
-    gradient = tape.gradient(output, tensors[wanted], output_gradients=tf.ones_like(output))
-    assert relative_error(gradient, expected[f"grad_{wanted}"]) <= 1e-6
+    gradients = gradients_alone(deform_aggregate2d, tensors, case.attributes, [wanted])
+    assert relative_error(gradients[wanted], expected[f"grad_{wanted}"]) <= 1e-6
 
 
-def test_gradients_equal_finite_differences(rng):
-    case = aggregate_case(rng, batch=1, size=(4, 5), channels=4, deform_groups=2, offset_scale=0.7)
-    theoretical, numerical = tf.test.compute_gradient(
-        lambda *values: deform_aggregate2d(*values, **case.attributes),
-        [case.arrays[name] for name in NAMES],
-        delta=1e-5,
-    )
-    for ours, differences in zip(theoretical, numerical, strict=True):
-        np.testing.assert_allclose(ours, differences, atol=1e-7)
+@pytest.mark.parametrize("data_format", FORMATS)
+@pytest.mark.parametrize("argument", NAMES)
+def test_gradient_is_the_numerical_one(argument, data_format, rng):
+    case = aggregate_case(rng, batch=1, size=(4, 5), channels=4, deform_groups=2)
+    assert_gradient_is_numerical(deform_aggregate2d, case, argument, data_format, rng)
 
 
 def test_copies_of_some_images_at_a_time_give_what_the_batch_gives(rng):
-    # On the CPU, copies of NCHW tensors take some images at a time.
-    case = aggregate_case(rng, batch=9, size=(192, 200), channels=24)
-    whole = run(case.tensors(tf.float32), case.attributes, function=deform_aggregate2d)
-    tensors, attributes = case.tensors(tf.float32, data_format="NCHW"), case.attributes_in("NCHW")
-    in_parts = run(tensors, attributes, function=deform_aggregate2d)
-    for name, expected in whole.items():
-        assert relative_error(in_parts[name], in_format(expected, name, "NCHW")) < 1e-6
+    # On the CPU, copies of NCHW tensors take 8 MiB a thread. Those of an image take 9 MiB here.
+    case = aggregate_case(rng, batch=os.cpu_count() + 1, size=(192, 200), channels=24)
+    assert_parts_equal_the_whole(deform_aggregate2d, case)
 
 
 # --- Rules ---
@@ -316,16 +263,8 @@ def test_no_filters_exist(rng):
 
 
 def test_one_function_takes_any_shape(rng):
-    specs = {name: tf.TensorSpec(None, tf.float64) for name in NAMES}
-    function = tf.function(
-        lambda tensors: run(tensors, {"kernel_size": 3}, function=deform_aggregate2d),
-        input_signature=[specs],
-    )
-    for size in ((6, 7), (3, 11)):
-        case = aggregate_case(rng, size=size)
-        expected = run(case.tensors(), case.attributes, function=reference_with_ones)
-        for key, value in function(case.tensors()).items():
-            assert relative_error(value, expected[key]) <= 1e-12
+    cases = [aggregate_case(rng, size=size) for size in ((6, 7), (3, 11))]
+    assert_function_takes(cases, deform_aggregate2d, reference_with_ones, 1e-12)
 
 
 @pytest.mark.parametrize(
@@ -340,174 +279,67 @@ def test_one_function_takes_any_shape(rng):
     ids=str,
 )
 def test_output_shape_is_inferred_as_far_as_it_is_known(shapes, attributes, expected):
-    function = tf.function(lambda *tensors: deform_aggregate2d(*tensors, 3, **attributes))
-    specs = [tf.TensorSpec(shape) for shape in shapes]
-    outputs = function.get_concrete_function(*specs).structured_outputs
-    assert outputs.shape.as_list() == expected
+    actual = output_shape(deform_aggregate2d, shapes, kernel_size=3, **attributes)
+    assert actual == expected
 
 
-@pytest.mark.parametrize("wanted", [("input",), ("offset", "weights"), NAMES], ids=str)
+@pytest.mark.parametrize("wanted", [["input"], ["offset", "weights"], NAMES], ids=str)
 def test_v1_graph_equals_eager(wanted, rng):
-    case = aggregate_case(rng)
-    eager = run(case.tensors(), case.attributes, function=deform_aggregate2d)
-    with tf.Graph().as_default() as graph:
-        placeholders = {name: tf.compat.v1.placeholder(tf.float64, [None] * 4) for name in NAMES}
-        output = deform_aggregate2d(**placeholders, **case.attributes)
-        gradients = tf.gradients(output, [placeholders[name] for name in wanted])
-        with tf.compat.v1.Session(graph=graph) as session:
-            feed = {placeholders[name]: array for name, array in case.arrays.items()}
-            values = session.run([output, *gradients], feed)
-    for key, value in zip(("output", *(f"grad_{name}" for name in wanted)), values, strict=True):
-        assert relative_error(value, eager[key]) <= 1e-14
+    assert_v1_graph_equals_eager(deform_aggregate2d, aggregate_case(rng), wanted)
 
 
-@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+@pytest.mark.parametrize("mode", ["eager", "function"])
 @pytest.mark.parametrize("data_format", FORMATS)
 @pytest.mark.parametrize("padding", ["SAME", ((0, 0), (2, 0), (1, 3), (0, 0))], ids=str)
-def test_second_derivatives_equal_those_of_filters_of_ones(padding, data_format, graph, rng):
+def test_second_derivatives_equal_those_of_filters_of_ones(padding, data_format, mode, rng):
     case = aggregate_case(rng, channels=4, deform_groups=2, strides=(2, 1), padding=padding)
-    tensors, attributes = case.tensors(data_format=data_format), case.attributes_in(data_format)
-
-    def ours(tensors):
-        return second_derivatives(tensors, attributes, deform_aggregate2d)
-
-    actual = tf.function(ours)(tensors) if graph else ours(tensors)
-    expected = second_derivatives(tensors, attributes, with_filters_of_ones)
-    for name, value in actual.items():
-        assert relative_error(value, expected[name]) <= 1e-11, name
+    assert_second_derivatives_equal(
+        deform_aggregate2d, with_filters_of_ones, case, 1e-11, data_format, mode
+    )
 
 
 def test_jacobian_and_forward_mode_agree(rng):
     case = aggregate_case(rng, batch=1, size=(4, 3), channels=2)
-    tensors = case.tensors()
-    offset = tensors["offset"]
-    direction = tf.constant(rng.standard_normal(offset.shape))
-    with tf.GradientTape() as tape:
-        tape.watch(offset)
-        output = deform_aggregate2d(**tensors, **case.attributes)
-    expected = tf.tensordot(tape.jacobian(output, offset), direction, 4)
-    with tf.autodiff.ForwardAccumulator(offset, direction) as accumulator:
-        output = deform_aggregate2d(**tensors, **case.attributes)
-    assert relative_error(accumulator.jvp(output), expected) <= 1e-12
+    assert_forward_mode_is_the_jacobian(deform_aggregate2d, case, rng)
 
 
 @pytest.mark.skipif(not xla_kernels_loaded(), reason="no XLA kernels")
 @pytest.mark.parametrize("data_format", FORMATS)
-@pytest.mark.parametrize(
-    ("dtype", "offset_dtype", "tolerance"), TYPES, ids=lambda value: getattr(value, "name", None)
-)
+@for_types(TYPES)
 def test_xla_gives_what_the_op_gives(dtype, offset_dtype, tolerance, data_format, rng):
     case = aggregate_case(
         rng, channels=24, deform_groups=3, kernel=(3, 2), strides=(1, 2), dilations=(2, 1),
         padding=((0, 0), (2, 1), (0, 1), (0, 0)),
     )  # fmt: skip
-    tensors = case.tensors(dtype, offset_dtype, data_format)
-    attributes = case.attributes_in(data_format)
-
-    def call(tensors):
-        return run(tensors, attributes, function=deform_aggregate2d)
-
-    expected = call(tensors)
-    for key, value in tf.function(call, jit_compile=True)(tensors).items():
-        assert value.dtype == expected[key].dtype
-        error = relative_error(*(tf.cast(t, tf.float64) for t in (value, expected[key])))
-        assert error <= tolerance, key
+    arguments = case.arguments(dtype, offset_dtype, data_format)
+    assert_jitted_equals(deform_aggregate2d, *arguments, tolerance)
 
 
 @pytest.mark.skipif(not xla_kernels_loaded(), reason="no XLA kernels")
 @pytest.mark.parametrize("wanted", NAMES)
 def test_xla_gives_each_gradient_alone(wanted, rng):
-    case = aggregate_case(rng, channels=6, deform_groups=2)
-
-    @tf.function(jit_compile=True)
-    def gradient(tensors):
-        with tf.GradientTape() as tape:
-            tape.watch(tensors[wanted])
-            output = deform_aggregate2d(**tensors, **case.attributes)
-        return tape.gradient(output, tensors[wanted])
-
-    expected = run(case.tensors(), case.attributes, function=deform_aggregate2d)
-    assert relative_error(gradient(case.tensors()), expected[f"grad_{wanted}"]) <= 1e-12
+    tensors, attributes = aggregate_case(rng, channels=6, deform_groups=2).arguments()
+    expected = run(tensors, attributes, function=deform_aggregate2d)
+    gradients = MODES["jit"](
+        lambda tensors: gradients_alone(deform_aggregate2d, tensors, attributes, [wanted])
+    )
+    assert relative_error(gradients(tensors)[wanted], expected[f"grad_{wanted}"]) <= 1e-12
 
 
 @pytest.mark.skipif(not xla_kernels_loaded(), reason="no XLA kernels")
 def test_xla_gives_second_derivatives(rng):
     case = aggregate_case(rng, channels=4, deform_groups=2)
-    expected = second_derivatives(case.tensors(), case.attributes, deform_aggregate2d)
-    compiled = tf.function(
-        lambda tensors: second_derivatives(tensors, case.attributes, deform_aggregate2d),
-        jit_compile=True,
+    assert_second_derivatives_equal(
+        deform_aggregate2d, with_filters_of_ones, case, 1e-11, mode="jit"
     )
-    for name, value in compiled(case.tensors()).items():
-        assert relative_error(value, expected[name]) <= 1e-11, name
-
-
-# In a process of its own, since TensorFlow cannot be told to stop.
-REPEAT = """
-import sys
-import numpy as np
-import tensorflow as tf
-sys.path.insert(0, "tests")
-from conftest import random_case, run
-from deform_conv import deform_aggregate2d
-tf.config.experimental.enable_op_determinism()
-case = random_case(
-    np.random.default_rng(1), filters=False, batch=3, size=(30, 31), channels=48, deform_groups=3,
-    offset_scale=4.0,
-)
-for dtype in (tf.float32, tf.float64, tf.float16, tf.bfloat16):
-    with tf.device(sys.argv[1]):
-        tensors = case.tensors(dtype)
-        runs = set()
-        for _ in range(20):
-            results = run(tensors, case.attributes, function=deform_aggregate2d)
-            runs.add(b"".join(results[key].numpy().tobytes() for key in sorted(results)))
-    print(dtype.name, len(runs))
-"""
-
-
-def printed_by(program, *arguments):
-    return subprocess.run(
-        [sys.executable, "-c", program, *map(str, arguments)],
-        cwd=PROJECT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.split("\n")
-
-
-def test_repetitions_are_bit_identical(device):
-    expected = ["float32 1", "float64 1", "float16 1", "bfloat16 1"]
-    assert printed_by(REPEAT, device)[-5:-1] == expected
-
-
-LOAD_AND_RUN = """
-import sys
-import deform_conv, tensorflow as tf
-module = tf.saved_model.load(sys.argv[1])
-image = tf.Variable(tf.ones((1, 5, 5, 2)))
-with tf.GradientTape() as tape:
-    output = module.aggregate(image)
-print(float(tf.reduce_sum(output)), float(tf.reduce_sum(tape.gradient(output, image))))
-"""
 
 
 def test_saved_model_runs_and_trains_in_another_process(tmp_path, rng):
-    module = tf.Module()
-    module.weights = tf.Variable(tf.constant(rng.uniform(size=(1, 5, 5, 9)), tf.float32))
+    weights = tf.Variable(tf.constant(rng.uniform(size=(1, 5, 5, 9)), tf.float32))
     offset = tf.constant(rng.standard_normal((1, 5, 5, 18)), tf.float32)
-    module.aggregate = tf.function(
-        lambda image: deform_aggregate2d(image, offset, module.weights, 3),
-        input_signature=[tf.TensorSpec((1, 5, 5, 2))],
+    assert_saved_model_runs_and_trains_in_another_process(
+        tmp_path / "model", lambda image: deform_aggregate2d(image, offset, weights, 3), weights
     )
-    options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
-    tf.saved_model.save(module, tmp_path / "model", options=options)
-    image = tf.Variable(tf.ones((1, 5, 5, 2)))
-    with tf.GradientTape() as tape:
-        output = module.aggregate(image)
-    expected = [tf.reduce_sum(output), tf.reduce_sum(tape.gradient(output, image))]
-    printed = printed_by(LOAD_AND_RUN, tmp_path / "model")[-2]
-    np.testing.assert_allclose([float(text) for text in printed.split()], expected, rtol=1e-5)
 
 
 # --- Portable mode ---
@@ -516,14 +348,9 @@ def test_saved_model_runs_and_trains_in_another_process(tmp_path, rng):
 @pytest.mark.parametrize("data_format", FORMATS)
 def test_portable_mode_gives_what_the_op_gives(data_format, rng):
     case = aggregate_case(rng, channels=12, deform_groups=3, strides=(2, 1))
-    tensors, attributes = case.tensors(data_format=data_format), case.attributes_in(data_format)
-    expected = run(tensors, attributes, function=deform_aggregate2d)
-    with portable():
-        actual = run(tensors, attributes, function=deform_aggregate2d)
-        graph = tf.function(deform_aggregate2d).get_concrete_function(**tensors, **attributes).graph
-    assert not [op for op in graph.get_operations() if op.type.startswith("Deform")]
-    for key, value in actual.items():
-        assert relative_error(value, expected[key]) <= 1e-12, key
+    arguments = case.arguments(data_format=data_format)
+    assert_portable_mode_gives_the_same(deform_aggregate2d, *arguments)
+    assert_portable_mode_uses_no_op_of_ours(deform_aggregate2d, *arguments)
 
 
 # --- Wrong input ---
@@ -556,26 +383,13 @@ IDS = [message[:40] for *_, message in WRONG]
 
 
 @pytest.mark.parametrize("in_portable_mode", [False, True], ids=["op", "portable"])
-@pytest.mark.parametrize("known", ["eager", "static", "dynamic"])
+@pytest.mark.parametrize("known", KNOWN)
 @pytest.mark.parametrize(("shapes", "attributes", "message"), WRONG, ids=IDS)
 def test_wrong_shape_raises(shapes, attributes, message, known, in_portable_mode):
-    tensors = [tf.zeros(shape) for shape in (FITTING | shapes).values()]
-
-    def call(*tensors):
-        with portable() if in_portable_mode else contextlib.nullcontext():
-            return deform_aggregate2d(*tensors, **{"kernel_size": 3} | attributes)
-
-    if known != "eager":
-        specs = [tf.TensorSpec(t.shape if known == "static" else None) for t in tensors]
-        call = tf.function(call, input_signature=specs)
-    with pytest.raises((tf.errors.InvalidArgumentError, ValueError)) as error:
-        call(*tensors)
-    # In portable mode, TensorFlow quotes each part of the message; of a rank it has one of its own.
-    text = str(error.value)
-    if in_portable_mode:
-        text = text.replace("] [", "").replace("\\'", "'")
-    argument, *_ = message.split()
-    assert message in text or ("rank 4" in message and f"DeformAggregate2D/{argument}}}" in text)
+    with portable() if in_portable_mode else contextlib.nullcontext():
+        assert_wrong_shape_raises(
+            deform_aggregate2d, FITTING | shapes, message, known, **{"kernel_size": 3} | attributes
+        )
 
 
 @pytest.mark.parametrize(

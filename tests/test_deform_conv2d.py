@@ -7,7 +7,27 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import GOLDEN_FILE, Case, in_format, random_case, relative_error, run
+from checks import (
+    TYPES,
+    TYPES_OF_16_BITS,
+    assert_equals,
+    assert_gradient_is_numerical,
+    assert_parts_equal_the_whole,
+    assert_precise,
+    convolutions,
+    for_types,
+    gradients_alone,
+)
+from conftest import (
+    GOLDEN_FILE,
+    Case,
+    assert_close,
+    golden_cases,
+    in_format,
+    random_case,
+    relative_error,
+    run,
+)
 
 from deform_conv import deform_conv2d
 from deform_conv._reference import deform_conv2d_reference
@@ -20,12 +40,9 @@ FORMATS = ("NHWC", "NCHW")
 # --- Golden cases: torchvision 0.29, float64 ---
 
 
-def golden_cases():
-    with np.load(GOLDEN_FILE) as file:
-        arrays = dict(file)
+def cases_of_torchvision():
     cases = {}
-    for name in sorted({key.split("/")[0] for key in arrays}):
-        values = {key.split("/")[1]: arrays[key] for key in arrays if key.startswith(name + "/")}
+    for name, values in golden_cases(GOLDEN_FILE).items():
         config = [int(number) for number in values.pop("config")]
         native = {
             key.replace("weight", "filters"): array.transpose(
@@ -45,7 +62,7 @@ def golden_cases():
     return cases
 
 
-GOLDEN = golden_cases()
+GOLDEN = cases_of_torchvision()
 
 
 def samples_on_the_border(case):
@@ -91,77 +108,28 @@ def test_equals_torchvision(name, data_format, function):
 # --- The reference ---
 
 
-@st.composite
-def configurations(draw):
-    groups, deform_groups = draw(st.sampled_from([(1, 1), (1, 2), (2, 1), (2, 3), (3, 2), (6, 6)]))
-    small = st.integers(1, 3)
-    pair = st.tuples(small, small)
-    kernel, strides, dilations = draw(pair), draw(pair), draw(pair)
-    size = draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))
-    pads = st.tuples(st.integers(0, 4), st.integers(0, 4))
-    padding = draw(
-        st.one_of(
-            st.sampled_from(["SAME", "VALID"]),
-            st.tuples(st.just((0, 0)), pads, pads, st.just((0, 0))),
-        )
-    )
-    for axis in (0, 1):
-        pad = sum(padding[axis + 1]) if padding not in ("SAME", "VALID") else 0
-        reach = dilations[axis] * (kernel[axis] - 1) + 1
-        hypothesis.assume(padding == "SAME" or size[axis] + pad >= reach)
-    return {
-        "batch": draw(st.integers(1, 3)),
-        "size": size,
-        "channels": draw(st.sampled_from([6, 12, 18])),
-        "out_channels": 6 * draw(st.integers(1, 2)),
-        "kernel": kernel,
-        "strides": strides,
-        "dilations": dilations,
-        "padding": padding,
-        "groups": groups,
-        "deform_groups": deform_groups,
-        "mask": draw(st.booleans()),
-        "offset_scale": draw(st.sampled_from([0.5, 2.0, 10.0])),
-    }
-
-
 @hypothesis.given(
-    configuration=configurations(),
+    configuration=convolutions(),
     data_format=st.sampled_from(FORMATS),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_equals_the_reference_in_any_configuration(configuration, data_format, seed):
     rng = np.random.default_rng(seed)
     case = random_case(rng, **configuration)
-    tensors, attributes = case.tensors(data_format=data_format), case.attributes_in(data_format)
-    output_shape = deform_conv2d(**tensors, **attributes).shape
-    grad_output = tf.constant(rng.standard_normal(output_shape))
-    actual = run(tensors, attributes, grad_output)
-    expected = run(tensors, attributes, grad_output, deform_conv2d_reference)
-    for key, value in actual.items():
-        assert relative_error(value, expected[key]) <= 1e-12, key
+    assert_equals(deform_conv2d, deform_conv2d_reference, case, data_format, rng)
 
 
 # --- Precision of each type, against the reference in float64 on the rounded inputs ---
 
-TYPES = [
-    # dtype of input and filters, of offset and mask, tolerance
-    (tf.float32, tf.float32, 1e-5),
-    (tf.float16, tf.float16, 5e-3),
-    (tf.float16, tf.float32, 5e-3),
-    (tf.bfloat16, tf.bfloat16, 2e-2),
-    (tf.bfloat16, tf.float32, 2e-2),
-]
+# float32 as precise as sums over many channels and positions are.
+DENSE_TYPES = [(tf.float32, tf.float32, 1e-5), *TYPES_OF_16_BITS]
 
 
-@pytest.mark.parametrize("data_format", FORMATS)
-@pytest.mark.parametrize(
-    ("dtype", "offset_dtype", "tolerance"), TYPES, ids=lambda value: getattr(value, "name", None)
-)
+@for_types(DENSE_TYPES)
 @pytest.mark.parametrize(
     ("size", "channels"), [((28, 28), 32), ((100, 152), 16)], ids=["28x28", "100x152"]
 )
-def test_precision(size, channels, dtype, offset_dtype, tolerance, data_format, rng):
+def test_precision(size, channels, dtype, offset_dtype, tolerance, rng):
     case = random_case(
         rng,
         batch=1,
@@ -171,22 +139,10 @@ def test_precision(size, channels, dtype, offset_dtype, tolerance, data_format, 
         deform_groups=2,
         offset_scale=2.0,
     )
-    case = case.rounded_to(dtype, offset_dtype)
-    grad_output = tf.cast(rng.standard_normal((1, *size, channels)), dtype)
-    expected = run(
-        case.tensors(), case.attributes, tf.cast(grad_output, tf.float64), deform_conv2d_reference
+    case.arrays["grad_output"] = rng.standard_normal((1, *size, channels))
+    assert_precise(
+        deform_conv2d, deform_conv2d_reference, case, dtype, offset_dtype, tolerance, FORMATS
     )
-    actual = run(
-        case.tensors(dtype, offset_dtype, data_format),
-        case.attributes_in(data_format),
-        tf.constant(in_format(grad_output.numpy(), "grad_output", data_format)),
-    )
-    for key, value in actual.items():
-        error = relative_error(
-            tf.cast(value, tf.float64), in_format(expected[key].numpy(), key, data_format)
-        )
-        assert error <= tolerance, key
-        assert value.dtype == (offset_dtype if key in ("grad_offset", "grad_mask") else dtype)
 
 
 def test_float32_offsets_are_finer_than_float16_ones(rng):
@@ -209,16 +165,7 @@ def test_gradient_is_the_numerical_one(argument, data_format, rng):
     case = random_case(
         rng, size=(5, 4), strides=(2, 1), dilations=(1, 2), groups=2, deform_groups=2
     )
-    tensors, attributes = case.tensors(data_format=data_format), case.attributes_in(data_format)
-    weights = tf.constant(rng.standard_normal(deform_conv2d(**tensors, **attributes).shape))
-
-    def weighted_sum(value):
-        return tf.reduce_sum(weights * deform_conv2d(**(tensors | {argument: value}), **attributes))
-
-    (theoretical,), (numerical,) = tf.test.compute_gradient(
-        weighted_sum, [tensors[argument]], delta=1e-5
-    )
-    assert relative_error(theoretical, numerical) <= 1e-8
+    assert_gradient_is_numerical(deform_conv2d, case, argument, data_format, rng)
 
 
 # --- Zero offsets ---
@@ -487,8 +434,7 @@ def test_any_channel_count(channels, rng):
         run(case.tensors(tf.float32), case.attributes, function=function)
         for function in (deform_conv2d, deform_conv2d_reference)
     )
-    for key, value in actual.items():
-        assert relative_error(value, expected[key]) <= 1e-5, key
+    assert_close(actual, expected, 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -528,8 +474,7 @@ def test_equals_the_reference_however_the_work_is_divided(configuration, rng):
         run(case.tensors(), case.attributes, function=function)
         for function in (deform_conv2d, deform_conv2d_reference)
     )
-    for key, value in actual.items():
-        assert relative_error(value, expected[key]) <= 1e-12, key
+    assert_close(actual, expected, 1e-12)
 
 
 # --- Groups ---
@@ -616,21 +561,15 @@ DEPTHWISE = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"),
-    [(tf.float64, 1e-12), (tf.float32, 1e-6), (tf.float16, 5e-3), (tf.bfloat16, 2e-2)],
-    ids=lambda value: getattr(value, "name", None),
-)
+@for_types(TYPES)
 @pytest.mark.parametrize("configuration", DEPTHWISE, ids=str)
-def test_depthwise_layer_equals_the_reference(configuration, dtype, tolerance, rng):
+def test_depthwise_layer_equals_the_reference(configuration, dtype, offset_dtype, tolerance, rng):
     configuration = {"size": (13, 19), "multiplier": 1} | configuration
     channels, multiplier = configuration["channels"], configuration.pop("multiplier")
     case = random_case(rng, groups=channels, out_channels=channels * multiplier, **configuration)
-    case = case.rounded_to(dtype, tf.float32 if dtype != tf.float64 else dtype)
-    expected = run(case.tensors(), case.attributes, function=deform_conv2d_reference)
-    actual = run(case.tensors(dtype, tf.float32 if dtype != tf.float64 else dtype), case.attributes)
-    for key, value in actual.items():
-        assert relative_error(tf.cast(value, tf.float64), expected[key]) <= tolerance, key
+    assert_precise(
+        deform_conv2d, deform_conv2d_reference, case, dtype, offset_dtype, tolerance, ["NHWC"]
+    )
 
 
 @pytest.mark.parametrize("wanted", ["input", "filters", "offset", "mask"])
@@ -638,11 +577,8 @@ def test_depthwise_layer_gives_each_gradient_alone(wanted, rng):
     case = random_case(rng, channels=24, groups=24, out_channels=24, deform_groups=3)
     tensors = case.tensors(tf.float32)
     expected = run(case.tensors(), case.attributes, function=deform_conv2d_reference)
-    with tf.GradientTape() as tape:
-        tape.watch(tensors[wanted])
-        output = deform_conv2d(**tensors, **case.attributes)
-    gradient = tape.gradient(output, tensors[wanted], output_gradients=tf.ones_like(output))
-    assert relative_error(gradient, expected[f"grad_{wanted}"]) <= 1e-6
+    gradients = gradients_alone(deform_conv2d, tensors, case.attributes, [wanted])
+    assert relative_error(gradients[wanted], expected[f"grad_{wanted}"]) <= 1e-6
 
 
 def test_strides_dilations_and_padding_take_every_form(rng):
@@ -665,8 +601,4 @@ def test_strides_dilations_and_padding_take_every_form(rng):
 def test_copies_of_some_images_at_a_time_give_what_the_batch_gives(rng):
     # On the CPU, copies of NCHW tensors take 8 MiB a thread. Those of an image take 9 MiB here.
     case = random_case(rng, batch=os.cpu_count() + 1, size=(192, 200), channels=24, out_channels=8)
-    whole = run(case.tensors(tf.float32), case.attributes)
-    in_parts = run(case.tensors(tf.float32, data_format="NCHW"), case.attributes_in("NCHW"))
-    for name, expected in whole.items():
-        of_argument = name.removeprefix("grad_")
-        assert relative_error(in_parts[name], in_format(expected, of_argument, "NCHW")) < 1e-6
+    assert_parts_equal_the_whole(deform_conv2d, case)

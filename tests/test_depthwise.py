@@ -5,15 +5,24 @@ import re
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import in_format, random_case, relative_error, run
+from checks import (
+    KNOWN,
+    TYPES,
+    assert_function_takes,
+    assert_gradient_is_numerical,
+    assert_portable_mode_gives_the_same,
+    assert_precise,
+    assert_wrong_shape_raises,
+    for_types,
+)
+from conftest import assert_close, random_case, run
 
-from deform_conv import deform_conv2d, deform_depthwise_conv2d, portable, xla_kernels_loaded
+from deform_conv import deform_conv2d, deform_depthwise_conv2d, xla_kernels_loaded
 from deform_conv._reference import deform_conv2d_reference
 
 pytestmark = pytest.mark.usefixtures("device")
 
 FORMATS = ("NHWC", "NCHW")
-NAMES = ("input", "filters", "offset", "mask")
 
 
 def depthwise_case(rng, channels, multiplier, **configuration):
@@ -74,26 +83,13 @@ def test_zero_offsets_give_depthwise_conv2d(channels, multiplier, attributes, dt
     expected = run(tensors, attributes, function=plain)
     offset = tf.zeros((*expected["output"].shape[:3], 2 * 3 * 2), dtype)
     actual = run(tensors, attributes | {"offset": offset}, function=deform_depthwise_conv2d)
-    for key, value in actual.items():
-        assert relative_error(value, expected[key]) <= (1e-6 if dtype == tf.float32 else 1e-14), key
+    assert_close(actual, expected, 1e-6 if dtype == tf.float32 else 1e-14)
 
 
 # --- Other offsets: the reference ---
 
-TYPES = [
-    # dtype of input and filters, of offset and mask, tolerance
-    (tf.float64, tf.float64, 1e-12),
-    (tf.float32, tf.float32, 1e-6),
-    (tf.float16, tf.float32, 5e-3),
-    (tf.float16, tf.float16, 5e-3),
-    (tf.bfloat16, tf.float32, 2e-2),
-    (tf.bfloat16, tf.bfloat16, 2e-2),
-]
 
-
-@pytest.mark.parametrize(
-    ("dtype", "offset_dtype", "tolerance"), TYPES, ids=lambda value: getattr(value, "name", None)
-)
+@for_types(TYPES)
 @pytest.mark.parametrize(
     "configuration",
     [
@@ -112,19 +108,9 @@ def test_equals_the_reference_channel_by_channel(
     configuration, dtype, offset_dtype, tolerance, rng
 ):
     case = depthwise_case(rng, **{"size": (9, 11)} | configuration)
-    case = case.rounded_to(dtype, offset_dtype)
-    expected = run(case.tensors(), case.attributes, function=channel_by_channel)
-    for data_format in FORMATS:
-        actual = run(
-            case.tensors(dtype, offset_dtype, data_format),
-            case.attributes_in(data_format),
-            function=deform_depthwise_conv2d,
-        )
-        for key, value in actual.items():
-            error = relative_error(
-                tf.cast(value, tf.float64), in_format(expected[key].numpy(), key, data_format)
-            )
-            assert error <= tolerance, key
+    assert_precise(
+        deform_depthwise_conv2d, channel_by_channel, case, dtype, offset_dtype, tolerance, FORMATS
+    )
 
 
 def test_is_deform_conv2d_with_as_many_groups_as_channels(rng):
@@ -135,41 +121,30 @@ def test_is_deform_conv2d_with_as_many_groups_as_channels(rng):
     np.testing.assert_array_equal(ours, deform_conv2d(**tensors, **case.attributes))
 
 
-def test_gradients_equal_finite_differences(rng):
-    case = depthwise_case(rng, 2, 2, batch=1, size=(4, 3), kernel=(2, 2), offset_scale=0.7)
-    theoretical, numerical = tf.test.compute_gradient(
-        lambda *values: deform_depthwise_conv2d(*values, **case.attributes),
-        [case.arrays[name] for name in NAMES],
-        delta=1e-5,
-    )
-    for ours, differences in zip(theoretical, numerical, strict=True):
-        np.testing.assert_allclose(ours, differences, atol=1e-7)
+@pytest.mark.parametrize("data_format", FORMATS)
+@pytest.mark.parametrize("argument", ["input", "filters", "offset", "mask"])
+def test_gradient_is_the_numerical_one(argument, data_format, rng):
+    case = depthwise_case(rng, 2, 2, size=(4, 3), kernel=(2, 2))
+    assert_gradient_is_numerical(deform_depthwise_conv2d, case, argument, data_format, rng)
 
 
 @pytest.mark.parametrize("jit_compile", [False, True], ids=["plain", "jit"])
 def test_one_function_takes_any_shape(jit_compile, rng):
     if jit_compile and not xla_kernels_loaded():
         pytest.skip("no XLA kernels")
-    specs = {name: tf.TensorSpec(None, tf.float64) for name in NAMES}
-    function = tf.function(
-        lambda tensors: run(tensors, {}, function=deform_depthwise_conv2d),
-        input_signature=None if jit_compile else [specs],
+    assert_function_takes(
+        [depthwise_case(rng, channels, 2) for channels in (6, 5)],
+        deform_depthwise_conv2d,
+        channel_by_channel,
+        1e-12,
+        shape="each" if jit_compile else None,
         jit_compile=jit_compile,
     )
-    for channels in (6, 5):
-        case = depthwise_case(rng, channels, 2)
-        expected = run(case.tensors(), {}, function=channel_by_channel)
-        for key, value in function(case.tensors()).items():
-            assert relative_error(value, expected[key]) <= 1e-12
 
 
 def test_portable_mode_gives_what_the_op_gives(rng):
     case = depthwise_case(rng, 4, 3, deform_groups=2)
-    expected = run(case.tensors(), case.attributes, function=deform_depthwise_conv2d)
-    with portable():
-        actual = run(case.tensors(), case.attributes, function=deform_depthwise_conv2d)
-    for key, value in actual.items():
-        assert relative_error(value, expected[key]) <= 1e-12, key
+    assert_portable_mode_gives_the_same(deform_depthwise_conv2d, *case.arguments())
 
 
 # --- Wrong input ---
@@ -192,25 +167,14 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("known", ["eager", "static"])
+@pytest.mark.parametrize("known", KNOWN)
 @pytest.mark.parametrize(
     ("shapes", "attributes", "message"), WRONG, ids=[m[:30] for *_, m in WRONG]
 )
 def test_wrong_shape_raises(shapes, attributes, message, known):
-    tensors = {name: tf.zeros(shape) for name, shape in (FITTING | shapes).items()}
-    function = deform_depthwise_conv2d if known == "eager" else tf.function(deform_depthwise_conv2d)
-    expected = tf.errors.InvalidArgumentError if known == "eager" else ValueError
-    with pytest.raises(expected, match=re.escape(message)):
-        function(**tensors, **attributes)
-
-
-def test_wrong_shape_that_is_known_at_run_time_only_raises_then():
-    specs = [tf.TensorSpec(None)] * 3
-    function = tf.function(deform_depthwise_conv2d, input_signature=specs)
-    tensors = [tf.zeros((2, 5, 6, 4)), tf.zeros((3, 3, 2, 4)), tf.zeros((2, 5, 6, 18))]
-    with pytest.raises(tf.errors.InvalidArgumentError) as error:
-        function(*tensors)
-    assert "filters have 2 channels" in str(error.value).replace("] [", "")
+    assert_wrong_shape_raises(
+        deform_depthwise_conv2d, FITTING | shapes, message, known, **attributes
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,45 +1,58 @@
 """The same bits in every run, with tf.config.experimental.enable_op_determinism()."""
 
-import os
-import subprocess
-import sys
-
 import pytest
-from conftest import PROJECT
+from conftest import printed_by
 
 # In a process of its own, since TensorFlow cannot be told to stop.
 REPEAT = """
 import sys
 import numpy as np
 import tensorflow as tf
-from conftest import random_case, run
-device, jit_compile = sys.argv[1], sys.argv[2] == "jit"
+import deform_conv
+from conftest import random_case, relative_error, run
+device, name, mode, repetitions = sys.argv[1:]
+shapes = {
+    "deform_conv2d": {
+        "batch": 3, "size": (30, 31), "channels": 48, "out_channels": 12, "groups": 2,
+    },
+    "deform_aggregate2d": {"batch": 3, "size": (30, 31), "channels": 48, "filters": False},
+    "deform_conv3d": {"size": (6, 11, 12), "channels": 24, "out_channels": 12, "groups": 2},
+}
 tf.config.experimental.enable_op_determinism()
-case = random_case(
-    np.random.default_rng(1), batch=3, size=(30, 31), channels=48, out_channels=12, groups=2,
-    deform_groups=3, offset_scale=4.0,
+rng = np.random.default_rng(1)
+case = random_case(rng, deform_groups=3, offset_scale=4.0, **shapes[name])
+function = getattr(deform_conv, name)
+call = tf.function(
+    lambda tensors: run(tensors, case.attributes, function=function), jit_compile=mode == "jit"
 )
 for dtype in (tf.float32, tf.float64, tf.float16, tf.bfloat16):
     with tf.device(device):
         tensors = case.tensors(dtype)
-        function = tf.function(lambda t: run(t, case.attributes), jit_compile=jit_compile)
         runs = set()
-        for _ in range(100):
-            results = function(tensors)
+        for _ in range(int(repetitions)):
+            results = call(tensors)
             runs.add(b"".join(results[key].numpy().tobytes() for key in sorted(results)))
-    print(dtype.name, len(runs))
+    with tf.device("CPU:0"):
+        expected = run(case.tensors(dtype), case.attributes, function=function)
+    errors = [relative_error(value, expected[key]) for key, value in results.items()]
+    print(dtype.name, len(runs), max(errors))
 """
+# Twice the errors that each device may have.
+TOLERANCES = {"float32": 2e-5, "float64": 2e-12, "float16": 1e-2, "bfloat16": 4e-2}
 
 
-@pytest.mark.parametrize("compiled", ["plain", "jit"])
-def test_100_repetitions_are_bit_identical(compiled, device):
-    paths = [str(PROJECT), str(PROJECT / "tests"), os.environ.get("PYTHONPATH", "")]
-    printed = subprocess.run(
-        [sys.executable, "-c", REPEAT, device, compiled],
-        cwd=PROJECT,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    assert printed.split("\n")[-5:-1] == ["float32 1", "float64 1", "float16 1", "bfloat16 1"]
+@pytest.mark.parametrize(
+    ("name", "mode", "repetitions"),
+    [
+        ("deform_conv2d", "plain", 100),
+        ("deform_conv2d", "jit", 100),
+        ("deform_aggregate2d", "plain", 100),
+        ("deform_conv3d", "plain", 20),
+    ],
+)
+def test_repetitions_are_bit_identical_and_right(name, mode, repetitions, device):
+    printed = printed_by(REPEAT, device, name, mode, repetitions)
+    for line, dtype in zip(printed.splitlines()[-4:], TOLERANCES, strict=True):
+        repeated, runs, error = line.split()
+        assert (repeated, runs) == (dtype, "1")
+        assert float(error) <= TOLERANCES[dtype]

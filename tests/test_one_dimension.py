@@ -7,7 +7,27 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import PROJECT, Case, relative_error, run, script, second_derivatives
+from checks import (
+    KNOWN,
+    assert_function_takes,
+    assert_gradient_is_numerical,
+    assert_portable_mode_gives_the_same,
+    assert_precise,
+    assert_v1_graph_equals_eager,
+    assert_wrong_shape_raises,
+    for_types,
+    output_shape,
+)
+from conftest import (
+    PROJECT,
+    Case,
+    in_format,
+    random_case,
+    relative_error,
+    run,
+    script,
+    second_derivatives,
+)
 
 from deform_conv import deform_conv1d, deformable, portable
 from deform_conv.layers import DeformableConv1D, DeformableConv2D
@@ -18,45 +38,14 @@ FORMATS = ["NWC", "NCW"]
 # --- The operation ---
 
 
-def sequences_case(
-    rng,
-    *,
-    batch=2,
-    length=9,
-    channels=4,
-    out_channels=6,
-    taps=3,
-    stride=1,
-    dilations=1,
-    padding="SAME",
-    groups=1,
-    deform_groups=1,
-    mask=True,
-    offset_scale=1.5,
-) -> Case:
-    """A `Case` in NWC. Samples stay 1e-3 away from the steps, where the offset's gradient jumps."""
-    pair = (0, 0) if isinstance(padding, str) else padding[1]
-    out_length = (
-        -(-length // stride)
-        if padding == "SAME"
-        else (length + sum(pair) - dilations * (taps - 1) - 1) // stride + 1
+def sequences_case(rng, *, length=9, taps=3, stride=1, dilations=1, **configuration) -> Case:
+    """A `Case` of sequences."""
+    case = random_case(
+        rng, size=(length,), kernel=taps, strides=stride, dilations=dilations, **configuration
     )
-    offset = offset_scale * rng.standard_normal((batch, out_length, deform_groups * taps))
-    whole = np.floor(offset)
-    arrays = {
-        "input": rng.standard_normal((batch, length, channels)),
-        "filters": rng.standard_normal((taps, channels // groups, out_channels)),
-        "offset": whole + np.clip(offset - whole, 1e-3, 1 - 1e-3),
-    }
-    if mask:
-        arrays["mask"] = rng.uniform(size=offset.shape)
-    attributes = {
-        "stride": stride,
-        "dilations": dilations,
-        "padding": padding,
-        "deform_groups": deform_groups,
-    }
-    return Case(arrays, attributes)
+    del case.attributes["strides"]
+    case.attributes |= {"stride": stride, "dilations": dilations}
+    return case
 
 
 CONFIGURATIONS = [
@@ -73,24 +62,6 @@ CONFIGURATIONS = [
     {"batch": 0},
     {"length": 0, "padding": [[0, 0], [2, 2], [0, 0]]},
 ]
-
-
-def tensors_in(case, data_format, dtype=tf.float64, offset_dtype=None):
-    tensors = case.tensors(dtype, offset_dtype)
-    if data_format == "NWC":
-        return tensors
-    return {
-        name: tensor if name == "filters" else tf.transpose(tensor, [0, 2, 1])
-        for name, tensor in tensors.items()
-    }
-
-
-def attributes_in(case, data_format):
-    attributes = case.attributes | {"data_format": data_format}
-    if data_format == "NCW" and not isinstance(attributes["padding"], str):
-        none, pair, _ = attributes["padding"]
-        attributes["padding"] = [none, none, pair]
-    return attributes
 
 
 def as_rows(tensors, attributes):
@@ -131,7 +102,7 @@ def without_rows(results, data_format):
 @pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
 def test_equals_two_dimensions_with_one_row_bit_for_bit(configuration, dtype, data_format, rng):
     case = sequences_case(rng, **configuration)
-    tensors, attributes = tensors_in(case, data_format, dtype), attributes_in(case, data_format)
+    tensors, attributes = case.arguments(dtype, data_format=data_format)
     actual = run(tensors, attributes, function=deform_conv1d)
     expected = without_rows(run(*as_rows(tensors, attributes)), data_format)
     assert actual.keys() == expected.keys()
@@ -143,7 +114,7 @@ def test_equals_two_dimensions_with_one_row_bit_for_bit(configuration, dtype, da
 def test_offsets_that_are_not_finite_sample_0_as_in_two_dimensions(rng):
     case = sequences_case(rng)
     case.arrays["offset"][0, 2:5, 1] = np.nan, np.inf, -np.inf
-    tensors, attributes = tensors_in(case, "NWC"), attributes_in(case, "NWC")
+    tensors, attributes = case.arguments(data_format="NWC")
     actual = run(tensors, attributes, function=deform_conv1d)
     expected = without_rows(run(*as_rows(tensors, attributes)), "NWC")
     for name, value in actual.items():
@@ -184,10 +155,9 @@ def slow(input, filters, offset, mask=None, *, stride, dilations, padding, defor
 @pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
 def test_equals_the_formula(configuration, data_format, rng):
     case = sequences_case(rng, **configuration)
-    output = deform_conv1d(**tensors_in(case, data_format), **attributes_in(case, data_format))
-    if data_format == "NCW":
-        output = tf.transpose(output, [0, 2, 1])
-    assert relative_error(output, slow(**case.arrays, **case.attributes)) <= 1e-13
+    tensors, attributes = case.arguments(data_format=data_format)
+    expected = in_format(slow(**case.arrays, **case.attributes), "output", data_format)
+    assert relative_error(deform_conv1d(**tensors, **attributes), expected) <= 1e-13
 
 
 @pytest.mark.parametrize("padding", ["SAME", "VALID"])
@@ -220,19 +190,13 @@ def test_sample_is_linear_in_the_sequence_extended_with_zeros(position, value):
 @pytest.mark.parametrize("argument", ["input", "filters", "offset", "mask"])
 def test_gradient_is_the_numerical_one(argument, data_format, rng):
     case = sequences_case(rng, length=5, groups=2, deform_groups=2, stride=2, out_channels=2)
-    tensors, attributes = tensors_in(case, data_format), attributes_in(case, data_format)
-
-    def convolve(value):
-        return deform_conv1d(**(tensors | {argument: value}), **attributes)
-
-    theirs, ours = tf.test.compute_gradient(convolve, [tensors[argument]], delta=1e-5)
-    assert relative_error(theirs[0], ours[0]) <= 1e-8
+    assert_gradient_is_numerical(deform_conv1d, case, argument, data_format, rng)
 
 
 @pytest.mark.parametrize("of", ["input", "filters", "offset", "mask"])
 def test_second_derivatives_are_the_numerical_ones(of, rng):
     case = sequences_case(rng, batch=1, length=4, channels=2, out_channels=2, deform_groups=2)
-    tensors, attributes = tensors_in(case, "NWC"), attributes_in(case, "NWC")
+    tensors, attributes = case.arguments(data_format="NWC")
     ours = second_derivatives(tensors, attributes, deform_conv1d)[of]
 
     def gradients_norm(value):
@@ -253,70 +217,34 @@ def test_second_derivatives_are_the_numerical_ones(of, rng):
     assert relative_error(ours, numerical) <= 1e-7
 
 
-@pytest.mark.parametrize("data_format", FORMATS)
-@pytest.mark.parametrize(
-    ("dtype", "offset_dtype", "tolerance"),
+@for_types(
     [
         (tf.float32, tf.float32, 1e-6),
         (tf.float16, tf.float16, 2e-3),
         (tf.float16, tf.float32, 2e-3),
         (tf.bfloat16, tf.bfloat16, 1e-2),
         (tf.bfloat16, tf.float32, 1e-2),
-    ],
-    ids=lambda value: getattr(value, "name", None),
+    ]
 )
-def test_every_type_gives_what_float64_gives(
-    dtype, offset_dtype, tolerance, data_format, device, rng
-):
+def test_every_type_gives_what_float64_gives(dtype, offset_dtype, tolerance, device, rng):
     case = sequences_case(rng, length=40, channels=16, deform_groups=2)
-    case = case.rounded_to(dtype, offset_dtype)
-    attributes = attributes_in(case, data_format)
-    tensors = tensors_in(case, data_format, dtype, offset_dtype)
-    actual = run(tensors, attributes, function=deform_conv1d)
-    expected = run(tensors_in(case, data_format), attributes, function=deform_conv1d)
-    for name, value in actual.items():
-        assert value.dtype == (offset_dtype if name in ("grad_offset", "grad_mask") else dtype)
-        assert relative_error(tf.cast(value, tf.float64), expected[name]) <= tolerance, name
-
-
-def specs_of(tensors, unknown):
-    shapes = {"rank": None, "sizes": [None] * 3, "nothing": ...}
-    return {
-        name: tf.TensorSpec(tensor.shape if unknown == "nothing" else shapes[unknown], tensor.dtype)
-        for name, tensor in tensors.items()
-    }
+    assert_precise(deform_conv1d, deform_conv1d, case, dtype, offset_dtype, tolerance, FORMATS)
 
 
 @pytest.mark.parametrize("data_format", FORMATS)
 @pytest.mark.parametrize("jit_compile", [False, True], ids=["graph", "xla"])
-@pytest.mark.parametrize("unknown", ["rank", "sizes", "nothing"])
-def test_function_of_unknown_shapes_equals_eager(unknown, jit_compile, data_format, rng):
+@pytest.mark.parametrize("shape", [None, [None] * 3, "each"], ids=["rank", "sizes", "nothing"])
+def test_function_of_unknown_shapes_equals_eager(shape, jit_compile, data_format, rng):
     case = sequences_case(rng, stride=2, groups=2, deform_groups=2)
-    tensors, attributes = tensors_in(case, data_format), attributes_in(case, data_format)
-    function = tf.function(
-        lambda tensors: run(tensors, attributes, function=deform_conv1d),
-        input_signature=[specs_of(tensors, unknown)],
-        jit_compile=jit_compile,
-        autograph=False,
+    assert_function_takes(
+        [case], deform_conv1d, deform_conv1d, 1e-13, shape, data_format, jit_compile=jit_compile
     )
-    expected = run(tensors, attributes, function=deform_conv1d)
-    for name, value in function(tensors).items():
-        assert relative_error(value, expected[name]) <= 1e-13, name
 
 
 @pytest.mark.parametrize("data_format", FORMATS)
-def test_version_1_graph_of_unknown_sizes_equals_eager(data_format, rng):
+def test_v1_graph_equals_eager(data_format, rng):
     case = sequences_case(rng)
-    tensors, attributes = tensors_in(case, data_format), attributes_in(case, data_format)
-    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
-        given = {name: tf.compat.v1.placeholder(tf.float64, [None] * 3) for name in tensors}
-        output = deform_conv1d(**given, **attributes)
-        gradients = tf.gradients(output, list(given.values()))
-        feed = {given[name]: tensor.numpy() for name, tensor in tensors.items()}
-        actual = session.run([output, *gradients], feed)
-    expected = run(tensors, attributes, function=deform_conv1d)
-    for value, name in zip(actual, expected, strict=True):
-        assert relative_error(value, expected[name]) <= 1e-13, name
+    assert_v1_graph_equals_eager(deform_conv1d, case, data_format=data_format, tolerance=1e-13)
 
 
 @pytest.mark.parametrize(
@@ -330,25 +258,20 @@ def test_version_1_graph_of_unknown_sizes_equals_eager(data_format, rng):
     ],
 )
 def test_shape_of_the_output_is_known_as_far_as_it_can_be(data_format, input, offset, expected):
-    function = tf.function(lambda *tensors: deform_conv1d(*tensors, data_format=data_format))
-    specs = [tf.TensorSpec(shape) for shape in (input, [3, 4, 8], offset)]
-    assert function.get_concrete_function(*specs).output_shapes.as_list() == expected
+    shapes = (input, [3, 4, 8], offset)
+    assert output_shape(deform_conv1d, shapes, data_format=data_format) == expected
 
 
 @pytest.mark.parametrize("data_format", FORMATS)
 @pytest.mark.parametrize("configuration", CONFIGURATIONS[:6], ids=str)
 def test_portable_mode_equals_the_op(configuration, data_format, rng):
     case = sequences_case(rng, **configuration)
-    tensors, attributes = tensors_in(case, data_format), attributes_in(case, data_format)
-    expected = run(tensors, attributes, function=deform_conv1d)
-    with portable():
-        actual = run(tensors, attributes, function=deform_conv1d)
-    for name, value in actual.items():
-        assert relative_error(value, expected[name]) <= 1e-13, name
+    arguments = case.arguments(data_format=data_format)
+    assert_portable_mode_gives_the_same(deform_conv1d, *arguments, tolerance=1e-13)
 
 
 def test_mask_and_gradients_that_nobody_asks_for_are_not_needed(rng):
-    tensors = tensors_in(sequences_case(rng, mask=False), "NWC")
+    tensors = sequences_case(rng, mask=False).tensors()
     with tf.GradientTape() as tape:
         tape.watch(tensors["offset"])
         output = deform_conv1d(**tensors)
@@ -359,7 +282,7 @@ def test_mask_and_gradients_that_nobody_asks_for_are_not_needed(rng):
 
 def test_stride_and_dilations_take_every_form(rng):
     case = sequences_case(rng, stride=2, dilations=3)
-    tensors = tensors_in(case, "NWC")
+    tensors = case.tensors()
     expected = deform_conv1d(**tensors, stride=2, dilations=3)
     for stride, dilations in (([2], (3,)), ((1, 2, 1), [1, 3, 1]), (np.int64(2), tf.constant(3))):
         output = deform_conv1d(**tensors, stride=stride, dilations=dilations)
@@ -401,31 +324,10 @@ WRONG_RANKS = [
 ]
 
 
+@pytest.mark.parametrize("known", KNOWN)
 @pytest.mark.parametrize(("shapes", "attributes", "message"), WRONG_SHAPES + WRONG_RANKS)
-def test_wrong_shape_is_an_error_in_terms_of_sequences(shapes, attributes, message):
-    tensors = {name: tf.zeros(shape) for name, shape in (FITTING | shapes).items()}
-    with pytest.raises(tf.errors.InvalidArgumentError, match=re.escape(message)):
-        deform_conv1d(**tensors, **attributes)
-    specs = [tf.TensorSpec(tensor.shape) for tensor in tensors.values()]
-    function = tf.function(lambda *tensors: deform_conv1d(*tensors, **attributes))
-    with pytest.raises(ValueError, match=re.escape(message)):
-        function.get_concrete_function(*specs)
-
-
-@pytest.mark.parametrize(("shapes", "attributes", "message"), WRONG_SHAPES + WRONG_RANKS)
-def test_wrong_shape_that_is_known_at_run_time_only_is_one_too(shapes, attributes, message):
-    function = tf.function(
-        lambda *tensors: deform_conv1d(*tensors, **attributes),
-        input_signature=[tf.TensorSpec(None)] * 4,
-    )
-    with pytest.raises((tf.errors.InvalidArgumentError, ValueError)) as error:
-        function(*map(tf.zeros, (FITTING | shapes).values()))
-    # TensorFlow quotes each part of the message, and has no commas in a shape; of a rank it has a
-    # message of its own.
-    text = str(error.value).replace("] [", "").replace("\\'", "'")
-    argument, *_ = message.split()
-    own = "rank 3" in message and f"DeformConv1D/{argument}}}" in text
-    assert own or message.partition(" [")[0] in text
+def test_wrong_shape_is_an_error_in_terms_of_sequences(shapes, attributes, message, known):
+    assert_wrong_shape_raises(deform_conv1d, FITTING | shapes, message, known, **attributes)
 
 
 @pytest.mark.parametrize("data_format", FORMATS)

@@ -12,8 +12,15 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import random_case, relative_error, run, second_derivatives
-from test_deform_conv2d import FORMATS, GOLDEN, TYPES
+from checks import (
+    KNOWN,
+    assert_portable_mode_gives_the_same,
+    assert_wrong_shape_raises,
+    for_types,
+    op_types,
+)
+from conftest import assert_close, random_case, relative_error, run, second_derivatives
+from test_deform_conv2d import DENSE_TYPES, FORMATS, GOLDEN
 from test_non_finite import ARGUMENTS, BAD, assert_follow_the_formula, problem, results_of
 from test_non_finite import SIZE as NON_FINITE_SIZE
 from test_package import copy_package, run_in
@@ -37,12 +44,6 @@ def in_portable_mode(function):
     return call
 
 
-def op_types(function, *specs):
-    """The types of the ops that a function is traced to."""
-    graph = tf.function(function, autograph=False).get_concrete_function(*specs).graph
-    return {operation.type for operation in graph.get_operations()}
-
-
 def specs_of(tensors, shape="known"):
     return {
         name: tf.TensorSpec(tensor.shape if shape == "known" else shape, tensor.dtype)
@@ -53,22 +54,12 @@ def specs_of(tensors, shape="known"):
 # --- Results are those of the op ---
 
 
-def assert_equals_the_op(tensors, attributes, tolerance=1e-12):
-    expected = run(tensors, attributes)
-    actual = in_portable_mode(run)(tensors, attributes)
-    assert set(actual) == set(expected)
-    for name, value in actual.items():
-        assert value.dtype == expected[name].dtype
-        both = (tf.cast(each, tf.float64) for each in (value, expected[name]))
-        assert relative_error(*both) <= tolerance, name
-
-
 @pytest.mark.parametrize("data_format", FORMATS)
 @pytest.mark.parametrize("name", GOLDEN)
 def test_equals_the_op_on_cases_of_torchvision(name, data_format, device):
     case, *_ = GOLDEN[name]
-    tensors, attributes = case.tensors(data_format=data_format), case.attributes_in(data_format)
-    assert_equals_the_op(tensors, attributes)
+    arguments = case.arguments(data_format=data_format)
+    assert_portable_mode_gives_the_same(deform_conv2d, *arguments)
 
 
 @pytest.mark.parametrize("data_format", FORMATS)
@@ -91,17 +82,16 @@ def test_equals_the_op_on_cases_of_torchvision(name, data_format, device):
 )
 def test_equals_the_op_in_any_configuration(configuration, data_format, device, rng):
     case = random_case(rng, **configuration)
-    tensors, attributes = case.tensors(data_format=data_format), case.attributes_in(data_format)
-    assert_equals_the_op(tensors, attributes)
+    arguments = case.arguments(data_format=data_format)
+    assert_portable_mode_gives_the_same(deform_conv2d, *arguments)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "offset_dtype", "tolerance"), TYPES, ids=lambda value: getattr(value, "name", None)
-)
+@for_types(DENSE_TYPES)
 def test_equals_the_op_in_every_type(dtype, offset_dtype, tolerance, device, rng):
     case = random_case(rng, size=(20, 30), channels=16, deform_groups=2)
     case = case.rounded_to(dtype, offset_dtype)
-    assert_equals_the_op(case.tensors(dtype, offset_dtype), case.attributes, tolerance)
+    arguments = case.arguments(dtype, offset_dtype)
+    assert_portable_mode_gives_the_same(deform_conv2d, *arguments, tolerance)
 
 
 @pytest.mark.parametrize("mask", [False, True])
@@ -109,8 +99,7 @@ def test_second_derivatives_equal_the_ops(mask, rng):
     case = random_case(rng, batch=1, size=(4, 4), mask=mask, groups=2, deform_groups=2)
     expected = second_derivatives(case.tensors(), case.attributes)
     actual = in_portable_mode(second_derivatives)(case.tensors(), case.attributes)
-    for name, value in actual.items():
-        assert relative_error(value, expected[name]) <= 1e-10, name
+    assert_close(actual, expected, 1e-10)
 
 
 def test_third_derivative_equals_a_finite_difference(rng, portable_mode):
@@ -171,38 +160,10 @@ def test_bad_offset_samples_zero_and_has_no_gradient(bad, rng, portable_mode):
 # --- Wrong input ---
 
 
+@pytest.mark.parametrize("known", KNOWN)
 @pytest.mark.parametrize(("shapes", "attributes", "message"), WRONG_SHAPES)
-def test_wrong_shape_raises_in_eager_mode(shapes, attributes, message, portable_mode):
-    tensors = {name: tf.zeros(shape) for name, shape in (FITTING | shapes).items()}
-    with pytest.raises(tf.errors.InvalidArgumentError, match=re.escape(message)):
-        deform_conv2d(**tensors, **attributes)
-
-
-@pytest.mark.parametrize(("shapes", "attributes", "message"), WRONG_SHAPES)
-def test_wrong_static_shape_raises_while_the_graph_is_built(
-    shapes, attributes, message, portable_mode
-):
-    specs = [tf.TensorSpec(shape) for shape in (FITTING | shapes).values()]
-    function = tf.function(lambda *tensors: deform_conv2d(*tensors, **attributes))
-    with pytest.raises(ValueError, match=re.escape(message)):
-        function.get_concrete_function(*specs)
-
-
-@pytest.mark.parametrize(("shapes", "attributes", "message"), WRONG_SHAPES)
-def test_wrong_shape_that_is_known_at_run_time_only_raises_then(
-    shapes, attributes, message, portable_mode
-):
-    tensors = [tf.zeros(shape) for shape in (FITTING | shapes).values()]
-    function = tf.function(
-        lambda *tensors: deform_conv2d(*tensors, **attributes),
-        input_signature=[tf.TensorSpec(None)] * 4,
-    )
-    with pytest.raises((tf.errors.InvalidArgumentError, ValueError)) as error:
-        function(*tensors)
-    # TensorFlow quotes each part of the message; of a rank it has one of its own.
-    text = str(error.value).replace("] [", "").replace("\\'", "'")
-    argument, *_ = message.split()
-    assert message in text or ("rank 4" in message and f"DeformConv2D/{argument}}}" in text)
+def test_wrong_shape_raises(shapes, attributes, message, known, portable_mode):
+    assert_wrong_shape_raises(deform_conv2d, FITTING | shapes, message, known, **attributes)
 
 
 @pytest.mark.parametrize(("dtypes", "message"), WRONG_DTYPES)
@@ -235,8 +196,7 @@ def test_shapes_may_be_unknown(shape, data_format, rng):
         autograph=False,
     )
     expected = run(tensors, attributes)
-    for name, value in function(tensors).items():
-        assert relative_error(value, expected[name]) <= 1e-12, name
+    assert_close(function(tensors), expected, 1e-12)
 
 
 @pytest.mark.parametrize(
@@ -271,8 +231,7 @@ def test_xla_compiles_it_without_kernels_of_its_own(shape, rng, monkeypatch):
         autograph=False,
     )
     expected = run(tensors, case.attributes)
-    for name, value in function(tensors).items():
-        assert relative_error(value, expected[name]) <= 1e-10, name
+    assert_close(function(tensors), expected, 1e-10)
 
 
 def test_version_1_graphs_check_shapes_when_they_run(rng):

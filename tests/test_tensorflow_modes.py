@@ -6,58 +6,39 @@ import sys
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import PROJECT, random_case, relative_error, run, second_derivatives
+from checks import (
+    assert_forward_mode_is_the_jacobian,
+    assert_function_takes,
+    assert_saved_model_runs_and_trains_in_another_process,
+    assert_second_derivatives_equal,
+    assert_v1_graph_equals_eager,
+    gradients_alone,
+    output_shape,
+    run_in_v1_graph,
+)
+from conftest import ARGUMENTS as NAMES
+from conftest import PROJECT, assert_close, random_case, relative_error, run
 
 from deform_conv import deform_conv2d
 from deform_conv._reference import deform_conv2d_reference
 
 pytestmark = pytest.mark.usefixtures("device")
 
-NAMES = ("input", "filters", "offset", "mask")
-
-
-def run_in_v1_graph(case, wanted=NAMES):
-    """Output and wanted gradients from a tf.compat.v1 graph, and the graph's operations."""
-    with tf.Graph().as_default() as graph:
-        placeholders = {
-            name: tf.compat.v1.placeholder(tf.float64, [None] * 4) for name in case.arrays
-        }
-        output = deform_conv2d(**placeholders, **case.attributes)
-        gradients = tf.gradients(output, [placeholders[name] for name in wanted])
-        feed = {placeholders[name]: array for name, array in case.arrays.items()}
-        options = tf.compat.v1.RunOptions(trace_level=tf.compat.v1.RunOptions.SOFTWARE_TRACE)
-        metadata = tf.compat.v1.RunMetadata()
-        with tf.compat.v1.Session(graph=graph) as session:
-            values = session.run([output, *gradients], feed, options, metadata)
-    steps = [node for device in metadata.step_stats.dev_stats for node in device.node_stats]
-    keys = ["output", *(f"grad_{name}" for name in wanted)]
-    return dict(zip(keys, values, strict=True)), [step.node_name for step in steps]
-
 
 def test_function_equals_eager(rng):
     case = random_case(rng)
     eager = run(case.tensors(), case.attributes)
     traced = tf.function(lambda tensors: run(tensors, case.attributes))(case.tensors())
-    for key, value in eager.items():
-        assert relative_error(traced[key], value) <= 1e-14
+    assert_close(traced, eager, 1e-14)
 
 
 def test_v1_graph_equals_eager(rng):
-    case = random_case(rng)
-    eager = run(case.tensors(), case.attributes)
-    values, _ = run_in_v1_graph(case)
-    for key, value in eager.items():
-        assert relative_error(values[key], value) <= 1e-14
+    assert_v1_graph_equals_eager(deform_conv2d, random_case(rng))
 
 
 def test_one_function_takes_any_shape(rng):
-    specs = {name: tf.TensorSpec(None, tf.float64) for name in NAMES}
-    function = tf.function(lambda tensors: run(tensors, {}), input_signature=[specs])
-    for size in ((6, 7), (3, 11)):
-        case = random_case(rng, size=size)
-        expected = run(case.tensors(), {})
-        for key, value in function(case.tensors()).items():
-            assert relative_error(value, expected[key]) <= 1e-14
+    cases = [random_case(rng, size=size) for size in ((6, 7), (3, 11))]
+    assert_function_takes(cases, deform_conv2d, deform_conv2d, 1e-14)
 
 
 # --- Shape inference ---
@@ -86,9 +67,7 @@ def test_one_function_takes_any_shape(rng):
     ],
 )
 def test_output_shape_is_inferred_as_far_as_it_is_known(shapes, attributes, expected):
-    specs = [tf.TensorSpec(shape) for shape in shapes]
-    function = tf.function(lambda *tensors: deform_conv2d(*tensors, **attributes))
-    assert function.get_concrete_function(*specs).output_shapes.as_list() == expected
+    assert output_shape(deform_conv2d, shapes, **attributes) == expected
 
 
 def test_gradients_have_the_static_shapes_of_their_arguments(rng):
@@ -109,18 +88,14 @@ def test_tape_asks_for_the_wanted_gradients_only(wanted, rng):
 
     @tf.function
     def gradients(tensors):
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch([tensors[name] for name in wanted])
-            output = deform_conv2d(**tensors, **case.attributes)
-        return tape.gradient(output, [tensors[name] for name in wanted])
+        return gradients_alone(deform_conv2d, tensors, case.attributes, wanted)
 
     graph = gradients.get_concrete_function(tensors).graph
     (operation,) = [op for op in graph.get_operations() if op.type == "DeformConv2DGrad"]
     for name in NAMES:
         assert operation.get_attr(f"want_grad_{name}") == (name in wanted)
     expected = run(tensors, case.attributes)
-    for name, value in zip(wanted, gradients(tensors), strict=True):
-        assert relative_error(value, expected[f"grad_{name}"]) <= 1e-12
+    assert_close(gradients(tensors), {name: expected[f"grad_{name}"] for name in wanted}, 1e-12)
 
 
 @pytest.mark.parametrize(
@@ -128,29 +103,20 @@ def test_tape_asks_for_the_wanted_gradients_only(wanted, rng):
 )
 def test_v1_graph_runs_the_needed_gradient_ops_only(wanted, count, rng):
     case = random_case(rng)
-    values, steps = run_in_v1_graph(case, wanted)
+    values, steps = run_in_v1_graph(deform_conv2d, case, wanted)
     assert sum(step.startswith("gradients/DeformConv2D") for step in steps) == count
     expected = run(case.tensors(), case.attributes)
-    for key, value in values.items():
-        assert relative_error(value, expected[key]) <= 1e-12
+    assert_close(values, {key: expected[key] for key in values}, 1e-12)
 
 
 # --- Higher derivatives ---
 
 
 @pytest.mark.parametrize("padding", ["SAME", ((0, 0), (1, 2), (2, 0), (0, 0))])
-@pytest.mark.parametrize("graph", [False, True], ids=["eager", "function"])
-def test_second_derivatives_equal_the_references(graph, padding, rng):
+@pytest.mark.parametrize("mode", ["eager", "function"])
+def test_second_derivatives_equal_the_references(mode, padding, rng):
     case = random_case(rng, batch=1, size=(4, 4), channels=2, out_channels=2, padding=padding)
-    tensors = case.tensors()
-
-    def second(tensors):
-        return second_derivatives(tensors, case.attributes)
-
-    ours = (tf.function(second) if graph else second)(tensors)
-    theirs = second_derivatives(tensors, case.attributes, deform_conv2d_reference)
-    for name in NAMES:
-        assert relative_error(ours[name], theirs[name]) <= 1e-10, name
+    assert_second_derivatives_equal(deform_conv2d, deform_conv2d_reference, case, 1e-10, mode=mode)
 
 
 @pytest.mark.parametrize("of", NAMES)
@@ -193,8 +159,7 @@ def test_second_derivatives_of_tensors_of_unknown_rank(rng):
     specs = {name: tf.TensorSpec(None, tf.float64) for name in NAMES}
     traced = tf.function(lambda t: second(t, deform_conv2d), input_signature=[specs])
     ours, theirs = traced(case.tensors()), second(case.tensors(), deform_conv2d_reference)
-    for name in NAMES:
-        assert relative_error(ours[name], theirs[name]) <= 1e-10, name
+    assert_close(ours, theirs, 1e-10)
 
 
 def test_second_derivative_of_some_arguments_only(rng):
@@ -215,17 +180,7 @@ def test_second_derivative_of_some_arguments_only(rng):
 
 def test_jacobian_and_forward_mode_agree(rng):
     case = random_case(rng, batch=1, size=(3, 3), channels=2, out_channels=2)
-    tensors = case.tensors()
-    offset = tensors["offset"]
-    direction = tf.constant(rng.standard_normal(offset.shape))
-    with tf.GradientTape() as tape:
-        tape.watch(offset)
-        output = deform_conv2d(**tensors, **case.attributes)
-    jacobian = tape.jacobian(output, offset)
-    with tf.autodiff.ForwardAccumulator(offset, direction) as accumulator:
-        output = deform_conv2d(**tensors, **case.attributes)
-    expected = tf.tensordot(jacobian, direction, 4)
-    assert relative_error(accumulator.jvp(output), expected) <= 1e-12
+    assert_forward_mode_is_the_jacobian(deform_conv2d, case, rng)
 
 
 # --- Functions that call functions ---
@@ -282,44 +237,13 @@ def test_recomputed_gradients_equal_stored_ones(rng):
 
 # --- SavedModel ---
 
-LOAD_AND_RUN = """
-import sys
-import tensorflow as tf
-import deform_conv
-tf.config.experimental.enable_tensor_float_32_execution(False)
-module = tf.saved_model.load(sys.argv[1])
-image = tf.Variable(tf.ones((1, 5, 5, 2)))
-with tf.GradientTape() as tape:
-    output = module.convolve(image)
-print(float(tf.reduce_sum(output)), float(tf.reduce_sum(tape.gradient(output, image))))
-"""
-
 
 def test_saved_model_runs_and_trains_in_another_process(tmp_path, rng):
-    module = tf.Module()
-    module.filters = tf.Variable(tf.constant(rng.standard_normal((3, 3, 2, 3)), tf.float32))
+    filters = tf.Variable(tf.constant(rng.standard_normal((3, 3, 2, 3)), tf.float32))
     offset = tf.constant(rng.standard_normal((1, 5, 5, 18)), tf.float32)
-    module.convolve = tf.function(
-        lambda image: deform_conv2d(image, module.filters, offset),
-        input_signature=[tf.TensorSpec((1, 5, 5, 2))],
+    assert_saved_model_runs_and_trains_in_another_process(
+        tmp_path / "model", lambda image: deform_conv2d(image, filters, offset), filters
     )
-    tf.saved_model.save(
-        module,
-        tmp_path / "model",
-        options=tf.saved_model.SaveOptions(experimental_custom_gradients=False),
-    )
-    image = tf.Variable(tf.ones((1, 5, 5, 2)))
-    with tf.GradientTape() as tape:
-        output = module.convolve(image)
-    expected = [tf.reduce_sum(output), tf.reduce_sum(tape.gradient(output, image))]
-    printed = subprocess.run(
-        [sys.executable, "-c", LOAD_AND_RUN, str(tmp_path / "model")],
-        cwd=PROJECT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    np.testing.assert_allclose([float(text) for text in printed.split()], expected, rtol=1e-5)
 
 
 def test_saved_model_without_the_library_names_the_op(tmp_path, rng):

@@ -1,18 +1,34 @@
 """Three dimensions: `deform_conv3d` against the formula, the reference, other ops and its rules."""
 
+import contextlib
 import functools
 import json
-import os
 import re
-import subprocess
-import sys
 
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import PROJECT, Case, relative_error, run, second_derivatives
+from checks import (
+    KNOWN,
+    TYPES,
+    assert_equals,
+    assert_function_takes,
+    assert_gradient_is_numerical,
+    assert_jitted_equals,
+    assert_portable_mode_gives_the_same,
+    assert_portable_mode_uses_no_op_of_ours,
+    assert_precise,
+    assert_second_derivatives_equal,
+    assert_v1_graph_equals_eager,
+    assert_wrong_shape_raises,
+    convolutions,
+    for_types,
+    gradients_alone,
+    output_shape,
+)
+from conftest import Case, assert_close, in_format, printed_by, relative_error, run
 from test_portable import INTERPRETERS
 from volumes import by_formula, random_volume_case
 
@@ -25,29 +41,6 @@ deform_conv3d_reference = functools.partial(deform_conv_reference, data_format="
 
 FORMATS = ("NDHWC", "NCDHW")
 EXPLICIT = [(0, 0), (0, 2), (1, 0), (3, 1), (0, 0)]
-
-
-def in_format(array, name, data_format):
-    """An NDHWC array as `data_format` has it; filters are the same in both."""
-    if data_format == "NDHWC" or name.endswith("filters"):
-        return array
-    return np.moveaxis(array, -1, 1)
-
-
-def arguments(case, dtype=tf.float64, offset_dtype=None, data_format="NDHWC"):
-    """Tensors and attributes of a case, in the order of `data_format`."""
-    tensors = {
-        name: tf.constant(
-            in_format(array, name, data_format),
-            (offset_dtype or dtype) if name in ("offset", "mask") else dtype,
-        )
-        for name, array in case.arrays.items()
-    }
-    attributes = dict(case.attributes, data_format=data_format)
-    if data_format == "NCDHW" and not isinstance(attributes["padding"], str):
-        none, *spatial, _ = attributes["padding"]
-        attributes["padding"] = [none, none, *spatial]
-    return tensors, attributes
 
 
 # --- The formula ---
@@ -77,29 +70,16 @@ def test_equals_the_formula(configuration, function, rng):
     grad_output = rng.standard_normal(output.shape)
     actual = run(case.tensors(), case.attributes, tf.constant(grad_output), function)
     expected = by_formula(**case.arrays, **case.attributes, grad_output=grad_output)
-    assert set(actual) == set(expected)
-    for key, value in actual.items():
-        assert relative_error(value, expected[key]) <= 1e-12, key
+    assert_close(actual, expected, 1e-12)
 
 
+@pytest.mark.parametrize("data_format", FORMATS)
 @pytest.mark.parametrize("argument", ["input", "filters", "offset", "mask"])
-def test_gradients_are_what_the_output_does(argument, rng):
-    """Against differences of the output, along random directions."""
-    case = random_volume_case(rng, groups=2, deform_groups=2, strides=(2, 1, 1), size=(4, 3, 5))
-    tensors = case.tensors()
-    output = deform_conv3d(**tensors, **case.attributes)
-    grad_output = tf.constant(rng.standard_normal(output.shape))
-    gradient = run(tensors, case.attributes, grad_output, deform_conv3d)[f"grad_{argument}"]
-    for _ in range(5):
-        direction = rng.standard_normal(gradient.shape)
-
-        def at(step, direction=direction):
-            moved = tensors | {argument: tensors[argument] + step * direction}
-            return tf.reduce_sum(grad_output * deform_conv3d(**moved, **case.attributes))
-
-        step = 1e-5  # samples are further from the grid
-        difference = (at(step) - at(-step)) / (2 * step)
-        np.testing.assert_allclose(tf.reduce_sum(gradient * direction), difference, rtol=1e-7)
+def test_gradient_is_the_numerical_one(argument, data_format, rng):
+    case = random_volume_case(
+        rng, batch=1, size=(4, 2, 3), kernel=(2, 1, 3), strides=(2, 1, 1), groups=2, deform_groups=2
+    )
+    assert_gradient_is_numerical(deform_conv3d, case, argument, data_format, rng)
 
 
 def on_the_border(case):
@@ -173,54 +153,23 @@ def test_one_plane_without_dz_is_deform_conv2d(configuration, rng):
 # --- The reference ---
 
 
-@st.composite
-def configurations(draw):
-    groups, deform_groups = draw(st.sampled_from([(1, 1), (1, 2), (2, 1), (2, 3), (6, 6)]))
-    triple = st.tuples(*[st.integers(1, 3)] * 3)
-    kernel, strides, dilations = draw(triple), draw(triple), draw(triple)
-    size = draw(st.tuples(*[st.integers(1, 7)] * 3))
-    pads = st.tuples(st.integers(0, 3), st.integers(0, 3))
-    explicit = st.tuples(st.just((0, 0)), pads, pads, pads, st.just((0, 0)))
-    padding = draw(st.one_of(st.sampled_from(["SAME", "VALID"]), explicit))
-    for axis in range(3):
-        pad = sum(padding[axis + 1]) if padding not in ("SAME", "VALID") else 0
-        reach = dilations[axis] * (kernel[axis] - 1) + 1
-        hypothesis.assume(padding == "SAME" or size[axis] + pad >= reach)
-    return {
-        "batch": draw(st.integers(1, 2)),
-        "size": size,
-        "channels": draw(st.sampled_from([6, 12, 18])),
-        "out_channels": 6 * draw(st.integers(1, 2)),
-        "kernel": kernel,
-        "strides": strides,
-        "dilations": dilations,
-        "padding": padding,
-        "groups": groups,
-        "deform_groups": deform_groups,
-        "mask": draw(st.booleans()),
-        "offset_scale": draw(st.sampled_from([0.5, 2.0, 10.0])),
-    }
-
-
 @hypothesis.settings(max_examples=60)
 @hypothesis.given(
-    configuration=configurations(),
+    configuration=convolutions(axes=3, most=7),
     data_format=st.sampled_from(FORMATS),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_equals_the_reference_in_any_configuration(configuration, data_format, seed):
-    case = random_volume_case(np.random.default_rng(seed), **configuration)
-    tensors, attributes = arguments(case, data_format=data_format)
-    actual = run(tensors, attributes, function=deform_conv3d)
-    expected = run(tensors, attributes, function=deform_conv_reference)
-    assert set(actual) == set(expected)
-    for key, value in actual.items():
-        np.testing.assert_allclose(value, expected[key], rtol=1e-10, atol=1e-10, err_msg=key)
+    rng = np.random.default_rng(seed)
+    case = random_volume_case(rng, **configuration)
+    assert_equals(deform_conv3d, deform_conv_reference, case, data_format, rng)
 
 
 @pytest.mark.parametrize(
     "configuration",
     [
+        {"padding": EXPLICIT, "kernel": (1, 2, 3)},
+        # Beyond a tile or band.
         {"size": (6, 14, 15), "channels": 32, "out_channels": 24, "deform_groups": 2},
         {"size": (6, 14, 15), "channels": 24, "out_channels": 24, "groups": 24},
         {"size": (4, 9, 9), "channels": 96, "out_channels": 40, "mask": False},
@@ -228,36 +177,12 @@ def test_equals_the_reference_in_any_configuration(configuration, data_format, s
     ],
     ids=str,
 )
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"),
-    [(tf.float64, 1e-12), (tf.float32, 1e-6), (tf.float16, 5e-3), (tf.bfloat16, 2e-2)],
-    ids=lambda value: getattr(value, "name", None),
-)
-def test_is_as_precise_as_it_should_be(configuration, dtype, tolerance, rng):
-    """Against the reference in float64, on inputs rounded to the type, beyond a tile or band."""
-    case = random_volume_case(rng, **configuration).rounded_to(dtype)
-    with tf.device("CPU:0"):
-        expected = run(case.tensors(), case.attributes, function=deform_conv3d_reference)
-    for key, value in run(case.tensors(dtype), case.attributes, function=deform_conv3d).items():
-        assert value.dtype == dtype
-        assert relative_error(tf.cast(value, tf.float64), expected[key]) <= tolerance, key
-
-
-@pytest.mark.parametrize("data_format", FORMATS)
-@pytest.mark.parametrize("dtype", [tf.float16, tf.bfloat16], ids=lambda dtype: dtype.name)
-def test_16_bit_input_takes_float32_offsets(dtype, data_format, rng):
-    case = random_volume_case(rng, padding=EXPLICIT, kernel=(1, 2, 3))
-    case = case.rounded_to(dtype, tf.float32)
-    tensors, attributes = arguments(case, dtype, tf.float32, data_format)
-    expected = run(case.tensors(), case.attributes, function=deform_conv3d_reference)
-    for key, value in run(tensors, attributes, function=deform_conv3d).items():
-        in_32_bits = key in ("grad_offset", "grad_mask")
-        assert value.dtype == (tf.float32 if in_32_bits else dtype)
-        wanted = in_format(expected[key].numpy(), key, data_format)
-        # Gradients of the offset are made of products that were rounded to 16 bits on a GPU.
-        assert relative_error(tf.cast(value, tf.float64), wanted) <= (
-            5e-3 if dtype == tf.float16 else 2e-2
-        ), key
+@for_types(TYPES)
+def test_precision(configuration, dtype, offset_dtype, tolerance, rng):
+    case = random_volume_case(rng, **configuration)
+    assert_precise(
+        deform_conv3d, deform_conv3d_reference, case, dtype, offset_dtype, tolerance, FORMATS
+    )
 
 
 def test_volumes_that_are_converted_some_at_a_time_are_added_up(rng):
@@ -267,8 +192,7 @@ def test_volumes_that_are_converted_some_at_a_time_are_added_up(rng):
     ).rounded_to(tf.float16, tf.float32)
     expected = run(case.tensors(tf.float32), case.attributes, function=deform_conv3d)
     actual = run(case.tensors(tf.float16, tf.float32), case.attributes, function=deform_conv3d)
-    for key, value in actual.items():
-        assert relative_error(tf.cast(value, tf.float32), expected[key]) <= 1e-3, key
+    assert_close(actual, expected, 1e-3)
 
 
 # --- Gradients ---
@@ -278,12 +202,8 @@ def test_a_gradient_alone_is_that_of_all(rng):
     case = random_volume_case(rng, groups=2, deform_groups=2)
     everything = run(case.tensors(), case.attributes, function=deform_conv3d)
     for name in case.arrays:
-        tensors = case.tensors()
-        with tf.GradientTape() as tape:
-            tape.watch(tensors[name])
-            output = deform_conv3d(**tensors, **case.attributes)
-        gradient = tape.gradient(output, tensors[name])
-        assert relative_error(gradient, everything[f"grad_{name}"]) <= 1e-14, name
+        gradients = gradients_alone(deform_conv3d, *case.arguments(), [name])
+        assert relative_error(gradients[name], everything[f"grad_{name}"]) <= 1e-14, name
 
 
 @pytest.mark.parametrize("data_format", FORMATS)
@@ -291,11 +211,7 @@ def test_second_order_gradients_are_those_of_the_reference(data_format, rng):
     case = random_volume_case(
         rng, size=(2, 3, 4), kernel=(2, 1, 2), deform_groups=2, padding="VALID"
     )
-    tensors, attributes = arguments(case, data_format=data_format)
-    ours = second_derivatives(tensors, attributes, deform_conv3d)
-    theirs = second_derivatives(tensors, attributes, deform_conv_reference)
-    for name, value in ours.items():
-        assert relative_error(value, theirs[name]) <= 1e-10, name
+    assert_second_derivatives_equal(deform_conv3d, deform_conv_reference, case, 1e-10, data_format)
 
 
 # --- Infinite numbers, NaN, and nothing at all ---
@@ -344,7 +260,7 @@ def test_bad_number_spoils_what_it_spoils_in_the_formula(argument, bad, rng):
 @pytest.mark.parametrize("data_format", FORMATS)
 def test_empty_tensors_give_empty_ones_and_zeros(configuration, dtype, data_format, rng):
     case = random_volume_case(rng, **configuration)
-    tensors, attributes = arguments(case, dtype, data_format=data_format)
+    tensors, attributes = case.arguments(dtype, data_format=data_format)
     for key, value in run(tensors, attributes, function=deform_conv3d).items():
         assert not np.any(value), key
         if key != "output":
@@ -414,30 +330,12 @@ WRONG_SHAPES = [
 IDS = [message[:50] for *_, message in WRONG_SHAPES]
 
 
-@pytest.mark.parametrize("mode", ["op", "portable"])
-@pytest.mark.parametrize("known", ["eager", "static", "at run time"])
+@pytest.mark.parametrize("in_portable_mode", [False, True], ids=["op", "portable"])
+@pytest.mark.parametrize("known", KNOWN)
 @pytest.mark.parametrize(("shapes", "attributes", "message"), WRONG_SHAPES, ids=IDS)
-def test_wrong_shape_is_named(shapes, attributes, message, known, mode):
-    tensors = [tf.zeros(shape) for shape in (FITTING | shapes).values()]
-
-    def convolve(*tensors):
-        if mode == "op":
-            return deform_conv3d(*tensors, **attributes)
-        with portable():
-            return deform_conv3d(*tensors, **attributes)
-
-    if known == "static":
-        convolve = tf.function(convolve)
-    if known == "at run time":
-        specs = [tf.TensorSpec(None) for _ in tensors]
-        convolve = tf.function(convolve, input_signature=specs)
-    with pytest.raises((tf.errors.InvalidArgumentError, ValueError)) as error:
-        convolve(*tensors)
-    text = str(error.value)
-    if mode == "portable":  # TensorFlow quotes each part of a message, and checks ranks itself
-        text = text.replace("] [", "").replace("\\'", "'")
-    argument, *_ = message.split()
-    assert message in text or ("rank 5" in message and f"DeformConv3D/{argument}}}" in text)
+def test_wrong_shape_raises(shapes, attributes, message, known, in_portable_mode):
+    with portable() if in_portable_mode else contextlib.nullcontext():
+        assert_wrong_shape_raises(deform_conv3d, FITTING | shapes, message, known, **attributes)
 
 
 @pytest.mark.parametrize(
@@ -487,43 +385,26 @@ def test_filters_in_the_order_of_other_libraries_are_named(data_format):
 @pytest.mark.parametrize("shape", [None, [None] * 5], ids=["unknown rank", "unknown sizes"])
 def test_unknown_shapes(shape, data_format, rng):
     case = random_volume_case(rng, deform_groups=2, strides=(1, 2, 1), padding=EXPLICIT)
-    tensors, attributes = arguments(case, data_format=data_format)
-    function = tf.function(
-        lambda *values: run(
-            dict(zip(tensors, values, strict=True)), attributes, None, deform_conv3d
-        ),
-        input_signature=[tf.TensorSpec(shape, tf.float64) for _ in tensors],
-    )
-    expected = run(tensors, attributes, function=deform_conv3d)
-    for key, value in function(*tensors.values()).items():
-        assert relative_error(value, expected[key]) <= 1e-14, key
+    assert_function_takes([case], deform_conv3d, deform_conv3d, 1e-14, shape, data_format)
 
 
 def test_static_shapes_follow_from_what_is_known():
     def shape_of(**shapes):
-        specs = [tf.TensorSpec(shape) for shape in (FITTING | shapes).values()]
-        return tf.function(deform_conv3d).get_concrete_function(*specs).output_shapes
+        return output_shape(deform_conv3d, (FITTING | shapes).values())
 
-    assert shape_of().as_list() == [2, 4, 5, 6, 8]
-    assert shape_of(input=[None] * 5, mask=[None] * 5).as_list() == [2, 4, 5, 6, 8]
+    assert shape_of() == [2, 4, 5, 6, 8]
+    assert shape_of(input=[None] * 5, mask=[None] * 5) == [2, 4, 5, 6, 8]
     # The offset alone tells the depth.
-    assert shape_of(input=(None, None, 5, 6, 4)).as_list() == [2, 4, 5, 6, 8]
-    nothing = dict.fromkeys(FITTING)
-    assert shape_of(**nothing).as_list() == [None] * 5
+    assert shape_of(input=(None, None, 5, 6, 4)) == [2, 4, 5, 6, 8]
+    assert shape_of(**dict.fromkeys(FITTING)) == [None] * 5
 
 
 @pytest.mark.parametrize("data_format", FORMATS)
 def test_portable_mode_computes_the_same(data_format, rng):
     case = random_volume_case(rng, groups=2, deform_groups=2, padding=EXPLICIT)
-    tensors, attributes = arguments(case, data_format=data_format)
-    expected = run(tensors, attributes, function=deform_conv3d)
-    with portable():
-        graph = tf.function(lambda: run(tensors, attributes, function=deform_conv3d))
-        actual = graph()
-        types = {op.type for op in graph.get_concrete_function().graph.get_operations()}
-    assert not any("Deform" in op_type for op_type in types)
-    for key, value in actual.items():
-        assert relative_error(value, expected[key]) <= 1e-12, key
+    arguments = case.arguments(data_format=data_format)
+    assert_portable_mode_gives_the_same(deform_conv3d, *arguments)
+    assert_portable_mode_uses_no_op_of_ours(deform_conv3d, *arguments)
 
 
 @pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated")
@@ -550,24 +431,13 @@ def test_portable_mode_runs_in_litert(rng):
 
 def test_jit_compile_computes_the_same(rng):
     case = random_volume_case(rng, deform_groups=2, strides=(1, 2, 1))
-    tensors = case.tensors()
-    function = tf.function(
-        lambda tensors: run(tensors, case.attributes, function=deform_conv3d), jit_compile=True
-    )
-    expected = run(tensors, case.attributes, function=deform_conv3d)
-    for key, value in function(tensors).items():
-        assert relative_error(value, expected[key]) <= 1e-12, key
+    assert_jitted_equals(deform_conv3d, *case.arguments(), 1e-12)
 
 
-def test_gradient_in_a_version_1_graph(rng):
+@pytest.mark.parametrize("data_format", FORMATS)
+def test_v1_graph_equals_eager(data_format, rng):
     case = random_volume_case(rng, deform_groups=2)
-    expected = run(case.tensors(), case.attributes, function=deform_conv3d)
-    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
-        tensors = case.tensors()
-        output = deform_conv3d(**tensors, **case.attributes)
-        gradients = tf.gradients(output, list(tensors.values()))
-        for name, value in zip(tensors, session.run(gradients), strict=True):
-            assert relative_error(value, expected[f"grad_{name}"]) <= 1e-14, name
+    assert_v1_graph_equals_eager(deform_conv3d, case, data_format=data_format)
 
 
 # --- Threads and instruction sets ---
@@ -595,30 +465,16 @@ print(json.dumps(results))
 
 @functools.cache
 def compute(threads, instruction_set=""):
-    """Results of a process with so many threads, as its output says them."""
-    paths = [str(PROJECT), str(PROJECT / "tests"), os.environ.get("PYTHONPATH", "")]
-    settings = {
-        "PYTHONPATH": os.pathsep.join(paths),
-        "DEFORM_CONV_CPU_ISA": instruction_set,
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    return subprocess.run(
-        [sys.executable, "-c", COMPUTE, str(threads)],
-        cwd=PROJECT,
-        env=os.environ | settings,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    """Results of a process with so many threads; numbers are printed with all their digits."""
+    environment = {"DEFORM_CONV_CPU_ISA": instruction_set, "CUDA_VISIBLE_DEVICES": ""}
+    return json.loads(printed_by(COMPUTE, threads, **environment))
 
 
 @pytest.mark.parametrize(
     ("threads", "instruction_set"), [(1, ""), (3, ""), (7, ""), (2, "avx2"), (2, "baseline")]
 )
 def test_threads_and_instruction_set_change_rounding_at_most(threads, instruction_set):
-    actual, expected = (
-        json.loads(text) for text in (compute(threads, instruction_set), compute(2))
-    )
+    actual, expected = compute(threads, instruction_set), compute(2)
     assert set(actual) == set(expected)
     for key, value in actual.items():
         tolerance = 1e-14 if key.startswith("float64") else 2e-6
@@ -647,51 +503,4 @@ def test_positions_in_several_chunks(rng):
     for device in ("CPU:0", "GPU:0"):
         with tf.device(device):
             results[device] = run(case.tensors(), case.attributes, function=deform_conv3d)
-    for key, value in results["GPU:0"].items():
-        assert relative_error(value, results["CPU:0"][key]) <= 1e-12, key
-
-
-REPEAT = """
-import numpy as np
-import tensorflow as tf
-from conftest import relative_error, run
-from deform_conv import deform_conv3d
-from volumes import random_volume_case
-tf.config.experimental.enable_op_determinism()
-case = random_volume_case(
-    np.random.default_rng(1), size=(6, 11, 12), channels=24, out_channels=12, groups=2,
-    deform_groups=3, offset_scale=4.0,
-)
-for dtype in (tf.float32, tf.float64, tf.float16, tf.bfloat16):
-    with tf.device("GPU:0"):
-        tensors = case.tensors(dtype)
-        runs = set()
-        for _ in range(20):
-            results = run(tensors, case.attributes, function=deform_conv3d)
-            runs.add(b"".join(results[key].numpy().tobytes() for key in sorted(results)))
-    with tf.device("CPU:0"):
-        expected = run(case.tensors(dtype), case.attributes, function=deform_conv3d)
-    errors = [
-        relative_error(tf.cast(value, tf.float64), tf.cast(expected[key], tf.float64))
-        for key, value in results.items()
-    ]
-    print(dtype.name, len(runs), max(errors))
-"""
-
-
-@pytest.mark.gpu
-def test_with_determinism_repetitions_on_a_gpu_are_bit_identical_and_right():
-    paths = [str(PROJECT), str(PROJECT / "tests"), os.environ.get("PYTHONPATH", "")]
-    printed = subprocess.run(
-        [sys.executable, "-c", REPEAT],
-        cwd=PROJECT,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    tolerances = {"float32": 1e-5, "float64": 1e-12, "float16": 1e-2, "bfloat16": 4e-2}
-    for line, dtype in zip(printed.splitlines()[-4:], tolerances, strict=True):
-        name, runs, error = line.split()
-        assert (name, runs) == (dtype, "1")
-        assert float(error) <= tolerances[dtype]
+    assert_close(results["GPU:0"], results["CPU:0"], 1e-12)

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from checks import KNOWN, assert_wrong_shape_raises
 
 from deform_conv import deform_conv2d
 
@@ -64,30 +65,10 @@ WRONG_SHAPES = [
 IDS = [message[:50] for *_, message in WRONG_SHAPES]
 
 
+@pytest.mark.parametrize("known", KNOWN)
 @pytest.mark.parametrize(("shapes", "attributes", "message"), WRONG_SHAPES, ids=IDS)
-def test_wrong_shape_raises_in_eager_mode(shapes, attributes, message):
-    tensors = {name: tf.zeros(shape) for name, shape in (FITTING | shapes).items()}
-    with pytest.raises(tf.errors.InvalidArgumentError, match=re.escape(message)):
-        deform_conv2d(**tensors, **attributes)
-
-
-@pytest.mark.parametrize(("shapes", "attributes", "message"), WRONG_SHAPES, ids=IDS)
-def test_wrong_static_shape_raises_while_the_graph_is_built(shapes, attributes, message):
-    specs = [tf.TensorSpec(shape) for shape in (FITTING | shapes).values()]
-    function = tf.function(lambda *tensors: deform_conv2d(*tensors, **attributes))
-    with pytest.raises(ValueError, match=re.escape(message)):
-        function.get_concrete_function(*specs)
-
-
-@pytest.mark.parametrize(("shapes", "attributes", "message"), WRONG_SHAPES, ids=IDS)
-def test_wrong_shape_that_is_known_at_run_time_only_raises_then(shapes, attributes, message):
-    tensors = [tf.zeros(shape) for shape in (FITTING | shapes).values()]
-    specs = [tf.TensorSpec(None) for _ in tensors]
-    function = tf.function(
-        lambda *tensors: deform_conv2d(*tensors, **attributes), input_signature=specs
-    )
-    with pytest.raises((tf.errors.InvalidArgumentError, ValueError), match=re.escape(message)):
-        function(*tensors)
+def test_wrong_shape_raises(shapes, attributes, message, known):
+    assert_wrong_shape_raises(deform_conv2d, FITTING | shapes, message, known, **attributes)
 
 
 @pytest.mark.parametrize("data_format", ["NHWC", "NCHW"])

@@ -1,16 +1,19 @@
 """The op compiled by XLA, with jit_compile=True."""
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import PROJECT, random_case, relative_error, run, second_derivatives
+from checks import (
+    MODES,
+    assert_jitted_equals,
+    assert_second_derivatives_equal,
+    gradients_alone,
+)
+from conftest import assert_close, printed_by, random_case, relative_error, run
 from tensorflow.compiler.tf2xla.python.xla import call_module
 
 from deform_conv import deform_conv2d
@@ -24,8 +27,7 @@ pytestmark = pytest.mark.usefixtures("device")
 TOLERANCES = {tf.float64: 1e-13, tf.float32: 1e-6, tf.float16: 2e-3, tf.bfloat16: 1e-2}
 
 
-def jitted(function):
-    return tf.function(function, jit_compile=True)
+jitted = MODES["jit"]
 
 
 @pytest.mark.parametrize("data_format", ["NHWC", "NCHW"])
@@ -33,12 +35,8 @@ def jitted(function):
 @pytest.mark.parametrize("dtype", list(TOLERANCES), ids=lambda dtype: dtype.name)
 def test_jitted_output_and_gradients_equal_the_ops(dtype, mask, data_format, rng):
     case = random_case(rng, size=(12, 11), mask=mask, groups=2, deform_groups=2, strides=(2, 1))
-    tensors = case.tensors(dtype, data_format=data_format)
-    attributes = case.attributes_in(data_format)
-    expected = run(tensors, attributes)
-    for key, value in jitted(lambda t: run(t, attributes))(tensors).items():
-        assert value.dtype == dtype
-        assert relative_error(value, expected[key]) <= TOLERANCES[dtype], key
+    arguments = case.arguments(dtype, data_format=data_format)
+    assert_jitted_equals(deform_conv2d, *arguments, TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("data_format", ["NHWC", "NCHW"])
@@ -59,12 +57,8 @@ def test_size_that_xla_knows_only_a_bound_of_is_refused(data_format, rng):
 
 
 def test_float32_offsets_beside_a_16_bit_input(rng):
-    case = random_case(rng)
-    tensors = case.tensors(tf.bfloat16, offset_dtype=tf.float32)
-    expected = run(tensors, case.attributes)
-    for key, value in jitted(lambda t: run(t, case.attributes))(tensors).items():
-        assert value.dtype == expected[key].dtype
-        assert relative_error(value, expected[key]) <= TOLERANCES[tf.bfloat16], key
+    arguments = random_case(rng).arguments(tf.bfloat16, tf.float32)
+    assert_jitted_equals(deform_conv2d, *arguments, TOLERANCES[tf.bfloat16])
 
 
 @pytest.mark.parametrize("wanted", [["offset"], ["filters"], ["input", "mask"]])
@@ -72,16 +66,8 @@ def test_only_wanted_gradients(wanted, rng):
     case = random_case(rng)
     tensors = case.tensors()
     expected = run(tensors, case.attributes)
-
-    @jitted
-    def gradients(tensors):
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch([tensors[name] for name in wanted])
-            output = deform_conv2d(**tensors, **case.attributes)
-        return tape.gradient(output, [tensors[name] for name in wanted])
-
-    for name, value in zip(wanted, gradients(tensors), strict=True):
-        assert relative_error(value, expected[f"grad_{name}"]) <= 1e-13
+    gradients = jitted(lambda t: gradients_alone(deform_conv2d, t, case.attributes, wanted))
+    assert_close(gradients(tensors), {name: expected[f"grad_{name}"] for name in wanted}, 1e-13)
 
 
 def test_batch_of_no_images(rng):
@@ -97,8 +83,7 @@ def test_large_images_are_shared_among_threads(rng):
     compiled = jitted(lambda t: run(t, case.attributes))
     expected = run(tensors, case.attributes)
     for _ in range(10):
-        for key, value in compiled(tensors).items():
-            assert relative_error(value, expected[key]) <= TOLERANCES[tf.float32], key
+        assert_close(compiled(tensors), expected, TOLERANCES[tf.float32])
 
 
 def test_two_ops_that_could_run_side_by_side(rng):
@@ -117,11 +102,7 @@ def test_two_ops_that_could_run_side_by_side(rng):
 
 def test_second_derivatives(rng):
     case = random_case(rng, batch=1, size=(4, 4), channels=2, out_channels=2)
-
-    ours = jitted(lambda t: second_derivatives(t, case.attributes))(case.tensors())
-    theirs = second_derivatives(case.tensors(), case.attributes, deform_conv2d_reference)
-    for name, value in ours.items():
-        assert relative_error(value, theirs[name]) <= 1e-10, name
+    assert_second_derivatives_equal(deform_conv2d, deform_conv2d_reference, case, 1e-10, mode="jit")
 
 
 def test_wrong_shapes_are_refused():
@@ -333,10 +314,7 @@ print("fit works")
 
 
 def test_library_may_be_loaded_after_xla_was_used():
-    printed = subprocess.run(
-        [sys.executable, "-c", LATE], cwd=PROJECT, capture_output=True, text=True, check=True
-    ).stdout
-    assert "fit works" in printed
+    assert "fit works" in printed_by(LATE)
 
 
 # --- Without the library of XLA kernels ---
@@ -366,14 +344,8 @@ def test_without_its_library_the_error_says_what_to_do_and_fit_works(broken, tmp
         shutil.copy(file, tmp_path)
     if broken:
         (tmp_path / "libdeform_conv_xla.so").write_bytes(b"no library")
-    printed = subprocess.run(
-        [sys.executable, "-c", WITHOUT],
-        env=os.environ | {"DEFORM_CONV_LIBRARY": str(tmp_path / "libdeform_conv.so")},
-        cwd=PROJECT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    library = str(tmp_path / "libdeform_conv.so")
+    printed = printed_by(WITHOUT, DEFORM_CONV_LIBRARY=library)
     assert "fit works" in printed
     problem = "is not the libdeform_conv_xla.so of deform_conv" if broken else "not found"
     assert f"{tmp_path}/libdeform_conv_xla.so {problem}" in printed

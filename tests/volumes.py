@@ -3,61 +3,12 @@
 import itertools
 
 import numpy as np
-from conftest import Case
+from conftest import output_size, random_case
 
 
-def output_size(size, kernel, strides, dilations, padding):
-    """The output's size of each axis and the padding before it, as `tf.nn.conv3d` has them."""
-    sizes, before = [], []
-    for axis in range(3):
-        extent = (kernel[axis] - 1) * dilations[axis] + 1
-        if padding == "SAME":
-            out = -(-size[axis] // strides[axis])
-            pad = max((out - 1) * strides[axis] + extent - size[axis], 0) // 2
-        else:
-            pads = (0, 0) if padding == "VALID" else padding[axis + 1]
-            out, pad = (size[axis] + sum(pads) - extent) // strides[axis] + 1, pads[0]
-        sizes.append(out)
-        before.append(pad)
-    return sizes, before
-
-
-def random_volume_case(
-    rng,
-    *,
-    batch=2,
-    size=(4, 5, 6),
-    channels=4,
-    out_channels=6,
-    kernel=(3, 3, 3),
-    strides=(1, 1, 1),
-    dilations=(1, 1, 1),
-    padding="SAME",
-    groups=1,
-    deform_groups=1,
-    mask=True,
-    offset_scale=1.5,
-):
-    """A `Case` of normal numbers in NDHWC. Samples stay 1e-3 away from the voxel grid, where the
-    gradient with respect to the offset jumps."""
-    out_size, _ = output_size(size, kernel, strides, dilations, padding)
-    taps = np.prod(kernel)
-    offset = offset_scale * rng.standard_normal((batch, *out_size, 3 * deform_groups * taps))
-    whole = np.floor(offset)
-    arrays = {
-        "input": rng.standard_normal((batch, *size, channels)),
-        "filters": rng.standard_normal((*kernel, channels // groups, out_channels)),
-        "offset": whole + np.clip(offset - whole, 1e-3, 1 - 1e-3),
-    }
-    if mask:
-        arrays["mask"] = rng.uniform(size=(batch, *out_size, deform_groups * taps))
-    attributes = {
-        "strides": strides,
-        "dilations": dilations,
-        "padding": padding,
-        "deform_groups": deform_groups,
-    }
-    return Case(arrays, attributes)
+def random_volume_case(rng, **configuration):
+    """A `Case` of small volumes."""
+    return random_case(rng, **{"size": (4, 5, 6)} | configuration)
 
 
 def corners_of(base, offset, size):

@@ -1,66 +1,9 @@
-// The ops as TensorFlow sees them: signatures, shape functions, documentation.
+// The ops as TensorFlow sees them: signatures and documentation.
 
 #include "tensorflow/core/framework/op.h"
-#include "tensorflow/core/framework/shape_inference.h"
-#include "tf/op_attributes.h"
+#include "tf/shape_functions.h"
 
 namespace deform_conv {
-namespace {
-
-using tensorflow::shape_inference::DimensionHandle;
-using tensorflow::shape_inference::InferenceContext;
-using tensorflow::shape_inference::ShapeHandle;
-
-// The dimensions of input `index`, kUnknown where they are.
-std::vector<int64_t> Dimensions(InferenceContext* context, int index) {
-  const ShapeHandle shape = context->input(index);
-  if (!context->RankKnown(shape)) return std::vector<int64_t>(4, kUnknown);
-  std::vector<int64_t> dimensions;
-  for (int i = 0; i < context->Rank(shape); ++i) {
-    dimensions.push_back(context->Value(context->Dim(shape, i)));
-  }
-  return dimensions;
-}
-
-absl::Status InferParams(InferenceContext* context, Operation operation, OpAttributes* attributes,
-                         DeformConvParams* params) {
-  TF_RETURN_IF_ERROR(ReadAttributes(context, operation, attributes));
-  const auto dimensions = [context](int index) { return Dimensions(context, index); };
-  return MakeParamsOf(*attributes, dimensions, params);
-}
-
-template <Operation kOperation>
-absl::Status ForwardShape(InferenceContext* context) {
-  OpAttributes attributes;
-  DeformConvParams params;
-  TF_RETURN_IF_ERROR(InferParams(context, kOperation, &attributes, &params));
-  std::vector<DimensionHandle> dimensions;
-  for (const int64_t size : FromNativeShape(
-           attributes.format, {params.batch, params.out_h, params.out_w, params.out_channels})) {
-    dimensions.push_back(context->MakeDim(size));
-  }
-  context->set_output(0, context->MakeShape(dimensions));
-  return absl::OkStatus();
-}
-
-// Each gradient has its argument's shape, or is empty where it is not wanted.
-template <Operation kOperation>
-absl::Status GradShape(InferenceContext* context) {
-  OpAttributes attributes;
-  DeformConvParams params;
-  TF_RETURN_IF_ERROR(InferParams(context, kOperation, &attributes, &params));
-  TF_RETURN_IF_ERROR(
-      CheckGradOutput(attributes.format, params, Dimensions(context, context->num_inputs() - 1)));
-  bool wanted[kArguments];
-  TF_RETURN_IF_ERROR(ReadWanted(context, attributes, wanted));
-  for (int i = 0; i < context->num_outputs(); ++i) {
-    const bool is_wanted = wanted[attributes.ArgumentAt(i)];
-    context->set_output(i, is_wanted ? context->input(i) : context->Vector(0));
-  }
-  return absl::OkStatus();
-}
-
-}  // namespace
 
 REGISTER_OP("DeformConv2D")
     .Input("input: T")
@@ -77,7 +20,7 @@ REGISTER_OP("DeformConv2D")
     .Attr("dilations: list(int) = [1, 1, 1, 1]")
     .Attr("deform_groups: int = 1")
     .Attr("data_format: {'NHWC', 'NCHW'} = 'NHWC'")
-    .SetShapeFn(ForwardShape<Operation::kConvolve>)
+    .SetShapeFn(ForwardShape<2>)
     .Doc(R"doc(
 Deformable convolution, version 1 (https://arxiv.org/abs/1703.06211), or version 2 with a mask
 (https://arxiv.org/abs/1811.11168).
@@ -116,7 +59,7 @@ REGISTER_OP("DeformConv2DGrad")
     .Attr("dilations: list(int) = [1, 1, 1, 1]")
     .Attr("deform_groups: int = 1")
     .Attr("data_format: {'NHWC', 'NCHW'} = 'NHWC'")
-    .SetShapeFn(GradShape<Operation::kConvolve>)
+    .SetShapeFn(GradShape<2>)
     .Doc(R"doc(
 Gradients of DeformConv2D with respect to its inputs.
 
@@ -138,7 +81,7 @@ REGISTER_OP("DeformAggregate2D")
     .Attr("dilations: list(int) = [1, 1, 1, 1]")
     .Attr("deform_groups: int = 1")
     .Attr("data_format: {'NHWC', 'NCHW'} = 'NHWC'")
-    .SetShapeFn(ForwardShape<Operation::kAggregate>)
+    .SetShapeFn(ForwardShape<2, Operation::kAggregate>)
     .Doc(R"doc(
 The sum of deformable samples, each times a weight: the operation of deformable convolution,
 versions 3 (https://arxiv.org/abs/2211.05778) and 4 (https://arxiv.org/abs/2401.06197).
@@ -174,7 +117,7 @@ REGISTER_OP("DeformAggregate2DGrad")
     .Attr("dilations: list(int) = [1, 1, 1, 1]")
     .Attr("deform_groups: int = 1")
     .Attr("data_format: {'NHWC', 'NCHW'} = 'NHWC'")
-    .SetShapeFn(GradShape<Operation::kAggregate>)
+    .SetShapeFn(GradShape<2, Operation::kAggregate>)
     .Doc(R"doc(
 Gradients of DeformAggregate2D with respect to its inputs, as those of DeformConv2DGrad.
 )doc");

@@ -1,65 +1,9 @@
-// The ops over three axes as TensorFlow sees them: signatures, shape functions, documentation.
-
-#include <string>
-#include <vector>
+// The ops over three axes as TensorFlow sees them: signatures and documentation.
 
 #include "tensorflow/core/framework/op.h"
-#include "tensorflow/core/framework/shape_inference.h"
-#include "tf/op_attributes3d.h"
+#include "tf/shape_functions.h"
 
 namespace deform_conv {
-namespace {
-
-using tensorflow::shape_inference::DimensionHandle;
-using tensorflow::shape_inference::InferenceContext;
-using tensorflow::shape_inference::ShapeHandle;
-
-// The dimensions of input `index`, kUnknown where they are.
-std::vector<int64_t> Dimensions(InferenceContext* context, int index) {
-  const ShapeHandle shape = context->input(index);
-  if (!context->RankKnown(shape)) return std::vector<int64_t>(kRank3D, kUnknown);
-  std::vector<int64_t> dimensions;
-  for (int i = 0; i < context->Rank(shape); ++i) {
-    dimensions.push_back(context->Value(context->Dim(shape, i)));
-  }
-  return dimensions;
-}
-
-absl::Status InferParams(InferenceContext* context, OpAttributes3D* attributes,
-                         DeformConv3DParams* params) {
-  TF_RETURN_IF_ERROR(ReadAttributes(context, attributes));
-  const auto dimensions = [context](int index) { return Dimensions(context, index); };
-  return MakeParamsOf(*attributes, dimensions, params);
-}
-
-absl::Status ForwardShape(InferenceContext* context) {
-  OpAttributes3D attributes;
-  DeformConv3DParams params;
-  TF_RETURN_IF_ERROR(InferParams(context, &attributes, &params));
-  std::vector<DimensionHandle> dimensions;
-  for (const int64_t size : OutputShapeOf(attributes.format, params)) {
-    dimensions.push_back(context->MakeDim(size));
-  }
-  context->set_output(0, context->MakeShape(dimensions));
-  return absl::OkStatus();
-}
-
-// Each gradient has its argument's shape, or is empty where it is not wanted.
-absl::Status GradShape(InferenceContext* context) {
-  OpAttributes3D attributes;
-  DeformConv3DParams params;
-  TF_RETURN_IF_ERROR(InferParams(context, &attributes, &params));
-  TF_RETURN_IF_ERROR(
-      CheckGradOutput(attributes.format, params, Dimensions(context, context->num_inputs() - 1)));
-  for (int i = 0; i < context->num_outputs(); ++i) {
-    bool wanted;
-    TF_RETURN_IF_ERROR(context->GetAttr(kWantAttributes3D[i], &wanted));
-    context->set_output(i, wanted ? context->input(i) : context->Vector(0));
-  }
-  return absl::OkStatus();
-}
-
-}  // namespace
 
 REGISTER_OP("DeformConv3D")
     .Input("input: T")
@@ -76,7 +20,7 @@ REGISTER_OP("DeformConv3D")
     .Attr("dilations: list(int) = [1, 1, 1, 1, 1]")
     .Attr("deform_groups: int = 1")
     .Attr("data_format: {'NDHWC', 'NCDHW'} = 'NDHWC'")
-    .SetShapeFn(ForwardShape)
+    .SetShapeFn(ForwardShape<3>)
     .Doc(R"doc(
 Deformable convolution over three axes: DeformConv2D with depth before height.
 
@@ -115,7 +59,7 @@ REGISTER_OP("DeformConv3DGrad")
     .Attr("dilations: list(int) = [1, 1, 1, 1, 1]")
     .Attr("deform_groups: int = 1")
     .Attr("data_format: {'NDHWC', 'NCDHW'} = 'NDHWC'")
-    .SetShapeFn(GradShape)
+    .SetShapeFn(GradShape<3>)
     .Doc(R"doc(
 Gradients of DeformConv3D with respect to its inputs.
 

@@ -1,4 +1,5 @@
-// Reading the ops' attributes and shapes: the same for shape inference and for the kernels.
+// Reading the ops' attributes and shapes: the same for shape inference and for the kernels, and for
+// any number of spatial axes.
 
 #ifndef DEFORM_CONV_TF_OP_ATTRIBUTES_H_
 #define DEFORM_CONV_TF_OP_ATTRIBUTES_H_
@@ -7,6 +8,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -15,12 +17,14 @@
 #include "absl/strings/str_join.h"
 #include "absl/strings/string_view.h"
 #include "core/params.h"
+#include "core/params3d.h"
 #include "core/types.h"
+#include "tensorflow/core/platform/errors.h"
 
 namespace deform_conv {
 
-// What the ops compute, each with an op for its gradients: DeformConv2D, which has filters, or
-// DeformAggregate2D, which has none.
+// What the ops compute, each with an op for its gradients: DeformConv2D and DeformConv3D, which
+// have filters, or DeformAggregate2D, which has none.
 enum class Operation { kConvolve, kAggregate };
 
 inline Operation OperationOf(absl::string_view op_type) {
@@ -31,10 +35,9 @@ inline Operation OperationOf(absl::string_view op_type) {
 // op has grad_output after them.
 enum Argument { kInput, kFilters, kOffset, kMask, kArguments };
 
-struct OpAttributes {
+// Which arguments an op has.
+struct OpArguments {
   Operation operation = Operation::kConvolve;
-  DeformConvAttributes conv;
-  DataFormat format = DataFormat::kNhwc;
   bool has_mask = false;
 
   bool has_filters() const { return operation == Operation::kConvolve; }
@@ -58,101 +61,153 @@ struct OpAttributes {
   }
 };
 
+// The shape of a tensor that has so many spatial axes.
+template <std::size_t axes>
+using Shape = std::array<int64_t, axes + 2>;
+
+// What the core has for layers over 2 or 3 spatial axes.
+template <std::size_t axes>
+struct AxesTraits;
+
+template <>
+struct AxesTraits<2> {
+  using Attributes = DeformConvAttributes;
+  using Shapes = DeformConvShapes;
+  using Params = DeformConvParams;
+  static constexpr auto kMakeParams = &MakeParams;
+
+  static void SetAxes(const std::array<AxisAttributes, 2>& axes, Attributes* attributes) {
+    const auto& [h, w] = axes;
+    attributes->stride_h = h.stride;
+    attributes->stride_w = w.stride;
+    attributes->dilation_h = h.dilation;
+    attributes->dilation_w = w.dilation;
+    attributes->pad_top = h.pad_before;
+    attributes->pad_bottom = h.pad_after;
+    attributes->pad_left = w.pad_before;
+    attributes->pad_right = w.pad_after;
+  }
+
+  static Shape<2> NativeOutputShape(const Params& params) {
+    return {params.batch, params.out_h, params.out_w, params.out_channels};
+  }
+};
+
+template <>
+struct AxesTraits<3> {
+  using Attributes = DeformConv3DAttributes;
+  using Shapes = DeformConv3DShapes;
+  using Params = DeformConv3DParams;
+  static constexpr auto kMakeParams = &MakeParams3D;
+
+  static void SetAxes(const std::array<AxisAttributes, 3>& axes, Attributes* attributes) {
+    attributes->axes = axes;
+  }
+
+  static Shape<3> NativeOutputShape(const Params& params) {
+    return {params.batch, params.axes[kDepth].out, params.axes[kHeight].out,
+            params.axes[kWidth].out, params.out_channels};
+  }
+};
+
+template <std::size_t axes>
+using ParamsOf = typename AxesTraits<axes>::Params;
+
+// The format is that of the channels: kNhwc stands for NDHWC too, kNchw for NCDHW.
+template <std::size_t axes>
+struct OpAttributes : OpArguments {
+  typename AxesTraits<axes>::Attributes conv;
+  DataFormat format = DataFormat::kNhwc;
+};
+
 // Reads the gradient op's attributes that say which gradients are wanted. There are none of what
 // the op does not have.
 template <typename Context>
-absl::Status ReadWanted(Context* context, const OpAttributes& attributes,
+absl::Status ReadWanted(Context* context, const OpArguments& arguments,
                         bool (&wanted)[kArguments]) {
   for (int i = 0; i < kArguments; ++i) {
     wanted[i] = false;
-    if (i == kFilters && !attributes.has_filters()) continue;
-    const absl::Status status =
-        context->GetAttr(absl::StrCat("want_grad_", attributes.NameOf(i)), &wanted[i]);
-    if (!status.ok()) return status;
-    wanted[i] = wanted[i] && attributes.Has(i);
+    if (i == kFilters && !arguments.has_filters()) continue;
+    TF_RETURN_IF_ERROR(
+        context->GetAttr(absl::StrCat("want_grad_", arguments.NameOf(i)), &wanted[i]));
+    wanted[i] = wanted[i] && arguments.Has(i);
   }
   return absl::OkStatus();
 }
 
-// Where batch, height, width and channels stand in a shape of `format`.
-inline std::array<int, 4> AxesOf(DataFormat format) {
-  if (format == DataFormat::kNchw) return {0, 2, 3, 1};
-  return {0, 1, 2, 3};
-}
-
-// Reorders a native (NHWC) shape for `format`.
-inline std::array<int64_t, 4> FromNativeShape(DataFormat format,
-                                              const std::array<int64_t, 4>& native) {
-  std::array<int64_t, 4> shape;
-  const std::array<int, 4> axes = AxesOf(format);
-  for (int i = 0; i < 4; ++i) shape[axes[i]] = native[i];
-  return shape;
-}
-
-// Reorders a shape in `format` into the native one; fails unless its rank is 4.
-inline absl::Status ToNativeShape(const char* argument, DataFormat format,
-                                  const std::vector<int64_t>& shape,
-                                  std::array<int64_t, 4>* native) {
-  if (shape.size() != 4) {
-    return absl::InvalidArgumentError(absl::StrCat(argument, " must have rank 4; received shape [",
-                                                   absl::StrJoin(shape, ", "), "]"));
+// Where batch, spatial axes and channels, in this order, stand in a shape of `format`.
+template <std::size_t axes>
+std::array<std::size_t, axes + 2> DimensionsIn(DataFormat format) {
+  std::array<std::size_t, axes + 2> dimensions;
+  std::iota(dimensions.begin(), dimensions.end(), 0);
+  if (format == DataFormat::kNchw) {  // 0, 2, 3, 1
+    std::rotate(dimensions.begin() + 1, dimensions.begin() + 2, dimensions.end());
   }
-  const std::array<int, 4> axes = AxesOf(format);
-  for (int i = 0; i < 4; ++i) (*native)[i] = shape[axes[i]];
+  return dimensions;
+}
+
+// Reorders a shape in `format` into the native one; fails unless its rank fits.
+template <std::size_t axes>
+absl::Status ToNativeShape(const char* argument, DataFormat format,
+                           const std::vector<int64_t>& shape, Shape<axes>* native) {
+  constexpr std::size_t kRank = axes + 2;
+  if (shape.size() != kRank) {
+    return absl::InvalidArgumentError(absl::StrCat(argument, " must have rank ", kRank,
+                                                   "; received shape [", absl::StrJoin(shape, ", "),
+                                                   "]"));
+  }
+  const auto order = DimensionsIn<axes>(format);
+  for (std::size_t i = 0; i < kRank; ++i) (*native)[i] = shape[order[i]];
   return absl::OkStatus();
 }
 
-// Reads a number for each spatial axis: one for each of a tensor's dimensions, which stand where
-// `axes` says.
-template <typename Context, std::size_t rank>
-absl::Status ReadPerAxis(Context* context, const char* argument, const std::array<int, rank>& axes,
-                         std::array<int64_t, rank - 2>* numbers) {
+// Reads a number for each spatial axis into its `field`: one for each of a tensor's dimensions,
+// which are in `format`.
+template <typename Context, std::size_t axes>
+absl::Status ReadPerAxis(Context* context, const char* argument, DataFormat format,
+                         int64_t AxisAttributes::* field,
+                         std::array<AxisAttributes, axes>* attributes) {
   std::vector<int64_t> values;
-  const absl::Status status = context->GetAttr(argument, &values);
-  if (!status.ok()) return status;
-  if (values.size() != rank || values[axes.front()] != 1 || values[axes.back()] != 1) {
-    return absl::InvalidArgumentError(absl::StrCat(argument, " must be ", rank,
+  TF_RETURN_IF_ERROR(context->GetAttr(argument, &values));
+  const auto order = DimensionsIn<axes>(format);
+  if (values.size() != order.size() || values[order.front()] != 1 || values[order.back()] != 1) {
+    return absl::InvalidArgumentError(absl::StrCat(argument, " must be ", order.size(),
                                                    " numbers, 1 for batch and channels; received [",
                                                    absl::StrJoin(values, ", "), "]"));
   }
-  for (std::size_t i = 0; i + 2 < rank; ++i) (*numbers)[i] = values[axes[i + 1]];
+  for (std::size_t i = 0; i < axes; ++i) (*attributes)[i].*field = values[order[i + 1]];
   return absl::OkStatus();
 }
 
-// Padding before and after a spatial axis.
-struct PadsOfAxis {
-  int64_t before = 0, after = 0;
-};
-
-// Reads padding and explicit_paddings; `pads` only where that is explicit.
-template <typename Context, std::size_t rank>
-absl::Status ReadPadding(Context* context, const std::array<int, rank>& axes, Padding* padding,
-                         std::array<PadsOfAxis, rank - 2>* pads) {
+// Reads padding and explicit_paddings; the pads of the axes only where that is explicit.
+template <typename Context, std::size_t axes>
+absl::Status ReadPadding(Context* context, DataFormat format, Padding* padding,
+                         std::array<AxisAttributes, axes>* attributes) {
   std::string name;
-  absl::Status status = context->GetAttr("padding", &name);
-  if (!status.ok()) return status;
+  TF_RETURN_IF_ERROR(context->GetAttr("padding", &name));
   *padding = name == "SAME"    ? Padding::kSame
              : name == "VALID" ? Padding::kValid
                                : Padding::kExplicit;
   std::vector<int64_t> values;
-  status = context->GetAttr("explicit_paddings", &values);
-  if (!status.ok()) return status;
+  TF_RETURN_IF_ERROR(context->GetAttr("explicit_paddings", &values));
   if (*padding != Padding::kExplicit) {
     if (values.empty()) return absl::OkStatus();
     return absl::InvalidArgumentError(
         absl::StrCat("explicit_paddings go with padding EXPLICIT only; received ", name));
   }
-  const auto of_axis = [&](int axis) { return PadsOfAxis{values[2 * axis], values[2 * axis + 1]}; };
-  const auto is_padded = [&](int axis) {
-    const PadsOfAxis of = of_axis(axis);
-    return of.before != 0 || of.after != 0;
+  const auto order = DimensionsIn<axes>(format);
+  const auto is_padded = [&](std::size_t dimension) {
+    return values[2 * dimension] != 0 || values[2 * dimension + 1] != 0;
   };
-  if (values.size() != 2 * rank || is_padded(axes.front()) || is_padded(axes.back())) {
+  if (values.size() != 2 * order.size() || is_padded(order.front()) || is_padded(order.back())) {
     return absl::InvalidArgumentError(absl::StrCat(
-        "padding must be ", rank, " pairs of numbers, 0 for batch and channels; received [",
+        "padding must be ", order.size(), " pairs of numbers, 0 for batch and channels; received [",
         absl::StrJoin(values, ", "), "]"));
   }
-  for (std::size_t i = 0; i + 2 < rank; ++i) (*pads)[i] = of_axis(axes[i + 1]);
+  for (std::size_t i = 0; i < axes; ++i) {
+    (*attributes)[i].pad_before = values[2 * order[i + 1]];
+    (*attributes)[i].pad_after = values[2 * order[i + 1] + 1];
+  }
   return absl::OkStatus();
 }
 
@@ -160,8 +215,7 @@ absl::Status ReadPadding(Context* context, const std::array<int, rank>& axes, Pa
 template <typename Context>
 absl::Status ReadMaskCount(Context* context, bool* has_mask) {
   int count;
-  const absl::Status status = context->GetAttr("mask_count", &count);
-  if (!status.ok()) return status;
+  TF_RETURN_IF_ERROR(context->GetAttr("mask_count", &count));
   if (count > 1) {
     return absl::InvalidArgumentError(
         absl::StrCat("mask must be one tensor or none; received ", count));
@@ -173,8 +227,7 @@ absl::Status ReadMaskCount(Context* context, bool* has_mask) {
 template <typename Context>
 absl::Status ReadKernelSize(Context* context, DeformConvAttributes* conv) {
   std::vector<int64_t> sizes;
-  const absl::Status status = context->GetAttr("kernel_size", &sizes);
-  if (!status.ok()) return status;
+  TF_RETURN_IF_ERROR(context->GetAttr("kernel_size", &sizes));
   if (sizes.size() != 2) {
     return absl::InvalidArgumentError(
         absl::StrCat("kernel_size must be 2 numbers; received [", absl::StrJoin(sizes, ", "), "]"));
@@ -185,63 +238,64 @@ absl::Status ReadKernelSize(Context* context, DeformConvAttributes* conv) {
 }
 
 // `Context` is an OpKernelConstruction or an InferenceContext.
-template <typename Context>
-absl::Status ReadAttributes(Context* context, Operation operation, OpAttributes* attributes) {
+template <typename Context, std::size_t axes>
+absl::Status ReadAttributes(Context* context, Operation operation, OpAttributes<axes>* attributes) {
+  auto& conv = attributes->conv;
+  DataFormat& format = attributes->format;
+  std::string data_format;
+  TF_RETURN_IF_ERROR(context->GetAttr("data_format", &data_format));
+  format = data_format[1] == 'C' ? DataFormat::kNchw : DataFormat::kNhwc;
+  std::array<AxisAttributes, axes> of_axes;
+  TF_RETURN_IF_ERROR(ReadPerAxis(context, "strides", format, &AxisAttributes::stride, &of_axes));
+  TF_RETURN_IF_ERROR(
+      ReadPerAxis(context, "dilations", format, &AxisAttributes::dilation, &of_axes));
+  TF_RETURN_IF_ERROR(ReadPadding(context, format, &conv.padding, &of_axes));
+  AxesTraits<axes>::SetAxes(of_axes, &conv);
+  TF_RETURN_IF_ERROR(context->GetAttr("deform_groups", &conv.deform_groups));
   attributes->operation = operation;
-  std::string format;
-  DeformConvAttributes& conv = attributes->conv;
-  absl::Status status = context->GetAttr("data_format", &format);
-  if (!status.ok()) return status;
-  attributes->format = format == "NCHW" ? DataFormat::kNchw : DataFormat::kNhwc;
-  const std::array<int, 4> axes = AxesOf(attributes->format);
-  std::array<int64_t, 2> strides, dilations;
-  std::array<PadsOfAxis, 2> pads;
-  status = ReadPerAxis(context, "strides", axes, &strides);
-  if (!status.ok()) return status;
-  status = ReadPerAxis(context, "dilations", axes, &dilations);
-  if (!status.ok()) return status;
-  status = ReadPadding(context, axes, &conv.padding, &pads);
-  if (!status.ok()) return status;
-  conv.stride_h = strides[0];
-  conv.stride_w = strides[1];
-  conv.dilation_h = dilations[0];
-  conv.dilation_w = dilations[1];
-  conv.pad_top = pads[0].before;
-  conv.pad_bottom = pads[0].after;
-  conv.pad_left = pads[1].before;
-  conv.pad_right = pads[1].after;
-  status = context->GetAttr("deform_groups", &conv.deform_groups);
-  if (!status.ok()) return status;
-  if (operation == Operation::kConvolve) return ReadMaskCount(context, &attributes->has_mask);
-  attributes->has_mask = true;
-  return ReadKernelSize(context, &conv);
+  if constexpr (axes == 2) {  // volumes are not aggregated
+    if (operation == Operation::kAggregate) {
+      attributes->has_mask = true;
+      return ReadKernelSize(context, &conv);
+    }
+  }
+  return ReadMaskCount(context, &attributes->has_mask);
 }
 
 // The sizes that follow from the attributes and the shapes of the ops' arguments. `dimensions(i)`
 // is the shape of input i as a vector.
-template <typename Dimensions>
-absl::Status MakeParamsOf(const OpAttributes& attributes, const Dimensions& dimensions,
-                          DeformConvParams* params) {
-  DeformConvShapes shapes;
-  shapes.has_filters = attributes.has_filters();
+template <std::size_t axes, typename Dimensions>
+absl::Status MakeParamsOf(const OpAttributes<axes>& attributes, const Dimensions& dimensions,
+                          ParamsOf<axes>* params) {
+  typename AxesTraits<axes>::Shapes shapes;
   shapes.has_mask = attributes.has_mask;
-  std::array<int64_t, 4>* const native[] = {&shapes.input, &shapes.filters, &shapes.offset,
-                                            &shapes.mask};
+  if constexpr (axes == 2) shapes.has_filters = attributes.has_filters();
+  Shape<axes>* const native[] = {&shapes.input, &shapes.filters, &shapes.offset, &shapes.mask};
   for (int i = 0; i < kArguments; ++i) {
     if (!attributes.Has(i)) continue;
     const DataFormat format = i == kFilters ? DataFormat::kNhwc : attributes.format;
-    const absl::Status status =
-        ToNativeShape(attributes.NameOf(i), format, dimensions(attributes.IndexOf(i)), native[i]);
-    if (!status.ok()) return status;
+    TF_RETURN_IF_ERROR(ToNativeShape<axes>(attributes.NameOf(i), format,
+                                           dimensions(attributes.IndexOf(i)), native[i]));
   }
-  const std::string error = MakeParams(attributes.conv, shapes, params);
+  const std::string error = AxesTraits<axes>::kMakeParams(attributes.conv, shapes, params);
   return error.empty() ? absl::OkStatus() : absl::InvalidArgumentError(error);
 }
 
+// The output's shape in `format`.
+template <std::size_t axes>
+Shape<axes> OutputShapeOf(DataFormat format, const ParamsOf<axes>& params) {
+  const Shape<axes> native = AxesTraits<axes>::NativeOutputShape(params);
+  const auto order = DimensionsIn<axes>(format);
+  Shape<axes> shape;
+  for (std::size_t i = 0; i < native.size(); ++i) shape[order[i]] = native[i];
+  return shape;
+}
+
 // Fails unless grad_output, the gradient op's last argument, has the output's shape.
-template <std::size_t rank>
-absl::Status CheckGradOutput(const std::array<int64_t, rank>& expected,
+template <std::size_t axes>
+absl::Status CheckGradOutput(DataFormat format, const ParamsOf<axes>& params,
                              const std::vector<int64_t>& grad_output) {
+  const Shape<axes> expected = OutputShapeOf<axes>(format, params);
   const auto fits = [](int64_t size, int64_t expected_size) {
     return size == expected_size || size == kUnknown || expected_size == kUnknown;
   };
@@ -256,12 +310,6 @@ absl::Status CheckGradOutput(const std::array<int64_t, rank>& expected,
   return absl::InvalidArgumentError(absl::StrCat("grad_output must have the output's shape [",
                                                  text(expected), "]; received [", text(grad_output),
                                                  "]"));
-}
-inline absl::Status CheckGradOutput(DataFormat format, const DeformConvParams& params,
-                                    const std::vector<int64_t>& grad_output) {
-  return CheckGradOutput(
-      FromNativeShape(format, {params.batch, params.out_h, params.out_w, params.out_channels}),
-      grad_output);
 }
 
 }  // namespace deform_conv

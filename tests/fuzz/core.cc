@@ -37,7 +37,7 @@ struct CallSettings {
   bool add_filters;
 };
 
-CallSettings DrawSettings(Random& random, bool has_mask) {
+CallSettings DrawSettings(Random& random, const DeformConvParams& params) {
   CallSettings settings = {};
   settings.threads.count = random.Pick({1, 1, 1, 2, 3, kMostThreads});
   const int way = static_cast<int>(random.Between(0, 29));
@@ -50,9 +50,9 @@ CallSettings DrawSettings(Random& random, bool has_mask) {
   }
   const int64_t subset = random.Chance(0.4) ? 15 : random.Between(0, 15);
   settings.want_input = subset & 1;
-  settings.want_filters = subset & 2;
+  settings.want_filters = params.has_filters && (subset & 2);
   settings.want_offset = subset & 4;
-  settings.want_mask = has_mask && (subset & 8);
+  settings.want_mask = params.has_mask && (subset & 8);
   settings.add_filters = random.Chance(0.3);
   return settings;
 }
@@ -78,7 +78,7 @@ class Tensors {
       : problem_(problem),
         settings_(settings),
         input_(random, "input", Size(problem.input)),
-        filters_(random, "filters", Size(problem.filters)),
+        filters_(random, "filters", problem.shapes.has_filters ? Size(problem.filters) : 0),
         offset_(random, "offset", Size(problem.offset)),
         mask_(random, "mask", Size(problem.mask)),
         grad_output_(random, "grad_output", Size(problem.grad_output)),
@@ -88,7 +88,7 @@ class Tensors {
         grad_offset_(random, "grad_offset", settings.want_offset ? Size(problem.offset) : 0),
         grad_mask_(random, "grad_mask", settings.want_mask ? Size(problem.mask) : 0) {
     input_.Fill(problem.input);
-    filters_.Fill(problem.filters);
+    if (problem.shapes.has_filters) filters_.Fill(problem.filters);
     offset_.Fill(problem.offset);
     mask_.Fill(problem.mask);
     grad_output_.Fill(problem.grad_output);
@@ -101,7 +101,7 @@ class Tensors {
   }
 
   void Forward(const DeformConvParams& params, const CpuThreads& threads) {
-    DeformConv2DForwardCpu<T>(params, Sampled(), filters_.data(), threads, output_.data());
+    DeformConv2DForwardCpu<T>(params, Sampled(), Filters(), threads, output_.data());
   }
 
   void Backward(const DeformConvParams& params, const CpuThreads& threads) {
@@ -110,7 +110,7 @@ class Tensors {
          settings_.want_offset ? grad_offset_.data() : nullptr,
          settings_.want_mask ? grad_mask_.data() : nullptr},
         settings_.want_filters ? grad_filters_.data() : nullptr};
-    DeformConv2DBackwardCpu<T>(params, Sampled(), filters_.data(), grad_output_.data(), threads,
+    DeformConv2DBackwardCpu<T>(params, Sampled(), Filters(), grad_output_.data(), threads,
                                settings_.add_filters, gradients);
   }
 
@@ -166,6 +166,8 @@ class Tensors {
     return {input_.data(), offset_.data(), problem_.shapes.has_mask ? mask_.data() : nullptr};
   }
 
+  const T* Filters() { return problem_.shapes.has_filters ? filters_.data() : nullptr; }
+
   static void Expect(Buffer<T>& actual, const Expected& expected,
                      const std::array<int64_t, 4>& shape, const Rounding& rounding) {
     actual.ExpectWritten();
@@ -207,6 +209,7 @@ void ExpectParams(const DeformConvParams& actual, const DeformConvParams& expect
   DEFORM_CONV_EXPECT(groups);
   DEFORM_CONV_EXPECT(deform_groups);
   DEFORM_CONV_EXPECT(has_mask);
+  DEFORM_CONV_EXPECT(has_filters);
 #undef DEFORM_CONV_EXPECT
 }
 
@@ -222,8 +225,8 @@ DeformConvParams ParamsOf(const Problem& problem) {
 template <typename T>
 void RunResults(Random& random) {
   const auto problem =
-      std::make_shared<const Problem>(DrawProblem(random, ElementTypeOf<T>::value));
-  const CallSettings settings = DrawSettings(random, problem->params.has_mask);
+      std::make_shared<const Problem>(DrawProblem(random, ElementTypeOf<T>::value, kShaping));
+  const CallSettings settings = DrawSettings(random, problem->params);
   Describe(problem, TextOf(settings));
   const DeformConvParams params = ParamsOf(*problem);
   Tensors<T> tensors(random, *problem, settings);
@@ -268,12 +271,12 @@ Ending EndingOf(const Call& call) {
 template <typename T>
 void RunFailures(Random& random) {
   SharedPool();  // or its threads would count as memory that the first call loses
-  Problem drawn = DrawProblem(random, ElementTypeOf<T>::value);
+  Problem drawn = DrawProblem(random, ElementTypeOf<T>::value, kShaping);
   while (drawn.params.out_positions() * drawn.params.filters_size() > 20000) {
-    drawn = DrawProblem(random, ElementTypeOf<T>::value);
+    drawn = DrawProblem(random, ElementTypeOf<T>::value, kShaping);
   }
   const auto problem = std::make_shared<const Problem>(std::move(drawn));
-  CallSettings settings = DrawSettings(random, problem->params.has_mask);
+  CallSettings settings = DrawSettings(random, problem->params);
   if (settings.way == RunWay::kNewThreads) settings.threads.count = 1;  // those allocate
   Describe(problem, TextOf(settings));
   const DeformConvParams params = ParamsOf(*problem);

@@ -40,7 +40,11 @@ std::string TextOf(const DeformConvAttributes& attributes, const DeformConvShape
          << "] ";
   };
   print("input", shapes.input);
-  print("filters", shapes.filters);
+  if (shapes.has_filters) {
+    print("filters", shapes.filters);
+  } else {
+    text << "kernel_size " << attributes.kernel_h << ", " << attributes.kernel_w << " ";
+  }
   print("offset", shapes.offset);
   if (shapes.has_mask) print("mask", shapes.mask);
   const char* const paddings[] = {"SAME", "VALID", "EXPLICIT"};
@@ -79,7 +83,7 @@ void ExpectUnlessUnknown(const char* name, int64_t actual, int64_t expected, boo
 }
 
 void RunPartlyKnown(Random& random) {
-  const Problem problem = DrawSizes(random);
+  const Problem problem = DrawSizes(random, kShaping);
   DeformConvShapes shapes = problem.shapes;
   Forget(random, random.Pick({0.1, 0.4, 0.8}), shapes);
   DeformConvParams params;
@@ -91,9 +95,10 @@ void RunPartlyKnown(Random& random) {
     return known(shapes.offset[axis]) || (shapes.has_mask && known(shapes.mask[axis]));
   };
   const bool is_same = problem.attributes.padding == Padding::kSame;
+  const bool has_filters = shapes.has_filters;
+  const auto filters_know = [&](int axis) { return !has_filters || known(shapes.filters[axis]); };
   const auto out_is_known = [&](int axis) {
-    return any_knows(axis) ||
-           (known(shapes.input[axis]) && (is_same || known(shapes.filters[axis - 1])));
+    return any_knows(axis) || (known(shapes.input[axis]) && (is_same || filters_know(axis - 1)));
   };
   const DeformConvParams& expected = problem.params;
   ExpectUnlessUnknown("batch", params.batch, expected.batch,
@@ -105,9 +110,9 @@ void RunPartlyKnown(Random& random) {
   ExpectUnlessUnknown("in_channels", params.in_channels, expected.in_channels,
                       known(shapes.input[3]));
   ExpectUnlessUnknown("out_channels", params.out_channels, expected.out_channels,
-                      known(shapes.filters[3]));
+                      known(has_filters ? shapes.filters[3] : shapes.input[3]));
   ExpectUnlessUnknown("groups", params.groups, expected.groups,
-                      known(shapes.input[3]) && known(shapes.filters[2]));
+                      known(shapes.input[3]) && filters_know(2));
 }
 
 // --- Valid sizes but for one ---
@@ -148,13 +153,19 @@ std::string MakeWrong(Random& random, Problem& problem) {
       attributes.deform_groups = problem.params.in_channels + random.Between(1, 5);
       return "deform_groups";
     case 5:
+      if (!shapes.has_filters) {
+        (random.Chance(0.5) ? attributes.kernel_h : attributes.kernel_w) =
+            random.Chance(0.3) ? 0 : out_of_range;
+        return "kernel_size";
+      }
       shapes.filters[random.Between(0, 3)] = 0;
       return "filters";
     case 6:
+      if (!shapes.has_filters) return "";
       shapes.filters[2] = problem.params.in_channels + random.Between(1, 5);
       return "filters";
     case 7:
-      if (problem.params.groups == 1) return "";
+      if (!shapes.has_filters || problem.params.groups == 1) return "";
       shapes.filters[3] += random.Between(1, problem.params.groups - 1);
       return "filters";
     case 8:
@@ -163,7 +174,7 @@ std::string MakeWrong(Random& random, Problem& problem) {
     case 9:
       if (!shapes.has_mask) return "";
       change(shapes.mask[random.Between(0, 3)]);
-      return "mask";
+      return shapes.has_filters ? "mask" : "weights";
     case 10:
       shapes.input[3] = 0;
       return "input";
@@ -174,7 +185,7 @@ std::string MakeWrong(Random& random, Problem& problem) {
 }
 
 void RunWrong(Random& random) {
-  Problem problem = DrawSizes(random);
+  Problem problem = DrawSizes(random, kShaping);
   const std::string argument = MakeWrong(random, problem);
   if (argument.empty()) return;
   DeformConvParams params;
@@ -197,13 +208,15 @@ void RunAnything(Random& random) {
                                      : DrawNegative(random);
   };
   attributes.padding = random.Pick({Padding::kSame, Padding::kValid, Padding::kExplicit});
-  for (int64_t* number : {&attributes.stride_h, &attributes.stride_w, &attributes.dilation_h,
-                          &attributes.dilation_w, &attributes.pad_top, &attributes.pad_bottom,
-                          &attributes.pad_left, &attributes.pad_right, &attributes.deform_groups}) {
+  for (int64_t* number :
+       {&attributes.stride_h, &attributes.stride_w, &attributes.dilation_h, &attributes.dilation_w,
+        &attributes.pad_top, &attributes.pad_bottom, &attributes.pad_left, &attributes.pad_right,
+        &attributes.deform_groups, &attributes.kernel_h, &attributes.kernel_w}) {
     *number = draw_attribute();
   }
   DeformConvShapes shapes;
-  shapes.has_mask = random.Chance(0.5);
+  shapes.has_filters = !random.Chance(kShaping.without_filters);
+  shapes.has_mask = !shapes.has_filters || random.Chance(0.5);
   const double share_large = random.Pick({0.03, 0.1, 0.4}),
                share_unknown = random.Pick({0.0, 0.3, 0.7});
   for (Shape* shape : {&shapes.input, &shapes.filters, &shapes.offset, &shapes.mask}) {
@@ -231,11 +244,12 @@ void RunAnything(Random& random) {
 
 // No tensor has such sizes, but a caller of the C interface may.
 void RunNegative(Random& random) {
-  Problem problem = DrawSizes(random);
+  Problem problem = DrawSizes(random, kShaping);
   Shape* const shapes[] = {&problem.shapes.input, &problem.shapes.filters, &problem.shapes.offset,
                            &problem.shapes.mask};
-  int64_t& size =
-      (*shapes[random.Between(0, problem.shapes.has_mask ? 3 : 2)])[random.Between(0, 3)];
+  int64_t tensor = random.Between(0, problem.shapes.has_mask ? 3 : 2);
+  if (tensor == 1 && !problem.shapes.has_filters) tensor = 0;
+  int64_t& size = (*shapes[tensor])[random.Between(0, 3)];
   do {
     size = DrawNegative(random);
   } while (size == kUnknown);

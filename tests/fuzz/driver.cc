@@ -187,8 +187,8 @@ void Describe(std::shared_ptr<const Problem> problem, const std::string& details
 
 void ExpectErrorText(const std::string& error) {
   if (error.find('\n') != std::string::npos) throw Finding("an error of several lines: " + error);
-  for (const char* argument :
-       {"input", "filters", "offset", "mask", "strides", "dilations", "padding", "deform_groups"}) {
+  for (const char* argument : {"input", "filters", "offset", "mask", "weights", "kernel_size",
+                               "strides", "dilations", "padding", "deform_groups"}) {
     if (error.find(argument) != std::string::npos) return;
   }
   throw Finding("an error that names no argument: " + error);

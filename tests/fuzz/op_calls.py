@@ -12,7 +12,7 @@ from op_oracle import MisfitError, output_shape, results
 from op_values import array_of, formed, resolved
 from op_verdicts import ERRORS, NAMES, RIGHT, Verdict, of_error
 
-from deform_conv import deform_conv2d
+from deform_conv import deform_aggregate2d, deform_conv2d
 from deform_conv._library import record
 from deform_conv._reference import deform_conv2d_reference
 
@@ -123,10 +123,10 @@ class Call:
         return {"output": output} | found
 
 
-def eager(case: Case) -> Verdict:
+def eager(case: Case, function=deform_conv2d) -> Verdict:
     call = Call(case)
     try:
-        found = call.evaluate(call.tensors, call.grad_output)
+        found = call.evaluate(call.tensors, call.grad_output, function)
     except Exception as error:
         return call.verdict_on_error(error, one_line=True)
     return call.verdict_on(found)
@@ -169,24 +169,35 @@ def _static_problem(case, known, shape) -> Verdict | None:
     return None
 
 
-def graph(case: Case, jit_compile=False) -> Verdict:
+def graph(case: Case, jit_compile=False, function=deform_conv2d) -> Verdict:
     call = Call(case)
 
     def body(tensors):
         grad_output = tensors.pop("output's gradient", None)
-        return call.evaluate(tensors, grad_output)
+        return call.evaluate(tensors, grad_output, function)
 
     known = case.more.get("known") or {name: a.shape for name, a in call.arrays.items()}
     try:
-        function, arguments = _in_function(call, known, body, jit_compile=jit_compile)
-        concrete = function.get_concrete_function()
+        traced, arguments = _in_function(call, known, body, jit_compile=jit_compile)
+        concrete = traced.get_concrete_function()
         problem = None
         if call.output_shape is not None and not call.others:
             problem = _static_problem(case, known, concrete.output_shapes["output"])
-        found = function(*arguments)
+        found = traced(*arguments)
     except Exception as error:
         return call.verdict_on_error(error)
     return problem or call.verdict_on(found)
+
+
+def aggregate(case: Case) -> Verdict:
+    """`deform_aggregate2d`, which gives what the case's filters of ones give."""
+
+    def function(input, filters, offset, mask, **attributes):
+        kernel_size = filters.shape[:2].as_list()
+        return deform_aggregate2d(input, offset, mask, kernel_size, **attributes)
+
+    run = {"eager": eager, "graph": graph, "jit": functools.partial(graph, jit_compile=True)}
+    return run[case.more["call"]](case, function=function)
 
 
 _jitted = {}
@@ -395,6 +406,7 @@ def reference(case: Case) -> Verdict:
 RUN = {
     "eager": eager,
     "graph": graph,
+    "aggregate": aggregate,
     "v1": v1,
     "shapes": shapes,
     "raw": raw,

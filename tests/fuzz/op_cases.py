@@ -93,8 +93,11 @@ def _length(draw, large):
     return draw.choice((0,) + tuple(range(1, 10)) * 5)
 
 
-def fit(case, draw, *, dtypes=FLOATS, size="any"):
-    """Fills in arguments and attributes that fit each other; `size` is any, small or large."""
+def fit(case, draw, *, dtypes=FLOATS, size="any", filters=True):
+    """Fills in arguments and attributes that fit each other; `size` is any, small or large.
+
+    Without `filters`, they are the ones of ones that aggregating gives the same as.
+    """
     small = size == "small"
     while True:
         case.meaning = meaning = _meaning(draw)
@@ -103,6 +106,9 @@ def fit(case, draw, *, dtypes=FLOATS, size="any"):
         channels = math.lcm(groups, meaning["deform_groups"]) * draw.choice(
             (1, 2, 3) if small else CHANNELS
         )
+        multiplier = draw.choice((1, 2, 3, 4, 8, 17))
+        if not filters:
+            groups, multiplier = channels, 1
         sizes = [
             draw.choice((0, 1, 1, 1, 2, 2, 3)) if size == "any" else 2,
             *(draw.randrange(2, 6) if small else _length(draw, large) for _ in range(2)),
@@ -111,9 +117,9 @@ def fit(case, draw, *, dtypes=FLOATS, size="any"):
         kernel = draw.choice(((1, 1), (3, 3), (3, 3), (2, 3), (1, 4), (5, 2)))
         shapes = {
             "input": tuple(from_native(sizes, meaning["data_format"])),
-            "filters": (*kernel, channels // groups, groups * draw.choice((1, 2, 3, 4, 8, 17))),
+            "filters": (*kernel, channels // groups, groups * multiplier),
         }
-        shapes = completed(shapes, meaning, draw.chance(0.5))
+        shapes = completed(shapes, meaning, not filters or draw.chance(0.5))
         # Little is compared of empty tensors.
         if shapes and (0 not in itertools.chain(*shapes.values()) or draw.chance(0.4)):
             break
@@ -124,8 +130,10 @@ def fit(case, draw, *, dtypes=FLOATS, size="any"):
         moves = name in ("offset", "mask")
         fill = draw.choice(OFFSET_FILLS if name == "offset" else INPUT_FILLS)
         case.arguments[name] = Numbers(shape, offset_dtype if moves else dtype, fill)
+    if not filters:
+        case.arguments["filters"] = Numbers(shapes["filters"], dtype, "ones")
     case.attributes = spelled(draw, case.meaning)
-    case.wanted = draw.some(case.arguments)
+    case.wanted = draw.some(name for name in case.arguments if filters or name != "filters")
 
 
 def completed(shapes, meaning, mask, limit=200_000):

@@ -32,6 +32,7 @@ WEIGHTS = {
     "eager": 5000,
     "raw": 3200,
     "graph": 500,
+    "aggregate": 300,
     "v1": 150,
     "raw_graph": 300,
     "shapes": 300,
@@ -86,6 +87,17 @@ def _draw_specs(draw, case):
                 "some": tuple(size if draw.chance(0.5) else None for size in value.shape),
             }[known]
     case.more["known"] = specs
+
+
+def _draw_aggregate(draw, case):
+    fit(case, draw, filters=False)
+    case.more["call"] = draw.choice(("eager",) * 8 + ("graph", "jit"))
+    _draw_specs(draw, case)
+    # Of the filters that there are not, a graph knows the kernel's size, and the input's channels.
+    known = case.more["known"]
+    shape = known["input"]
+    channels = None if shape is None else native(shape, case.meaning["data_format"])[3]
+    known["filters"] = (*case.arguments["filters"].shape[:2], 1, channels)
 
 
 # --- Shapes in inference only ---
@@ -273,6 +285,7 @@ def _draw_trial(draw, case):
 _DRAWN_BY = {
     "eager": _draw_op,
     "graph": _draw_graph,
+    "aggregate": _draw_aggregate,
     "v1": _draw_graph,
     "raw": _draw_raw,
     "raw_graph": _draw_raw_graph,

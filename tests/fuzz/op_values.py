@@ -25,6 +25,8 @@ def array_of(numbers: Numbers, rng) -> np.ndarray:
             values = np.round(2 * values)
         case "halves":
             values = np.round(4 * values) / 2
+        case "ones":
+            values = np.ones(shape)
         case "zeros":
             values = np.zeros(shape)
         case "large":

@@ -40,6 +40,7 @@ bool Settle(Padding padding, Axis& axis) {
 
 struct Sizes {
   int64_t batch, groups, group_in, group_out, deform_groups;
+  bool has_filters;
   Padding padding;
   Axis height, width;
 
@@ -141,8 +142,17 @@ void Shrink(Random& random, bool eights, Sizes& sizes) {
   }
 }
 
-Sizes DrawAnySizes(Random& random, bool eights) {
+// What is left without filters: each channel is a group of its own.
+void DropFilters(Sizes& sizes) {
+  sizes.has_filters = false;
+  sizes.groups *= sizes.group_in;
+  sizes.group_in = sizes.group_out = 1;
+}
+
+Sizes DrawAnySizes(Random& random, const Shaping& shaping) {
+  const bool eights = shaping.eights;
   Sizes sizes = {};
+  sizes.has_filters = true;
   sizes.batch = random.Chance(0.02)   ? 0
                 : random.Chance(0.5)  ? 1
                 : random.Chance(0.85) ? random.Between(1, 5)
@@ -155,6 +165,7 @@ Sizes DrawAnySizes(Random& random, bool eights) {
     sizes.group_in = 1;
     sizes.group_out = random.Pick({1, 1, 1, 2, 3});
   }
+  if (!eights && random.Chance(shaping.without_filters)) DropFilters(sizes);
   sizes.deform_groups = DrawDivisor(random, sizes.groups * sizes.group_in);
   sizes.padding = random.Pick(
       {Padding::kSame, Padding::kSame, Padding::kValid, Padding::kExplicit, Padding::kExplicit});
@@ -201,9 +212,11 @@ void MakeOffsetsLarge(Random& random, Sizes& sizes) {
 Sizes DrawValidSizes(Random& random, const Shaping& shaping) {
   const double most_work = shaping.work * DrawWork(random);
   for (;;) {
-    Sizes sizes = DrawAnySizes(random, shaping.eights);
+    Sizes sizes = DrawAnySizes(random, shaping);
     if (random.Chance(0.006)) {
-      random.Chance(0.6) ? MakeFiltersLarge(random, sizes) : MakeOffsetsLarge(random, sizes);
+      const bool filters = sizes.has_filters && random.Chance(0.6);
+      filters ? MakeFiltersLarge(random, sizes) : MakeOffsetsLarge(random, sizes);
+      if (!sizes.has_filters) DropFilters(sizes);
       if (Settle(sizes.padding, sizes.height) && Settle(sizes.padding, sizes.width) &&
           sizes.work() < 6e6) {
         return sizes;
@@ -373,9 +386,9 @@ Problem DrawSizes(Random& random, const Shaping& shaping) {
   const Sizes sizes = DrawValidSizes(random, shaping);
   const Axis &height = sizes.height, &width = sizes.width;
   Problem problem = {};
-  problem.attributes = {height.stride,   width.stride,       height.dilation,  width.dilation,
-                        sizes.padding,   height.pad_before,  height.pad_after, width.pad_before,
-                        width.pad_after, sizes.deform_groups};
+  problem.attributes = {height.stride,   width.stride,        height.dilation,  width.dilation,
+                        sizes.padding,   height.pad_before,   height.pad_after, width.pad_before,
+                        width.pad_after, sizes.deform_groups, height.kernel,    width.kernel};
   if (sizes.padding != Padding::kExplicit) {  // then they are not read
     problem.attributes.pad_top = problem.attributes.pad_left = 0;
     problem.attributes.pad_bottom = problem.attributes.pad_right = 0;
@@ -398,7 +411,8 @@ Problem DrawSizes(Random& random, const Shaping& shaping) {
   params.pad_left = width.pad_before;
   params.groups = sizes.groups;
   params.deform_groups = sizes.deform_groups;
-  params.has_mask = random.Chance(0.5);
+  params.has_filters = sizes.has_filters;
+  params.has_mask = !params.has_filters || random.Chance(0.5);
 
   DeformConvShapes& shapes = problem.shapes;
   shapes.input = {params.batch, params.in_h, params.in_w, params.in_channels};
@@ -409,6 +423,7 @@ Problem DrawSizes(Random& random, const Shaping& shaping) {
     shapes.mask = {params.batch, params.out_h, params.out_w, params.mask_channels()};
   }
   shapes.has_mask = params.has_mask;
+  shapes.has_filters = params.has_filters;
   return problem;
 }
 
@@ -420,7 +435,8 @@ Problem DrawProblem(Random& random, ElementType type, const Shaping& shaping) {
     return DrawValues(random, of, size, name, problem.values);
   };
   problem.input = draw(type, params.batch * params.image_size(), "input");
-  problem.filters = draw(type, params.filters_size(), "filters");
+  problem.filters = params.has_filters ? draw(type, params.filters_size(), "filters")
+                                       : std::vector<double>(params.filters_size(), 1);
   problem.offset = DrawOffsets(random, problem, problem.values);
   if (params.has_mask) {
     problem.mask =
@@ -445,7 +461,11 @@ std::string Describe(const Problem& problem, bool numbers) {
   };
   stream << "  " << NameOf(problem.type);
   shape("input", problem.shapes.input);
-  shape("filters", problem.shapes.filters);
+  if (problem.shapes.has_filters) {
+    shape("filters", problem.shapes.filters);
+  } else {
+    print("kernel_size", {attributes.kernel_h, attributes.kernel_w});
+  }
   shape("offset", problem.shapes.offset);
   if (problem.shapes.has_mask) shape("mask", problem.shapes.mask);
   stream << "\n ";
@@ -460,7 +480,7 @@ std::string Describe(const Problem& problem, bool numbers) {
   stream << " deform_groups " << attributes.deform_groups << "\n  " << problem.values;
   if (!numbers) return stream.str();
   Print(stream, "input", problem.input);
-  Print(stream, "filters", problem.filters);
+  if (problem.shapes.has_filters) Print(stream, "filters", problem.filters);
   Print(stream, "offset", problem.offset);
   if (problem.shapes.has_mask) Print(stream, "mask", problem.mask);
   Print(stream, "grad_output", problem.grad_output);

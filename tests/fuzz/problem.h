@@ -18,6 +18,7 @@ struct Problem {
   DeformConvShapes shapes;
   DeformConvParams params;  // from formulas of its own, not the core's
   // Numbers of the element type; those of offset and mask are float's (double's beside double).
+  // Where a layer has no filters, these are the filters of ones that it computes the same with.
   std::vector<double> input, filters, offset, mask, grad_output;
   std::vector<double> filters_before;  // what the filters' gradient may be added to
   std::string values;                  // how they were drawn
@@ -26,6 +27,8 @@ struct Problem {
 struct Shaping {
   double work = 1;      // how large problems are
   bool eights = false;  // whether a group's channels are multiples of 8
+  // The share of layers without filters; none are of eights.
+  double without_filters = 0;
 };
 
 // Sizes and attributes alone, valid.

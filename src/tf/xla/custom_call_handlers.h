@@ -181,7 +181,7 @@ class CustomCall {
     if (output.element_type() != type()) {
       return absl::InvalidArgumentError("the output has another type than the input");
     }
-    return CheckGradOutput(DataFormat::kNhwc, params, DimensionsOf(output));
+    return CheckGradOutput<2>(DataFormat::kNhwc, params, DimensionsOf(output));
   }
 
   // Fails unless `result`, the gradient of argument i, has its type and shape.
@@ -207,7 +207,7 @@ class CustomCall {
   ffi::Dictionary words_;
   ffi::RemainingArgs operands_;
   ffi::RemainingRets results_;
-  OpAttributes attributes_;
+  OpAttributes<2> attributes_;
   std::optional<ffi::AnyBuffer> arguments_[kArguments];
   std::optional<ffi::AnyBuffer> grad_output_;
 };

@@ -39,7 +39,7 @@ class DeformConv2DXlaOp : public XlaOpKernel {
   }
 
  protected:
-  const OpAttributes& attributes() const { return attributes_; }
+  const OpAttributes<2>& attributes() const { return attributes_; }
 
   absl::Status ReadShapes(XlaOpKernelContext* context, DeformConvParams* params) const {
     for (int i = 0; i < context->num_inputs(); ++i) {
@@ -56,8 +56,8 @@ class DeformConv2DXlaOp : public XlaOpKernel {
   }
 
   absl::Status CheckGradOutput(XlaOpKernelContext* context, const DeformConvParams& params) const {
-    return deform_conv::CheckGradOutput(attributes_.format, params,
-                                        Dimensions(context, context->num_inputs() - 1));
+    return deform_conv::CheckGradOutput<2>(attributes_.format, params,
+                                           Dimensions(context, context->num_inputs() - 1));
   }
 
   // ComputeType, as XLA names types.
@@ -131,7 +131,7 @@ class DeformConv2DXlaOp : public XlaOpKernel {
            attributes_.format == DataFormat::kNchw;
   }
 
-  OpAttributes attributes_;
+  OpAttributes<2> attributes_;
 };
 
 template <XlaDevice kDevice>
@@ -166,7 +166,7 @@ class BackwardXlaOp : public DeformConv2DXlaOp<kDevice> {
     DeformConvParams params;
     OP_REQUIRES_OK(context, this->ReadShapes(context, &params));
     OP_REQUIRES_OK(context, this->CheckGradOutput(context, params));
-    const OpAttributes& attributes = this->attributes();
+    const OpAttributes<2>& attributes = this->attributes();
     std::vector<xla::XlaOp> arguments;
     for (int i = 0; i < context->num_inputs(); ++i) arguments.push_back(this->ToNative(context, i));
     // The mask, of which there may be none, comes last.

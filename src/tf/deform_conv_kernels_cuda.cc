@@ -6,8 +6,7 @@
 #include <vector>
 
 #include "core/cuda/general/kernels.h"
-#include "tf/deform_conv2d_kernels.h"
-#include "tf/deform_conv3d_kernels.h"
+#include "tf/deform_conv_kernels.h"
 #include "tf/stream_device.h"
 
 namespace deform_conv {
@@ -91,7 +90,6 @@ class CudaBackend {
 };
 
 DEFORM_CONV_REGISTER(CudaBackend, tensorflow::DEVICE_GPU);
-DEFORM_CONV_REGISTER_3D(CudaBackend, tensorflow::DEVICE_GPU);
 
 }  // namespace
 }  // namespace deform_conv

@@ -7,8 +7,7 @@
 #include "core/cpu/shared_work.h"
 #include "core/cpu/threads.h"
 #include "tensorflow/core/platform/threadpool.h"
-#include "tf/deform_conv2d_kernels.h"
-#include "tf/deform_conv3d_kernels.h"
+#include "tf/deform_conv_kernels.h"
 
 namespace deform_conv {
 namespace {
@@ -98,7 +97,6 @@ class CpuBackend {
 };
 
 DEFORM_CONV_REGISTER(CpuBackend, tensorflow::DEVICE_CPU);
-DEFORM_CONV_REGISTER_3D(CpuBackend, tensorflow::DEVICE_CPU);
 
 }  // namespace
 }  // namespace deform_conv

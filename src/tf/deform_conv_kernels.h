@@ -16,26 +16,29 @@
 //     template <typename T, typename NativeT>
 //     absl::Status FromNative(DataFormat, const TensorExtent&, const NativeT* from, T* to);
 //
+//     // Both for DeformConvParams and for DeformConv3DParams.
 //     template <typename T>
-//     absl::Status Forward(const DeformConvParams&, const SampledTensors<T, ComputeType<T>>&,
+//     absl::Status Forward(const Params&, const SampledTensors<T, ComputeType<T>>&,
 //                          const T* filters, T* output);
 //
 //     // With `add_filters`, adds to the filters' gradient instead of writing it.
 //     template <typename T>
-//     absl::Status Backward(const DeformConvParams&, const SampledTensors<T, ComputeType<T>>&,
+//     absl::Status Backward(const Params&, const SampledTensors<T, ComputeType<T>>&,
 //                           const T* filters, const T* grad_output, bool add_filters,
 //                           const DeformConvGradients<T, ComputeType<T>>&);
 //   };
 //
 // Offset and mask are always computed in ComputeType: float, or double beside double.
 
-#ifndef DEFORM_CONV_TF_DEFORM_CONV2D_KERNELS_H_
-#define DEFORM_CONV_TF_DEFORM_CONV2D_KERNELS_H_
+#ifndef DEFORM_CONV_TF_DEFORM_CONV_KERNELS_H_
+#define DEFORM_CONV_TF_DEFORM_CONV_KERNELS_H_
 
+#include <cstddef>
 #include <type_traits>
 #include <vector>
 
 #include "core/deform_conv2d.h"
+#include "core/deform_conv3d.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tf/exception_to_status.h"
 #include "tf/native_tensor.h"
@@ -50,42 +53,38 @@ using tensorflow::OpKernelContext;
 using tensorflow::Tensor;
 using tensorflow::TensorShape;
 
-// What the kernels of all ops do alike, whatever the types.
-class DeformConv2DKernel : public OpKernel {
+// What the kernels of all ops over so many spatial axes do alike, whatever the types.
+template <std::size_t axes>
+class DeformConvKernel : public OpKernel {
  public:
-  explicit DeformConv2DKernel(OpKernelConstruction* context) : OpKernel(context) {
+  explicit DeformConvKernel(OpKernelConstruction* context) : OpKernel(context) {
     const Operation operation = OperationOf(context->def().op());
     OP_REQUIRES_OK(context, ReadAttributes(context, operation, &attributes_));
   }
 
   void Compute(OpKernelContext* context) override {
-    OP_REQUIRES_OK(context, ExceptionToStatus([&] { return ComputeStatus(context); }));
+    const auto compute = [&]() -> absl::Status {
+      const auto dimensions = [context](int index) { return Dimensions(context, index); };
+      ParamsOf<axes> params;
+      TF_RETURN_IF_ERROR(MakeParamsOf(attributes_, dimensions, &params));
+      return ComputeStatus(context, params);
+    };
+    OP_REQUIRES_OK(context, ExceptionToStatus(compute));
   }
 
  protected:
-  virtual absl::Status ComputeStatus(OpKernelContext* context) = 0;
+  virtual absl::Status ComputeStatus(OpKernelContext* context, ParamsOf<axes> params) = 0;
 
-  const OpAttributes& attributes() const { return attributes_; }
+  const OpAttributes<axes>& attributes() const { return attributes_; }
   DataFormat format() const { return attributes_.format; }
-
-  absl::Status ReadShapes(OpKernelContext* context, DeformConvParams* params) const {
-    return MakeParamsOf(
-        attributes_, [context](int index) { return Dimensions(context, index); }, params);
-  }
 
   static std::vector<int64_t> Dimensions(OpKernelContext* context, int index) {
     const auto sizes = context->input(index).shape().dim_sizes();
     return std::vector<int64_t>(sizes.begin(), sizes.end());
   }
 
-  absl::Status OutputShape(const DeformConvParams& params, TensorShape* shape) const {
-    return TensorShape::BuildTensorShape(
-        FromNativeShape(format(), {params.batch, params.out_h, params.out_w, params.out_channels}),
-        shape);
-  }
-
  private:
-  OpAttributes attributes_;
+  OpAttributes<axes> attributes_;
 };
 
 // The ops' arguments in native form. What an op does not have is null.
@@ -104,9 +103,9 @@ class NativeArguments {
         mask_(context, backend, format) {}
 
   // Attaches the op's inputs, and reads the filters.
-  absl::Status Attach(OpKernelContext* context, const OpAttributes& attributes) {
+  absl::Status Attach(OpKernelContext* context, const OpArguments& arguments) {
     const auto attach = [&](int argument, auto& tensor) {
-      if (attributes.Has(argument)) tensor.Attach(context->input(attributes.IndexOf(argument)));
+      if (arguments.Has(argument)) tensor.Attach(context->input(arguments.IndexOf(argument)));
     };
     attach(kInput, input_);
     attach(kFilters, filters_);
@@ -137,19 +136,20 @@ class NativeArguments {
   OffsetTensor offset_, mask_;
 };
 
-template <typename Backend, typename T, typename OffsetT>
-class DeformConv2DOp : public DeformConv2DKernel {
+template <std::size_t axes, typename Backend, typename T, typename OffsetT>
+class DeformConvOp : public DeformConvKernel<axes> {
+  using Kernel = DeformConvKernel<axes>;
+  using Kernel::attributes, Kernel::format;
   using Arguments = NativeArguments<Backend, T, OffsetT>;
 
  public:
-  using DeformConv2DKernel::DeformConv2DKernel;
+  using Kernel::Kernel;
 
  protected:
-  absl::Status ComputeStatus(OpKernelContext* context) override {
-    DeformConvParams params;
-    TF_RETURN_IF_ERROR(ReadShapes(context, &params));
+  absl::Status ComputeStatus(OpKernelContext* context, ParamsOf<axes> params) override {
     TensorShape shape;
-    TF_RETURN_IF_ERROR(OutputShape(params, &shape));
+    TF_RETURN_IF_ERROR(
+        TensorShape::BuildTensorShape(OutputShapeOf<axes>(format(), params), &shape));
     Tensor* output;
     TF_RETURN_IF_ERROR(context->allocate_output(0, shape, &output));
     if (output->NumElements() == 0) return absl::OkStatus();
@@ -170,24 +170,25 @@ class DeformConv2DOp : public DeformConv2DKernel {
   }
 };
 
-template <typename Backend, typename T, typename OffsetT>
-class DeformConv2DGradOp : public DeformConv2DKernel {
+template <std::size_t axes, typename Backend, typename T, typename OffsetT>
+class DeformConvGradOp : public DeformConvKernel<axes> {
+  using Kernel = DeformConvKernel<axes>;
+  using Kernel::attributes, Kernel::format;
   using Arguments = NativeArguments<Backend, T, OffsetT>;
   using DataTensor = typename Arguments::DataTensor;
   using OffsetTensor = typename Arguments::OffsetTensor;
 
  public:
-  explicit DeformConv2DGradOp(OpKernelConstruction* context) : DeformConv2DKernel(context) {
+  explicit DeformConvGradOp(OpKernelConstruction* context) : Kernel(context) {
     OP_REQUIRES_OK(context, ReadWanted(context, attributes(), wanted_));
   }
 
  protected:
-  absl::Status ComputeStatus(OpKernelContext* context) override {
-    DeformConvParams params;
-    TF_RETURN_IF_ERROR(ReadShapes(context, &params));
+  absl::Status ComputeStatus(OpKernelContext* context, ParamsOf<axes> params) override {
     const int grad_output_index = context->num_inputs() - 1;
     const Tensor& grad_output = context->input(grad_output_index);
-    TF_RETURN_IF_ERROR(CheckGradOutput(format(), params, Dimensions(context, grad_output_index)));
+    TF_RETURN_IF_ERROR(
+        CheckGradOutput<axes>(format(), params, Kernel::Dimensions(context, grad_output_index)));
 
     Backend backend(context);
     DataTensor grad_input(context, backend, format());
@@ -244,16 +245,18 @@ class DeformConv2DGradOp : public DeformConv2DKernel {
 }  // namespace deform_conv
 
 // Registers all ops' kernels on `device` for one pair of TensorFlow's types.
-#define DEFORM_CONV_REGISTER_OP(name, Op, TfT, TfOffsetT, Backend, device)     \
-  REGISTER_KERNEL_BUILDER(DEFORM_CONV_KERNEL_OF(TfT, TfOffsetT, device, name), \
-                          Op<Backend, CoreType<TfT>, CoreType<TfOffsetT>>)
-#define DEFORM_CONV_REGISTER_PAIR(...)                                          \
-  DEFORM_CONV_REGISTER_OP("DeformConv2D", DeformConv2DOp, __VA_ARGS__);         \
-  DEFORM_CONV_REGISTER_OP("DeformConv2DGrad", DeformConv2DGradOp, __VA_ARGS__); \
-  DEFORM_CONV_REGISTER_OP("DeformAggregate2D", DeformConv2DOp, __VA_ARGS__);    \
-  DEFORM_CONV_REGISTER_OP("DeformAggregate2DGrad", DeformConv2DGradOp, __VA_ARGS__)
+#define DEFORM_CONV_REGISTER_OP(name, Op, axes, TfT, TfOffsetT, Backend, device) \
+  REGISTER_KERNEL_BUILDER(DEFORM_CONV_KERNEL_OF(TfT, TfOffsetT, device, name),   \
+                          Op<axes, Backend, CoreType<TfT>, CoreType<TfOffsetT>>)
+#define DEFORM_CONV_REGISTER_PAIR(...)                                                \
+  DEFORM_CONV_REGISTER_OP("DeformConv2D", DeformConvOp, 2, __VA_ARGS__);              \
+  DEFORM_CONV_REGISTER_OP("DeformConv2DGrad", DeformConvGradOp, 2, __VA_ARGS__);      \
+  DEFORM_CONV_REGISTER_OP("DeformAggregate2D", DeformConvOp, 2, __VA_ARGS__);         \
+  DEFORM_CONV_REGISTER_OP("DeformAggregate2DGrad", DeformConvGradOp, 2, __VA_ARGS__); \
+  DEFORM_CONV_REGISTER_OP("DeformConv3D", DeformConvOp, 3, __VA_ARGS__);              \
+  DEFORM_CONV_REGISTER_OP("DeformConv3DGrad", DeformConvGradOp, 3, __VA_ARGS__)
 
 #define DEFORM_CONV_REGISTER(Backend, device) \
   DEFORM_CONV_FOR_TYPE_PAIRS(DEFORM_CONV_REGISTER_PAIR, Backend, device)
 
-#endif  // DEFORM_CONV_TF_DEFORM_CONV2D_KERNELS_H_
+#endif  // DEFORM_CONV_TF_DEFORM_CONV_KERNELS_H_
