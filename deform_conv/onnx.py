@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 from keras.src.export.export_utils import get_input_signature, make_tf_tensor_spec
 
-from ._arguments import converting, integer_or_none, shown
+from ._arguments import converting, integer_or_none, path_of_a_file, shown
 from ._layer_arguments import positive_number
 from ._offset_convolution import takes_empty
 
@@ -107,7 +107,7 @@ def export(
         )
     if tolerance is not None:
         tolerance = positive_number(tolerance, "tolerance")
-    path = _path_of_a_file(path)
+    path = path_of_a_file(path)
     signature = _signature(model, input_signature)
     proto = _converted(model, signature, opset)
     onnx.checker.check_model(proto, full_check=True)
@@ -125,18 +125,6 @@ def export(
     if verbose:
         print(f"{path}: opset {opset}. {comparison}")
     return difference
-
-
-def _path_of_a_file(path) -> Path:
-    try:
-        path = Path(path)
-    except TypeError:
-        raise ValueError(f"path must be that of a file. Received: {shown(path)}") from None
-    if path.is_dir() or not path.parent.is_dir():
-        raise ValueError(
-            f"path must be that of a file, in a folder that exists. Received: {shown(str(path))}"
-        )
-    return path
 
 
 def _signature(model, given) -> list:

@@ -1,0 +1,488 @@
+// The page: what is shown, and what follows from pointing, keys and choices.
+
+const MOST_LEVELS = 3, MOST_SAMPLES = 20000, MOST_NAMED = 6;
+/** Radii of the dots of a level, on the screen: of the last level shown, and of those before. */
+const RADII = [6, 4, 2.9];
+const MARK = 3.5;  // half the side of a place of the regular grid, on the screen
+
+const data = JSON.parse(document.getElementById("data").textContent);
+const size = [data.height, data.width];
+const layers = data.layers.map((layer) => new Layer(layer, size));
+const margin = Math.max(1, 0.06 * Math.max(...size));
+/** The shown part of the plane: x, y, width, height, in pixels of the image. */
+const box = [-margin, -margin, size[1] + 2 * margin, size[0] + 2 * margin];
+
+const state = {
+  layer: layers.length - 1,
+  /** Where the user pointed, [h, w] in pixels of the image; kept when the layer changes. */
+  place: size.map((extent) => (extent - 1) / 2),
+  position: [0, 0],
+  count: 1,
+  map: "none",
+  groups: layers.map(() => 0),
+  held: false,
+};
+
+const $ = (id) => document.getElementById(id);
+
+/** A new element of HTML, with attributes and children. */
+function element(name, attributes = {}, ...children) {
+  const made = document.createElement(name);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  made.append(...children);
+  return made;
+}
+
+/** A new element of SVG. */
+function shape(name, attributes = {}, ...children) {
+  const made = document.createElementNS("http://www.w3.org/2000/svg", name);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  made.append(...children);
+  return made;
+}
+
+function number(value, digits = 2) {
+  const text = Number.isFinite(value) ? value.toFixed(digits) : `${value}`;
+  return /^-0\.?0*$/.test(text) ? text.slice(1) : text.replace("-", "−");
+}
+const pair = (values, digits = 2) => values.map((value) => number(value, digits)).join(", ");
+const by = (values) => values.join(" × ");
+const many = (count, noun) => `${count.toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;
+const share = (part, whole) => (whole ? `${number((100 * part) / whole, 1)} %` : "–");
+
+// --- The image and what is drawn on it ---
+
+const backdrop = shape("rect", {x: box[0], y: box[1], width: box[2], height: box[3], class: "backdrop"});
+const picture = shape("image", {
+  x: 0, y: 0, width: size[1], height: size[0], href: data.picture, preserveAspectRatio: "none",
+  class: "picture",
+});
+const frame = shape("rect", {x: 0, y: 0, width: size[1], height: size[0], class: "frame"});
+const map = shape("image", {preserveAspectRatio: "none", class: "map"});
+const drawing = shape("g", {class: "drawing"});
+const svg = shape("svg", {viewBox: box.join(" "), "aria-hidden": "true"},
+  backdrop, picture, map, frame, drawing);
+$("stage").append(svg);
+$("stage").style.aspectRatio = `${box[2]} / ${box[3]}`;
+document.documentElement.style.setProperty("--shape", box[2] / box[3]);
+
+/** Pixels of the image for one of the screen. */
+const pixel = () => box[2] / ($("stage").clientWidth || 600);
+
+/** The longest offset that has a colour of its own, in pixels of the image. */
+function longest() {
+  return Math.max(...chain(layers, state.layer, state.count).map(
+    (index) => layers[index].top * Math.max(...layers[index].scale)));
+}
+
+/** How much of a mask's range, from 0 to 1. Without a mask, all of it. */
+function weight(layer, mask) {
+  if (mask === null) return 1;
+  const most = Math.max(...layer.maskRange.map(Math.abs));
+  return Number.isNaN(mask) ? 0 : clamped(Math.abs(mask) / most, 0, 1);
+}
+
+/** Where a place [h, w] is drawn: there, or at the edge of what is shown. */
+function drawn(place, radius) {
+  return place.map((along, axis) => {
+    const start = box[1 - axis], extent = box[3 - axis];
+    return clamped(along + 0.5, start + radius, start + extent - radius);
+  });
+}
+
+function dot(layer, sample, level, last, unit, top) {
+  const radius = RADII[Math.min(level, RADII.length - 1)] * unit;
+  const part = weight(layer, sample.mask);
+  const [y, x] = sample.reads ? sample.pixel.map((along) => along + 0.5) : drawn(sample.pixel, radius);
+  const kind = !sample.reads ? "outside" : last ? "last" : "before";
+  const share = sample.length / top, paint = css(colour(share));
+  return shape("circle", {
+    cx: x, cy: y, r: radius * (0.35 + 0.65 * Math.sqrt(part)),
+    class: `sample ${kind}`, "data-level": level + 1,
+    ...(kind === "last" ? {
+      fill: paint, "fill-opacity": 0.3 + 0.7 * part, stroke: share < 0.5 ? "white" : "black",
+    } : {}),
+    ...(kind === "before" ? {stroke: paint} : {}),
+  });
+}
+
+/** The output position's window, the regular grid in it, and lines to its samples. */
+function gridOf(layer, samples, unit) {
+  const middle = layer.middle(state.position), half = MARK * unit;
+  const cell = layer.strides.map((stride, axis) => stride * layer.scale[axis]);
+  const drawable = samples.filter((sample) => sample.pixel.every(Number.isFinite));
+  const lines = drawable.map((sample) => {
+    const [fromY, fromX] = drawn(sample.regularPixel, 0), [toY, toX] = drawn(sample.pixel, 0);
+    return `M${fromX} ${fromY}L${toX} ${toY}`;
+  }).join("");
+  const marks = samples.map(({regularPixel: [y, x]}) =>
+    `M${x + 0.5 - half} ${y + 0.5 - half}h${2 * half}v${2 * half}h${-2 * half}z`).join("");
+  return [
+    shape("rect", {
+      x: middle[1] + 0.5 - cell[1] / 2, y: middle[0] + 0.5 - cell[0] / 2,
+      width: cell[1], height: cell[0], class: "position",
+    }),
+    ...["halo", "line"].map((kind) => shape("path", {d: lines, class: kind})),
+    ...["halo", "grid"].map((kind) => shape("path", {d: marks, class: kind})),
+  ];
+}
+
+function draw() {
+  const levels = sampleLevels(layers, state.layer, state.position, state.count, state.groups);
+  const unit = pixel(), top = longest();
+  const dots = levels.flatMap(({layer, samples}, level) => samples
+    .filter((sample) => sample.pixel.every(Number.isFinite))
+    .map((sample) => dot(layer, sample, level, level === levels.length - 1, unit, top)));
+  drawing.replaceChildren(...gridOf(layers[state.layer], levels[0].samples, unit), ...dots);
+  describe(levels);
+}
+
+/** A picture of a number for each kept position, painted by a function of its index. */
+function painted(layer, paint) {
+  const canvas = element("canvas", {width: layer.keptSize[1], height: layer.keptSize[0]});
+  const context = canvas.getContext("2d");
+  const image = context.createImageData(canvas.width, canvas.height);
+  for (let position = 0; position < canvas.width * canvas.height; position++) {
+    image.data.set([...paint(position), 255], 4 * position);
+  }
+  context.putImageData(image, 0, 0);
+  return canvas;
+}
+
+/** Paints the length, direction or mask of a layer's group. */
+function painter(layer, group, kind, top) {
+  const {length, dy, dx, mask} = layer.averages(group);
+  if (kind === "mask") {
+    const [least, most] = layer.maskRange;
+    return (at) => colour((mask[at] - least) / (most - least));
+  }
+  if (kind === "direction") {
+    const grey = [128, 128, 128];
+    return (at) => {
+      const strength = Math.min(1, Math.hypot(dy[at], dx[at]) / (0.5 * top));
+      const strong = directionColour(dy[at], dx[at]);
+      return Number.isNaN(strength) ? grey : grey.map((value, i) => value + (strong[i] - value) * strength);
+    };
+  }
+  return (at) => colour(length[at] / top);
+}
+
+function drawMap() {
+  const layer = layers[state.layer];
+  map.style.display = state.map === "none" ? "none" : "";
+  if (state.map !== "none") {
+    const canvas = painted(layer, painter(layer, state.groups[state.layer], state.map, longest()));
+    const cell = layer.strides.map((stride, axis) => stride * layer.scale[axis] * layer.step);
+    const [y, x] = layer.middle([0, 0]);
+    map.setAttribute("x", x + 0.5 - cell[1] / 2);
+    map.setAttribute("y", y + 0.5 - cell[0] / 2);
+    map.setAttribute("width", cell[1] * layer.keptSize[1]);
+    map.setAttribute("height", cell[0] * layer.keptSize[0]);
+    map.setAttribute("href", canvas.toDataURL());
+  }
+  drawScale(layer);
+}
+
+// --- The legend ---
+
+function gradient() {
+  const stops = COLOURS.map(css).join(", ");
+  const bar = element("span", {class: "bar", "aria-hidden": "true"});
+  bar.style.background = `linear-gradient(to right, ${stops})`;
+  return bar;
+}
+
+function drawScale(layer) {
+  const scales = [[gradient(), "0", number(longest(), longest() < 10 ? 1 : 0), "offset in pixels of the image"]];
+  if (state.map === "mask") {
+    scales.push([gradient(), ...layer.maskRange.map((value) => number(value)), "mean mask on the map"]);
+  }
+  const rows = scales.map(([bar, least, most, label]) => element("p", {}, least, bar, most, ` ${label}`));
+  if (state.map === "direction") {
+    const wheel = element("span", {class: "wheel", "aria-hidden": "true"});
+    const hues = Array.from({length: 25}, (_, i) => (2 * Math.PI * i) / 24 - Math.PI / 2);
+    wheel.style.background = `conic-gradient(${hues.map((a) => css(directionColour(Math.sin(a), Math.cos(a)))).join(", ")})`;
+    rows.push(element("p", {}, wheel, " mean direction on the map, grey where the mean is short"));
+  }
+  $("scale").replaceChildren(...rows);
+}
+
+function drawMarks() {
+  const mark = (...shapes) => shape("svg", {viewBox: "-8 -8 16 16", class: "mark", "aria-hidden": "true"}, ...shapes);
+  const entries = [
+    [mark(shape("rect", {x: -4, y: -4, width: 8, height: 8, class: "grid"})), "regular grid"],
+    [mark(shape("circle", {r: 5, class: "sample last", fill: css(colour(0.6))})), "sample"],
+    [mark(shape("circle", {r: 5, class: "sample outside"})), "reads nothing, outside of its layer's input"],
+  ];
+  if (layers.some((layer) => layer.mask)) {
+    entries.push([mark(shape("circle", {r: 2.5, class: "sample last", fill: css(colour(0.6)), "fill-opacity": 0.45})), "small mask"]);
+  }
+  $("marks").replaceChildren(...entries.map(([drawn, text]) => element("span", {}, drawn, text)));
+}
+
+// --- What is told of the position ---
+
+function describe(levels) {
+  const layer = layers[state.layer];
+  $("place").textContent = `Position (${state.position.join(", ")}) of ${by(layer.outSize)}`;
+  $("levels").tBodies[0].replaceChildren(...levels.map(({layer, samples}, level) => {
+    const outside = samples.filter((sample) => !sample.reads).length;
+    return row(level + 1, layer.name, samples.length.toLocaleString("en"), outside);
+  }));
+  $("outside").textContent = outsideText(levels);
+  $("samples").tBodies[0].replaceChildren(...levels[0].samples.map((sample) => row(
+    `(${sample.tap.join(", ")})`, pair(sample.offset), `${pair(sample.place)}${sample.reads ? "" : " – outside"}`,
+    sample.mask === null ? "–" : number(sample.mask))));
+  announce(levels);
+}
+
+function row(...cells) {
+  return element("tr", {}, ...cells.map((cell) => element("td", {}, `${cell}`)));
+}
+
+/** Names the samples that read nothing: those of the first level by tap, the others by number. */
+function outsideText(levels) {
+  const [{samples, layer}] = levels;
+  const lost = samples.filter((sample) => !sample.reads);
+  const named = lost.slice(0, MOST_NAMED).map((sample) => sample.offset.some(Number.isNaN)
+    ? `tap (${sample.tap.join(", ")}), whose offset is NaN`
+    : `tap (${sample.tap.join(", ")}) at (${pair(sample.place, 1)})`);
+  if (lost.length > MOST_NAMED) named.push(`${lost.length - MOST_NAMED} more`);
+  if (!named.length) return `All samples of level 1 lie inside ${layer.name}’s input of ${by(layer.inSize)}.`;
+  return `Outside ${layer.name}’s input of ${by(layer.inSize)}: ${named.join("; ")}.`;
+}
+
+let announcing;
+/** Tells screen readers, once the position rests. */
+function announce(levels) {
+  clearTimeout(announcing);
+  announcing = setTimeout(() => {
+    const parts = levels.map(({layer, samples}) =>
+      `${layer.name}: ${many(samples.length, "sample")}, ${samples.filter((s) => !s.reads).length} outside`);
+    $("live").textContent = `Position ${state.position.join(", ")}. ${parts.join(". ")}.`;
+  }, 400);
+}
+
+// --- Layers and their figures ---
+
+function radio(name, value, checked, onChange, ...children) {
+  const input = element("input", {type: "radio", name, value});
+  input.checked = checked;
+  input.addEventListener("change", onChange);
+  return element("label", {}, input, ...children);
+}
+
+function sums(layer, group) {
+  const figures = layer.perGroup[group];
+  const mean = figures.mean === null ? "no finite offset" : `mean offset ${number(figures.mean)} px`;
+  return `${mean}, ${share(figures.outside, figures.samples)} outside`;
+}
+
+function listLayers() {
+  $("layers").replaceChildren(...layers.map((layer, index) => {
+    const thumbnail = painted(layer, painter(layer, 0, "length", layer.top * Math.max(...layer.scale)));
+    thumbnail.setAttribute("aria-hidden", "true");
+    const text = element("span", {class: "text"},
+      element("strong", {}, layer.name),
+      element("small", {}, `${by(layer.inSize)} → ${by(layer.outSize)}${layer.groups > 1 ? `, ${layer.groups} groups` : ""}${layer.mask ? ", masks" : ""}`),
+      element("small", {}, sums(layer, 0)));
+    return radio("layer", index, index === state.layer, () => choose({layer: index}), thumbnail, text);
+  }));
+}
+
+function showFigures() {
+  const layer = layers[state.layer], group = state.groups[state.layer];
+  const figures = layer.perGroup[group];
+  $("figures-title").textContent = layer.groups > 1 ? `${layer.name}, group ${group + 1}` : layer.name;
+  const notes = [
+    `${layer.kind} of ${many(layer.taps.length, "tap")}, strides ${by(layer.strides)}, dilation ${by(layer.dilation)}.`,
+    layer.previous === null
+      ? "Its input comes from the image, through no other deformable layer."
+      : `Its input comes from ${layers[layer.previous].name}.`,
+    `${many(figures.samples, "sample")}: ${figures.outside.toLocaleString("en")} (${share(figures.outside, figures.samples)}) lie outside of the input.`,
+  ];
+  if (figures.notNumbers) notes.push(`${many(figures.notNumbers, "offset")} ${figures.notNumbers === 1 ? "is" : "are"} NaN, and read nothing.`);
+  if (figures.mean !== null) notes.push(`Mean offset ${number(figures.mean)} pixels of the input, ${number(figures.mean * Math.sqrt(layer.scale[0] * layer.scale[1]))} of the image.`);
+  if (figures.maskMean !== null) notes.push(`Mean mask ${number(figures.maskMean)}.`);
+  if (layer.step > 1) notes.push(`Of ${by(layer.outSize)} positions, one in ${layer.step} along each axis is kept in this page; the figures are of all.`);
+  $("figures").textContent = notes.join(" ");
+  $("charts").replaceChildren(
+    histogram("Offset length, pixels of the input", figures.lengths, 0, layer.top),
+    rose("Direction, weighted by length", figures.directions),
+    ...(figures.masks ? [histogram("Mask", figures.masks, ...layer.maskRange)] : []));
+}
+
+function chart(title, drawing) {
+  return element("figure", {}, element("figcaption", {}, title), drawing);
+}
+
+function histogram(title, shares, least, most) {
+  const width = 240, height = 72, top = Math.max(...shares, 1e-9), bin = width / shares.length;
+  const bars = shares.map((value, i) => shape("rect", {
+    x: i * bin, y: height - (value / top) * height, width: bin - 1, height: (value / top) * height,
+    class: "column",
+  }, shape("title", {}, `${share(value, 1)} from ${number(least + ((most - least) * i) / shares.length)}`)));
+  const label = (x, anchor, text) => shape("text", {x, y: height + 14, "text-anchor": anchor}, text);
+  return chart(title, shape("svg", {
+    viewBox: `0 0 ${width} ${height + 18}`, role: "img", "aria-label": `${title}: histogram from ${number(least)} to ${number(most)}`,
+  }, ...bars, shape("path", {d: `M0 ${height}H${width}`, class: "axis"}),
+  label(0, "start", number(least)), label(width, "end", number(most))));
+}
+
+function rose(title, shares) {
+  const radius = 44, top = Math.max(...shares, 1e-9), sector = (2 * Math.PI) / shares.length;
+  const petals = shares.map((value, i) => {
+    const r = radius * Math.sqrt(value / top), from = i * sector, to = from + sector * 0.94;
+    const point = (angle) => `${r * Math.cos(angle)} ${r * Math.sin(angle)}`;
+    return shape("path", {
+      d: `M0 0L${point(from)}A${r} ${r} 0 0 1 ${point(to)}z`,
+      fill: css(directionColour(Math.sin(from + sector / 2), Math.cos(from + sector / 2))),
+    });
+  });
+  const label = (x, y, text) => shape("text", {x, y, "text-anchor": "middle"}, text);
+  return chart(title, shape("svg", {
+    viewBox: "-120 -60 240 120", role: "img", "aria-label": `${title}: a rose of ${shares.length} sectors`,
+  }, shape("circle", {r: radius, class: "axis"}), ...petals,
+  label(0, -49, "up"), label(0, 58, "down"), label(-62, 4, "left"), label(64, 4, "right")));
+}
+
+// --- Choices ---
+
+function countOfSamples(count) {
+  return chain(layers, state.layer, count).reduce((all, index) => all * layers[index].taps.length, 1);
+}
+
+function possibleCounts() {
+  const most = chain(layers, state.layer, MOST_LEVELS).length;
+  return [1, 2, 3].filter((count) => count <= most && (count === 1 || countOfSamples(count) <= MOST_SAMPLES));
+}
+
+function showControls() {
+  const layer = layers[state.layer], possible = possibleCounts();
+  for (const input of $("depths").querySelectorAll("input")) {
+    input.disabled = !possible.includes(Number(input.value));
+    input.checked = Number(input.value) === state.count;
+  }
+  for (const input of $("maps").querySelectorAll("input")) {
+    input.disabled = input.value === "mask" && layer.mask === null;
+    input.checked = input.value === state.map;
+  }
+  for (const input of $("layers").querySelectorAll("input")) {
+    input.checked = Number(input.value) === state.layer;
+  }
+  const select = $("groups").querySelector("select");
+  $("groups").hidden = layer.groups === 1;
+  select.replaceChildren(...Array.from({length: layer.groups}, (_, group) =>
+    element("option", {value: group}, `${group + 1} of ${layer.groups}`)));
+  select.value = state.groups[state.layer];
+}
+
+/** Changes the state, then all that shows it. */
+function choose(changes) {
+  Object.assign(state, changes);
+  const layer = layers[state.layer];
+  state.count = Math.max(...possibleCounts().filter((count) => count <= state.count));
+  if (state.map === "mask" && layer.mask === null) state.map = "length";
+  state.position = layer.positionAt(state.place);
+  showControls();
+  drawMap();
+  showFigures();
+  draw();
+}
+
+/** Goes to the position at a place [h, w] in the image. */
+function point(place) {
+  const position = layers[state.layer].positionAt(place);
+  state.place = place;
+  if (position.every((at, axis) => at === state.position[axis])) return;
+  state.position = position;
+  draw();
+}
+
+function move(dy, dx) {
+  const layer = layers[state.layer], steps = [dy, dx];
+  state.position = layer.kept(state.position.map((at, axis) => at + steps[axis] * layer.step));
+  state.place = layer.middle(state.position);
+  hold(true);
+  draw();
+}
+
+function hold(held) {
+  state.held = held;
+  $("stage").classList.toggle("held", held);
+}
+
+const next = (values, value) => values[(values.indexOf(value) + 1) % values.length];
+
+function onKey(event) {
+  if (event.ctrlKey || event.altKey || event.metaKey) return;
+  const far = event.shiftKey ? 5 : 1, index = state.layer;
+  const maps = [...$("maps").querySelectorAll("input:not(:disabled)")].map((input) => input.value);
+  const actions = {
+    ArrowUp: () => move(-far, 0), ArrowDown: () => move(far, 0),
+    ArrowLeft: () => move(0, -far), ArrowRight: () => move(0, far),
+    "[": () => choose({layer: Math.max(index - 1, 0)}),
+    "]": () => choose({layer: Math.min(index + 1, layers.length - 1)}),
+    g: () => chooseGroup((state.groups[index] + 1) % layers[index].groups),
+    m: () => choose({map: next(maps, state.map)}),
+    Escape: () => hold(false),
+  };
+  for (const count of [1, 2, 3]) {
+    actions[count] = () => possibleCounts().includes(count) && choose({count});
+  }
+  if (!Object.hasOwn(actions, event.key)) return;
+  event.preventDefault();
+  actions[event.key]();
+}
+
+function chooseGroup(group) {
+  choose({groups: state.groups.map((old, index) => (index === state.layer ? group : old))});
+}
+
+function onPointer(event) {
+  const touched = event.pointerType !== "mouse";
+  if (event.type === "pointermove" && (touched ? !event.buttons : state.held)) return;
+  if (event.type === "pointerdown") hold(touched || !state.held);
+  const area = svg.getBoundingClientRect();
+  point([
+    box[1] + ((event.clientY - area.top) / area.height) * box[3] - 0.5,
+    box[0] + ((event.clientX - area.left) / area.width) * box[2] - 0.5,
+  ]);
+}
+
+/** What the address asks for: #layer=conv3&at=4,5&levels=2&map=length&group=1 */
+function followAddress() {
+  const asked = new URLSearchParams(location.hash.slice(1)), changes = {};
+  const index = layers.findIndex((layer) => layer.name === asked.get("layer"));
+  if (index >= 0) changes.layer = index;
+  const layer = layers[changes.layer ?? state.layer];
+  const at = (asked.get("at") ?? "").split(",").map(Number);
+  if (at.length === 2 && at.every(Number.isInteger)) changes.place = layer.middle(layer.kept(at.map((each, axis) => clamped(each, 0, layer.outSize[axis] - 1))));
+  const count = Number(asked.get("levels"));
+  if ([1, 2, 3].includes(count)) changes.count = count;
+  if (["none", "length", "direction", "mask"].includes(asked.get("map"))) changes.map = asked.get("map");
+  const group = Number(asked.get("group") ?? NaN) - 1;
+  if (layer.perGroup[group]) changes.groups = state.groups.map((old, i) => (i === (changes.layer ?? state.layer) ? group : old));
+  choose(changes);
+}
+
+function start() {
+  document.title = `${data.model} – ${document.title}`;
+  $("about").textContent = `${data.model}, image of ${by(size)}, ${many(layers.length, "deformable layer")}`;
+  $("depths").append(...[1, 2, 3].map((count) =>
+    radio("count", count, false, () => choose({count}), `${count}`)));
+  $("maps").append(...["none", "length", "direction", "mask"].map((kind) =>
+    radio("map", kind, false, () => choose({map: kind}), kind)));
+  $("groups").querySelector("select").addEventListener("change", (event) => chooseGroup(Number(event.target.value)));
+  const stage = $("stage");
+  stage.addEventListener("pointermove", onPointer);
+  stage.addEventListener("pointerdown", onPointer);
+  stage.addEventListener("keydown", onKey);
+  listLayers();
+  drawMarks();
+  followAddress();
+  addEventListener("hashchange", followAddress);
+  new ResizeObserver(draw).observe(stage);
+}
+
+start();
