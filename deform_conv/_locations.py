@@ -96,3 +96,8 @@ def grid_start(in_size, kernel_size, strides, padding, dilations) -> list[int]:
 def reads(locations: np.ndarray, in_size: Sequence[int]) -> np.ndarray:
     """Which samples `[..., 2]` read something of an input of (h, w) pixels. NaN reads nothing."""
     return np.all((locations > -1) & (locations < np.array(in_size)), axis=-1)
+
+
+def rescaled(places: np.ndarray, from_size, to_size) -> np.ndarray:
+    """Places (h, w) of one plane of pixels in another of the same extent, centres aligned."""
+    return (places + 0.5) * np.divide(to_size, from_size) - 0.5

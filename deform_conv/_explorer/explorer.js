@@ -95,12 +95,12 @@ function dot(layer, sample, level, last, unit, top) {
   const part = weight(layer, sample.mask);
   const [y, x] = sample.reads ? sample.pixel.map((along) => along + 0.5) : drawn(sample.pixel, radius);
   const kind = !sample.reads ? "outside" : last ? "last" : "before";
-  const share = sample.length / top, paint = css(colour(share));
+  const reach = sample.length / top, paint = css(colour(reach));
   return shape("circle", {
     cx: x, cy: y, r: radius * (0.35 + 0.65 * Math.sqrt(part)),
     class: `sample ${kind}`, "data-level": level + 1,
     ...(kind === "last" ? {
-      fill: paint, "fill-opacity": 0.3 + 0.7 * part, stroke: share < 0.5 ? "white" : "black",
+      fill: paint, "fill-opacity": 0.3 + 0.7 * part, stroke: reach < 0.5 ? "white" : "black",
     } : {}),
     ...(kind === "before" ? {stroke: paint} : {}),
   });

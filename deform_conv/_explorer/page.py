@@ -52,7 +52,7 @@ def explore(model, image, path="offsets.html", *, picture=None) -> Path:
     path = path_of_a_file(path)
     recording = record(model, image)
     kind, data = encoded(picture_of(recording, picture))
-    page = _page(
+    page = page_of(
         {
             "model": model.name,
             "height": recording.size[0],
@@ -65,7 +65,8 @@ def explore(model, image, path="offsets.html", *, picture=None) -> Path:
     return path
 
 
-def _page(data: dict) -> str:
+def page_of(data: dict) -> str:
+    """The page of data that explorer.js understands."""
     folder = importlib.resources.files(__package__)
 
     def part(name: str) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from .._arguments import shown
-from .._locations import grid_start, reads, sampling_locations
+from .._locations import grid_start, reads, rescaled, sampling_locations
 from .._sampling_layer import SamplingLayer, observing
 
 
@@ -174,11 +174,6 @@ def sample_levels(
             nearest = np.floor(inside + 0.5).astype(int)
             positions = np.clip(nearest, 0, np.array(out_size) - 1)
     return found
-
-
-def rescaled(places: np.ndarray, from_size, to_size) -> np.ndarray:
-    """Places (h, w) of one plane of pixels in another of the same extent, centres aligned."""
-    return (places + 0.5) * np.divide(to_size, from_size) - 0.5
 
 
 def _images(model: keras.Model, image) -> np.ndarray:
