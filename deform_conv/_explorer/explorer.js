@@ -1,5 +1,6 @@
 // The page: what is shown, and what follows from pointing, keys and choices.
 
+const MAPS = ["none", "length", "direction", "mask"];
 const MOST_LEVELS = 3, MOST_SAMPLES = 20000, MOST_NAMED = 6;
 /** Radii of the dots of a level, on the screen: of the last level shown, and of those before. */
 const RADII = [6, 4, 2.9];
@@ -25,34 +26,11 @@ const state = {
 
 const $ = (id) => document.getElementById(id);
 
-/** A new element of HTML, with attributes and children. */
-function element(name, attributes = {}, ...children) {
-  const made = document.createElement(name);
-  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
-  made.append(...children);
-  return made;
-}
-
-/** A new element of SVG. */
-function shape(name, attributes = {}, ...children) {
-  const made = document.createElementNS("http://www.w3.org/2000/svg", name);
-  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
-  made.append(...children);
-  return made;
-}
-
-function number(value, digits = 2) {
-  const text = Number.isFinite(value) ? value.toFixed(digits) : `${value}`;
-  return /^-0\.?0*$/.test(text) ? text.slice(1) : text.replace("-", "−");
-}
-const pair = (values, digits = 2) => values.map((value) => number(value, digits)).join(", ");
-const by = (values) => values.join(" × ");
-const many = (count, noun) => `${count.toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;
-const share = (part, whole) => (whole ? `${number((100 * part) / whole, 1)} %` : "–");
-
 // --- The image and what is drawn on it ---
 
-const backdrop = shape("rect", {x: box[0], y: box[1], width: box[2], height: box[3], class: "backdrop"});
+const backdrop = shape("rect", {
+  x: box[0], y: box[1], width: box[2], height: box[3], class: "backdrop",
+});
 const picture = shape("image", {
   x: 0, y: 0, width: size[1], height: size[0], href: data.picture, preserveAspectRatio: "none",
   class: "picture",
@@ -82,18 +60,24 @@ function weight(layer, mask) {
   return Number.isNaN(mask) ? 0 : clamped(Math.abs(mask) / most, 0, 1);
 }
 
-/** Where a place [h, w] is drawn: there, or at the edge of what is shown. */
-function drawn(place, radius) {
-  return place.map((along, axis) => {
-    const start = box[1 - axis], extent = box[3 - axis];
-    return clamped(along + 0.5, start + radius, start + extent - radius);
-  });
+/** Where a sample is drawn, [y, x]: there, or where the way from the grid leaves the box. */
+function drawn(sample, radius) {
+  const [from, to] = [sample.regularPixel, sample.pixel].map(
+    (place) => place.map((along) => along + 0.5));
+  const least = [box[1] + radius, box[0] + radius];
+  const most = [box[1] + box[3] - radius, box[0] + box[2] - radius];
+  const reach = Math.min(1, ...[0, 1].map((axis) => {
+    const way = to[axis] - from[axis];
+    return way === 0 ? 1 : Math.max(0, ((way > 0 ? most : least)[axis] - from[axis]) / way);
+  }));
+  return [0, 1].map(
+    (axis) => clamped(from[axis] + reach * (to[axis] - from[axis]), least[axis], most[axis]));
 }
 
 function dot(layer, sample, level, last, unit, top) {
-  const radius = RADII[Math.min(level, RADII.length - 1)] * unit;
+  const radius = RADII[level] * unit * clamped(box[2] / unit / 600, 0.65, 1);
   const part = weight(layer, sample.mask);
-  const [y, x] = sample.reads ? sample.pixel.map((along) => along + 0.5) : drawn(sample.pixel, radius);
+  const [y, x] = sample.reads ? sample.pixel.map((along) => along + 0.5) : drawn(sample, radius);
   const kind = !sample.reads ? "outside" : last ? "last" : "before";
   const reach = sample.length / top, paint = css(colour(reach));
   return shape("circle", {
@@ -112,8 +96,8 @@ function gridOf(layer, samples, unit) {
   const cell = layer.strides.map((stride, axis) => stride * layer.scale[axis]);
   const drawable = samples.filter((sample) => sample.pixel.every(Number.isFinite));
   const lines = drawable.map((sample) => {
-    const [fromY, fromX] = drawn(sample.regularPixel, 0), [toY, toX] = drawn(sample.pixel, 0);
-    return `M${fromX} ${fromY}L${toX} ${toY}`;
+    const [fromY, fromX] = sample.regularPixel, [toY, toX] = drawn(sample, 0);
+    return `M${fromX + 0.5} ${fromY + 0.5}L${toX} ${toY}`;
   }).join("");
   const marks = samples.map(({regularPixel: [y, x]}) =>
     `M${x + 0.5 - half} ${y + 0.5 - half}h${2 * half}v${2 * half}h${-2 * half}z`).join("");
@@ -161,7 +145,8 @@ function painter(layer, group, kind, top) {
     return (at) => {
       const strength = Math.min(1, Math.hypot(dy[at], dx[at]) / (0.5 * top));
       const strong = directionColour(dy[at], dx[at]);
-      return Number.isNaN(strength) ? grey : grey.map((value, i) => value + (strong[i] - value) * strength);
+      if (Number.isNaN(strength)) return grey;
+      return grey.map((value, i) => value + (strong[i] - value) * strength);
     };
   }
   return (at) => colour(length[at] / top);
@@ -193,31 +178,37 @@ function gradient() {
 }
 
 function drawScale(layer) {
-  const scales = [[gradient(), "0", number(longest(), longest() < 10 ? 1 : 0), "offset in pixels of the image"]];
+  const scale = (least, most, text) => element("p", {}, least, gradient(), most, ` ${text}`);
+  const rows = [
+    scale("0", number(longest(), longest() < 10 ? 1 : 0), "offset in pixels of the image"),
+  ];
   if (state.map === "mask") {
-    scales.push([gradient(), ...layer.maskRange.map((value) => number(value)), "mean mask on the map"]);
+    rows.push(scale(...layer.maskRange.map((value) => number(value)), "mean mask on the map"));
   }
-  const rows = scales.map(([bar, least, most, label]) => element("p", {}, least, bar, most, ` ${label}`));
   if (state.map === "direction") {
     const wheel = element("span", {class: "wheel", "aria-hidden": "true"});
-    const hues = Array.from({length: 25}, (_, i) => (2 * Math.PI * i) / 24 - Math.PI / 2);
-    wheel.style.background = `conic-gradient(${hues.map((a) => css(directionColour(Math.sin(a), Math.cos(a)))).join(", ")})`;
+    // From above, as CSS goes round.
+    const angles = Array.from({length: 25}, (_, i) => (2 * Math.PI * i) / 24 - Math.PI / 2);
+    const hues = angles.map((angle) => css(directionColour(Math.sin(angle), Math.cos(angle))));
+    wheel.style.background = `conic-gradient(${hues.join(", ")})`;
     rows.push(element("p", {}, wheel, " mean direction on the map, grey where the mean is short"));
   }
   $("scale").replaceChildren(...rows);
 }
 
 function drawMarks() {
-  const mark = (...shapes) => shape("svg", {viewBox: "-8 -8 16 16", class: "mark", "aria-hidden": "true"}, ...shapes);
+  const last = {class: "sample last", fill: css(colour(0.6)), stroke: "black"};
   const entries = [
-    [mark(shape("rect", {x: -4, y: -4, width: 8, height: 8, class: "grid"})), "regular grid"],
-    [mark(shape("circle", {r: 5, class: "sample last", fill: css(colour(0.6))})), "sample"],
-    [mark(shape("circle", {r: 5, class: "sample outside"})), "reads nothing, outside of its layer's input"],
+    ["rect", {x: -4, y: -4, width: 8, height: 8, class: "grid"}, "regular grid"],
+    ["circle", {r: 5, ...last}, "sample"],
+    ["circle", {r: 5, class: "sample outside"}, "outside of its layer’s input: reads nothing"],
   ];
   if (layers.some((layer) => layer.mask)) {
-    entries.push([mark(shape("circle", {r: 2.5, class: "sample last", fill: css(colour(0.6)), "fill-opacity": 0.45})), "small mask"]);
+    entries.push(["circle", {r: 2.5, ...last, "fill-opacity": 0.45}, "small mask"]);
   }
-  $("marks").replaceChildren(...entries.map(([drawn, text]) => element("span", {}, drawn, text)));
+  const around = {viewBox: "-8 -8 16 16", class: "mark", "aria-hidden": "true"};
+  $("marks").replaceChildren(...entries.map(([name, attributes, text]) =>
+    element("span", {}, shape("svg", around, shape(name, attributes)), text)));
 }
 
 // --- What is told of the position ---
@@ -231,7 +222,8 @@ function describe(levels) {
   }));
   $("outside").textContent = outsideText(levels);
   $("samples").tBodies[0].replaceChildren(...levels[0].samples.map((sample) => row(
-    `(${sample.tap.join(", ")})`, pair(sample.offset), `${pair(sample.place)}${sample.reads ? "" : " – outside"}`,
+    `(${sample.tap.join(", ")})`, pair(sample.offset),
+    `${pair(sample.place)}${sample.reads ? "" : " – outside"}`,
     sample.mask === null ? "–" : number(sample.mask))));
   announce(levels);
 }
@@ -248,8 +240,9 @@ function outsideText(levels) {
     ? `tap (${sample.tap.join(", ")}), whose offset is NaN`
     : `tap (${sample.tap.join(", ")}) at (${pair(sample.place, 1)})`);
   if (lost.length > MOST_NAMED) named.push(`${lost.length - MOST_NAMED} more`);
-  if (!named.length) return `All samples of level 1 lie inside ${layer.name}’s input of ${by(layer.inSize)}.`;
-  return `Outside ${layer.name}’s input of ${by(layer.inSize)}: ${named.join("; ")}.`;
+  const input = `${layer.name}’s input of ${by(layer.inSize)}`;
+  if (!named.length) return `All samples of level 1 lie inside ${input}.`;
+  return `Outside ${input}: ${named.join("; ")}.`;
 }
 
 let announcing;
@@ -257,54 +250,70 @@ let announcing;
 function announce(levels) {
   clearTimeout(announcing);
   announcing = setTimeout(() => {
-    const parts = levels.map(({layer, samples}) =>
-      `${layer.name}: ${many(samples.length, "sample")}, ${samples.filter((s) => !s.reads).length} outside`);
+    const parts = levels.map(({layer, samples}) => {
+      const outside = samples.filter((sample) => !sample.reads).length;
+      return `${layer.name}: ${many(samples.length, "sample")}, ${outside} outside`;
+    });
     $("live").textContent = `Position ${state.position.join(", ")}. ${parts.join(". ")}.`;
   }, 400);
 }
 
 // --- Layers and their figures ---
 
-function radio(name, value, checked, onChange, ...children) {
+function radio(name, value, onChange, ...children) {
   const input = element("input", {type: "radio", name, value});
-  input.checked = checked;
   input.addEventListener("change", onChange);
   return element("label", {}, input, ...children);
 }
 
 function sums(layer, group) {
   const figures = layer.perGroup[group];
-  const mean = figures.mean === null ? "no finite offset" : `mean offset ${number(figures.mean)} px`;
-  return `${mean}, ${share(figures.outside, figures.samples)} outside`;
+  const outside = `${share(figures.outside, figures.samples)} outside`;
+  if (figures.mean === null) return `no finite offset, ${outside}`;
+  return `mean offset ${number(figures.mean)} px, ${outside}`;
 }
 
 function listLayers() {
   $("layers").replaceChildren(...layers.map((layer, index) => {
-    const thumbnail = painted(layer, painter(layer, 0, "length", layer.top * Math.max(...layer.scale)));
+    const top = layer.top * Math.max(...layer.scale);
+    const thumbnail = painted(layer, painter(layer, 0, "length", top));
     thumbnail.setAttribute("aria-hidden", "true");
-    const text = element("span", {class: "text"},
-      element("strong", {}, layer.name),
-      element("small", {}, `${by(layer.inSize)} → ${by(layer.outSize)}${layer.groups > 1 ? `, ${layer.groups} groups` : ""}${layer.mask ? ", masks" : ""}`),
-      element("small", {}, sums(layer, 0)));
-    return radio("layer", index, index === state.layer, () => choose({layer: index}), thumbnail, text);
+    const sizes = [`${by(layer.inSize)} → ${by(layer.outSize)}`];
+    if (layer.groups > 1) sizes.push(many(layer.groups, "group"));
+    if (layer.mask) sizes.push("masks");
+    const text = element("span", {class: "text"}, element("strong", {}, layer.name),
+      element("small", {}, sizes.join(", ")), element("small", {}, sums(layer, 0)));
+    return radio("layer", index, () => choose({layer: index}), thumbnail, text);
   }));
 }
 
 function showFigures() {
   const layer = layers[state.layer], group = state.groups[state.layer];
   const figures = layer.perGroup[group];
-  $("figures-title").textContent = layer.groups > 1 ? `${layer.name}, group ${group + 1}` : layer.name;
+  const ofGroup = layer.groups > 1 ? `, group ${group + 1}` : "";
+  $("figures-title").textContent = layer.name + ofGroup;
   const notes = [
-    `${layer.kind} of ${many(layer.taps.length, "tap")}, strides ${by(layer.strides)}, dilation ${by(layer.dilation)}.`,
+    `${layer.kind} of ${many(layer.taps.length, "tap")}, strides ${by(layer.strides)}, ` +
+      `dilation ${by(layer.dilation)}.`,
     layer.previous === null
       ? "Its input comes from the image, through no other deformable layer."
       : `Its input comes from ${layers[layer.previous].name}.`,
-    `${many(figures.samples, "sample")}: ${figures.outside.toLocaleString("en")} (${share(figures.outside, figures.samples)}) lie outside of the input.`,
+    `Of ${many(figures.samples, "sample")}, ${figures.outside.toLocaleString("en")} ` +
+      `(${share(figures.outside, figures.samples)}) lie outside of the input.`,
   ];
-  if (figures.notNumbers) notes.push(`${many(figures.notNumbers, "offset")} ${figures.notNumbers === 1 ? "is" : "are"} NaN, and read nothing.`);
-  if (figures.mean !== null) notes.push(`Mean offset ${number(figures.mean)} pixels of the input, ${number(figures.mean * Math.sqrt(layer.scale[0] * layer.scale[1]))} of the image.`);
-  if (figures.maskMean !== null) notes.push(`Mean mask ${number(figures.maskMean)}.`);
-  if (layer.step > 1) notes.push(`Of ${by(layer.outSize)} positions, one in ${layer.step} along each axis is kept in this page; the figures are of all.`);
+  if (figures.notNumbers) {
+    notes.push(`${many(figures.notNumbers, "sample")} with an offset of NaN read nothing.`);
+  }
+  if (figures.mean !== null) {
+    const inImage = figures.mean * Math.sqrt(layer.scale[0] * layer.scale[1]);
+    notes.push(`Mean offset: ${number(figures.mean)} pixels of the input, ` +
+      `${number(inImage)} of the image.`);
+  }
+  if (figures.maskMean !== null) notes.push(`Mean mask: ${number(figures.maskMean)}.`);
+  if (layer.step > 1) {
+    notes.push(`This page keeps one in ${layer.step} positions along each axis; ` +
+      "the figures are of all.");
+  }
   $("figures").textContent = notes.join(" ");
   $("charts").replaceChildren(
     histogram("Offset length, pixels of the input", figures.lengths, 0, layer.top),
@@ -312,49 +321,17 @@ function showFigures() {
     ...(figures.masks ? [histogram("Mask", figures.masks, ...layer.maskRange)] : []));
 }
 
-function chart(title, drawing) {
-  return element("figure", {}, element("figcaption", {}, title), drawing);
-}
-
-function histogram(title, shares, least, most) {
-  const width = 240, height = 72, top = Math.max(...shares, 1e-9), bin = width / shares.length;
-  const bars = shares.map((value, i) => shape("rect", {
-    x: i * bin, y: height - (value / top) * height, width: bin - 1, height: (value / top) * height,
-    class: "column",
-  }, shape("title", {}, `${share(value, 1)} from ${number(least + ((most - least) * i) / shares.length)}`)));
-  const label = (x, anchor, text) => shape("text", {x, y: height + 14, "text-anchor": anchor}, text);
-  return chart(title, shape("svg", {
-    viewBox: `0 0 ${width} ${height + 18}`, role: "img", "aria-label": `${title}: histogram from ${number(least)} to ${number(most)}`,
-  }, ...bars, shape("path", {d: `M0 ${height}H${width}`, class: "axis"}),
-  label(0, "start", number(least)), label(width, "end", number(most))));
-}
-
-function rose(title, shares) {
-  const radius = 44, top = Math.max(...shares, 1e-9), sector = (2 * Math.PI) / shares.length;
-  const petals = shares.map((value, i) => {
-    const r = radius * Math.sqrt(value / top), from = i * sector, to = from + sector * 0.94;
-    const point = (angle) => `${r * Math.cos(angle)} ${r * Math.sin(angle)}`;
-    return shape("path", {
-      d: `M0 0L${point(from)}A${r} ${r} 0 0 1 ${point(to)}z`,
-      fill: css(directionColour(Math.sin(from + sector / 2), Math.cos(from + sector / 2))),
-    });
-  });
-  const label = (x, y, text) => shape("text", {x, y, "text-anchor": "middle"}, text);
-  return chart(title, shape("svg", {
-    viewBox: "-120 -60 240 120", role: "img", "aria-label": `${title}: a rose of ${shares.length} sectors`,
-  }, shape("circle", {r: radius, class: "axis"}), ...petals,
-  label(0, -49, "up"), label(0, 58, "down"), label(-62, 4, "left"), label(64, 4, "right")));
-}
-
 // --- Choices ---
 
 function countOfSamples(count) {
-  return chain(layers, state.layer, count).reduce((all, index) => all * layers[index].taps.length, 1);
+  return chain(layers, state.layer, count).reduce(
+    (all, index) => all * layers[index].taps.length, 1);
 }
 
 function possibleCounts() {
   const most = chain(layers, state.layer, MOST_LEVELS).length;
-  return [1, 2, 3].filter((count) => count <= most && (count === 1 || countOfSamples(count) <= MOST_SAMPLES));
+  return [1, 2, 3].filter(
+    (count) => count === 1 || (count <= most && countOfSamples(count) <= MOST_SAMPLES));
 }
 
 function showControls() {
@@ -369,12 +346,19 @@ function showControls() {
   }
   for (const input of $("layers").querySelectorAll("input")) {
     input.checked = Number(input.value) === state.layer;
+    if (input.checked) reveal(input.parentElement);
   }
   const select = $("groups").querySelector("select");
   $("groups").hidden = layer.groups === 1;
   select.replaceChildren(...Array.from({length: layer.groups}, (_, group) =>
     element("option", {value: group}, `${group + 1} of ${layer.groups}`)));
   select.value = state.groups[state.layer];
+}
+
+/** Scrolls the list of layers, and not the page, so far that an entry is seen. */
+function reveal(entry) {
+  const list = $("layers"), top = entry.offsetTop - list.offsetTop;
+  list.scrollTop = clamped(list.scrollTop, top + entry.offsetHeight - list.clientHeight, top);
 }
 
 /** Changes the state, then all that shows it. */
@@ -436,7 +420,7 @@ function onKey(event) {
 }
 
 function chooseGroup(group) {
-  choose({groups: state.groups.map((old, index) => (index === state.layer ? group : old))});
+  choose({groups: state.groups.with(state.layer, group)});
 }
 
 function onPointer(event) {
@@ -453,27 +437,29 @@ function onPointer(event) {
 /** What the address asks for: #layer=conv3&at=4,5&levels=2&map=length&group=1 */
 function followAddress() {
   const asked = new URLSearchParams(location.hash.slice(1)), changes = {};
-  const index = layers.findIndex((layer) => layer.name === asked.get("layer"));
-  if (index >= 0) changes.layer = index;
-  const layer = layers[changes.layer ?? state.layer];
+  const named = layers.findIndex((each) => each.name === asked.get("layer"));
+  const index = named < 0 ? state.layer : named, layer = layers[index];
+  changes.layer = index;
   const at = (asked.get("at") ?? "").split(",").map(Number);
-  if (at.length === 2 && at.every(Number.isInteger)) changes.place = layer.middle(layer.kept(at.map((each, axis) => clamped(each, 0, layer.outSize[axis] - 1))));
+  if (at.length === 2 && at.every(Number.isInteger)) changes.place = layer.middle(layer.kept(at));
   const count = Number(asked.get("levels"));
   if ([1, 2, 3].includes(count)) changes.count = count;
-  if (["none", "length", "direction", "mask"].includes(asked.get("map"))) changes.map = asked.get("map");
+  if (MAPS.includes(asked.get("map"))) changes.map = asked.get("map");
   const group = Number(asked.get("group") ?? NaN) - 1;
-  if (layer.perGroup[group]) changes.groups = state.groups.map((old, i) => (i === (changes.layer ?? state.layer) ? group : old));
+  if (layer.perGroup[group]) changes.groups = state.groups.with(index, group);
   choose(changes);
 }
 
 function start() {
   document.title = `${data.model} – ${document.title}`;
-  $("about").textContent = `${data.model}, image of ${by(size)}, ${many(layers.length, "deformable layer")}`;
+  $("about").textContent =
+    `${data.model}, image of ${by(size)}, ${many(layers.length, "deformable layer")}`;
   $("depths").append(...[1, 2, 3].map((count) =>
-    radio("count", count, false, () => choose({count}), `${count}`)));
-  $("maps").append(...["none", "length", "direction", "mask"].map((kind) =>
-    radio("map", kind, false, () => choose({map: kind}), kind)));
-  $("groups").querySelector("select").addEventListener("change", (event) => chooseGroup(Number(event.target.value)));
+    radio("count", count, () => choose({count}), `${count}`)));
+  $("maps").append(...MAPS.map((kind) =>
+    radio("map", kind, () => choose({map: kind}), kind)));
+  const select = $("groups").querySelector("select");
+  select.addEventListener("change", () => chooseGroup(Number(select.value)));
   const stage = $("stage");
   stage.addEventListener("pointermove", onPointer);
   stage.addEventListener("pointerdown", onPointer);

@@ -78,6 +78,7 @@ def page_of(data: dict) -> str:
     for name, content in (
         ("explorer.css", part("explorer.css")),
         ("sampling.js", part("sampling.js")),
+        ("elements.js", part("elements.js")),
         ("explorer.js", part("explorer.js")),
         ("data", text),
     ):

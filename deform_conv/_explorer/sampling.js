@@ -114,7 +114,9 @@ class Layer {
 /** The layer and those before it, down to the image, at most `count`. */
 function chain(layers, index, count) {
   const found = [];
-  for (let at = index; at !== null && found.length < count; at = layers[at].previous) found.push(at);
+  for (let at = index; at !== null && found.length < count; at = layers[at].previous) {
+    found.push(at);
+  }
   return found;
 }
 
@@ -146,7 +148,8 @@ const COLOURS = [
 /** The colour [r, g, b] of a share from 0 to 1. */
 function colour(share) {
   if (Number.isNaN(share)) return [128, 128, 128];
-  const at = clamped(share, 0, 1) * (COLOURS.length - 1), low = Math.min(Math.floor(at), COLOURS.length - 2);
+  const at = clamped(share, 0, 1) * (COLOURS.length - 1);
+  const low = Math.min(Math.floor(at), COLOURS.length - 2);
   return COLOURS[low].map(
     (value, index) => Math.round(value + (COLOURS[low + 1][index] - value) * (at - low)));
 }
