@@ -1,10 +1,11 @@
 """Where deformable convolution samples its input, in numbers."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
-from ._arguments import height_and_width, integer, padding_attributes, shown
+from ._arguments import converting, height_and_width, integer, padding_attributes, shown
 from ._reference import pad_before
 
 __all__ = ["sampling_locations"]
@@ -47,23 +48,28 @@ def sampling_locations(
       >>> sampling_locations(np.zeros([4, 4, 18]), 4, 3)[0, 0, 0, 2, 1]
       array([1., 0.])
     """
-    kernel = height_and_width(kernel_size, "kernel_size")
-    groups = integer(deform_groups, "deform_groups")
-    shape = np.shape(offset)
-    channels = 2 * groups * kernel[0] * kernel[1]
-    if len(shape) < 3 or shape[-1] != channels:
+    kernel, strides, dilations = (
+        _positive(height_and_width(value, name), name)
+        for value, name in (
+            (kernel_size, "kernel_size"),
+            (strides, "strides"),
+            (dilations, "dilations"),
+        )
+    )
+    (groups,) = _positive([integer(deform_groups, "deform_groups")], "deform_groups")
+    with converting(lambda: f"offset must be an array of real numbers. Received: {shown(offset)}"):
+        located = np.array(offset, np.float64)
+    *outer, received = located.shape or (0,)
+    channels = 2 * groups * math.prod(kernel)
+    if len(outer) < 2 or received != channels:
         raise ValueError(
             f"offset must be [..., OH, OW, {channels}], for 2 * deform_groups * {kernel[0]} * "
-            f"{kernel[1]} channels. Received: shape {shown(tuple(shape))}"
+            f"{kernel[1]} channels. Received: shape {located.shape}"
         )
-    located = np.array(offset, np.float64).reshape(*shape[:-1], groups, *kernel, 2)
+    located = located.reshape(*outer, groups, *kernel, 2)
     starts = grid_start(in_size, kernel, strides, padding, dilations)
-    strides, dilations = (
-        height_and_width(value, name)
-        for value, name in ((strides, "strides"), (dilations, "dilations"))
-    )
     for axis, start in enumerate(starts):
-        outputs, taps = np.arange(shape[axis - 3]), np.arange(kernel[axis])
+        outputs, taps = np.arange(outer[axis - 2]), np.arange(kernel[axis])
         along = start + outputs[:, np.newaxis] * strides[axis] + taps * dilations[axis]
         # The last dimensions are OH, OW, groups, KH, KW.
         sizes = np.ones(5, int)
@@ -72,24 +78,27 @@ def sampling_locations(
     return located
 
 
+def _positive(numbers: list[int], argument: str) -> list[int]:
+    if min(numbers) < 1:
+        raise ValueError(f"{argument} must be at least 1. Received: {shown(numbers)}")
+    return numbers
+
+
 def grid_start(in_size, kernel_size, strides, padding, dilations) -> list[int]:
-    """Where the first tap of the first output position is without an offset: (h, w) in pixels."""
-    in_size, kernel, strides, dilations = (
-        height_and_width(value, name)
-        for value, name in (
-            (in_size, "in_size"),
-            (kernel_size, "kernel_size"),
-            (strides, "strides"),
-            (dilations, "dilations"),
-        )
-    )
+    """Where the first tap of the first output position is without an offset: (h, w) in pixels.
+
+    `kernel_size`, `strides` and `dilations` are (h, w), the others as in `sampling_locations`.
+    """
+    in_size = _positive(height_and_width(in_size, "in_size"), "in_size")
     attributes = padding_attributes(padding)
     if "explicit_paddings" in attributes:
         numbers = attributes["explicit_paddings"]
         padding = list(zip(numbers[::2], numbers[1::2], strict=True))
     return [
-        -pad_before(padding, 1 + axis, in_size[axis], kernel[axis], strides[axis], dilations[axis])
-        for axis in range(2)
+        -pad_before(padding, 1 + axis, size, taps, stride, dilation)
+        for axis, (size, taps, stride, dilation) in enumerate(
+            zip(in_size, kernel_size, strides, dilations, strict=True)
+        )
     ]
 
 

@@ -121,7 +121,9 @@ def test_locations_are_those_of_the_op(kernel, strides, dilations, groups, paddi
     [
         ((np.zeros([4, 4, 17]), 4, 3), r"offset must be \[\.\.\., OH, OW, 18\].*\(4, 4, 17\)"),
         ((np.zeros([18]), 4, 3), "offset must be"),
+        (([["far"]], 4, 3), r"offset must be an array of real numbers\. Received: \[\['far'\]\]"),
         ((np.zeros([4, 4, 18]), "4", 3), "in_size must be"),
+        ((np.zeros([4, 4, 18]), 4, 3, 0), r"strides must be at least 1\. Received: \[0, 0\]"),
         ((np.zeros([4, 4, 18]), 4, 3, 1, "same"), "padding must be"),
     ],
 )
