@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -108,7 +107,9 @@ def main() -> None:
     write_file(still, png(frames[middle]))
     written = f"{arguments.output} and {still}"
     if arguments.html:
-        write_page(model, images[middle, ..., np.newaxis], arguments.html)
+        from deform_conv import explore  # needs the compiled library, as the model did
+
+        explore(model, images[middle, ..., np.newaxis], arguments.html)
         written = f"{arguments.output}, {still} and {arguments.html}"
     print(f"wrote {written}")
 
@@ -130,14 +131,6 @@ def samples_of_layer(offsets: list[np.ndarray], layer: int, position=None) -> Sa
     in_size = len(offsets[layer - 1]) if layer else IMAGE_SIZE
     stride = CONVOLUTIONS[layer][1]
     return samples_of(offsets[layer], in_size, KERNEL_SIZE, stride, IMAGE_SIZE, position)
-
-
-def write_page(model: keras.Model, image: np.ndarray, path: Path) -> None:
-    from deform_conv import explore
-
-    with tempfile.TemporaryDirectory() as folder:
-        page = explore(model, image, Path(folder, "page.html"))
-        write_file(path, page.read_bytes())
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ import math
 import operator
 import reprlib
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
@@ -147,19 +146,6 @@ def plain(value, argument: str):
     array = np.asarray(array)
     # Four pairs are the most that an attribute holds. A batch of images would be a very long list.
     return array.tolist() if array.size <= 8 else value
-
-
-def path_of_a_file(path) -> Path:
-    """Where a file can be written, as far as can be said before the work."""
-    try:
-        path = Path(path)
-    except TypeError:
-        raise ValueError(f"path must be that of a file. Received: {shown(path)}") from None
-    if path.is_dir() or not path.parent.is_dir():
-        raise ValueError(
-            f"path must be that of a file, in a folder that exists. Received: {shown(str(path))}"
-        )
-    return path
 
 
 def items(value, argument: str) -> list | None:

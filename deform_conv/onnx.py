@@ -7,17 +7,16 @@ tf2onnx by itself knows the op once both it and `deform_conv` are imported, so t
 import contextlib
 import itertools
 import logging
-import tempfile
 import types
 from collections.abc import Iterator
-from pathlib import Path
 
 import keras
 import numpy as np
 import tensorflow as tf
 from keras.src.export.export_utils import get_input_signature, make_tf_tensor_spec
 
-from ._arguments import converting, integer_or_none, path_of_a_file, shown
+from ._arguments import converting, integer_or_none, shown
+from ._files import path_of_a_file, replacing
 from ._layer_arguments import positive_number
 from ._offset_convolution import takes_empty
 
@@ -118,10 +117,8 @@ def export(
         if not difference <= tolerance:  # NaN is none either
             raise ArithmeticError(f"{comparison}. At most {tolerance:.2g} is allowed")
 
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        file = Path(folder, path.name)
+    with replacing(path) as file:
         onnx.save(proto, file)
-        file.replace(path)
     if verbose:
         print(f"{path}: opset {opset}. {comparison}")
     return difference

@@ -446,6 +446,8 @@ def test_unfitting_pictures_and_paths_are_refused(image, tmp_path):
     for path in (tmp_path, tmp_path / "none" / "page.html", 3):
         with pytest.raises(ValueError, match="path must be that of a file"):
             explore(two_layers(), image, path)
+    with pytest.raises(OSError):
+        explore(two_layers(), image, "/proc/page.html")
 
 
 # --- The figure ---

@@ -399,7 +399,9 @@ function hold(held) {
 const next = (values, value) => values[(values.indexOf(value) + 1) % values.length];
 
 function onKey(event) {
-  if (event.ctrlKey || event.altKey || event.metaKey) return;
+  if (event.ctrlKey || event.altKey || event.metaKey || event.target.closest("select")) return;
+  // The arrows are also those of radio buttons, and scroll the page.
+  if (event.key.startsWith("Arrow") && event.target !== $("stage")) return;
   const far = event.shiftKey ? 5 : 1, index = state.layer;
   const maps = [...$("maps").querySelectorAll("input:not(:disabled)")].map((input) => input.value);
   const actions = {
@@ -425,6 +427,7 @@ function chooseGroup(group) {
 
 function onPointer(event) {
   const touched = event.pointerType !== "mouse";
+  if (event.type === "pointerdown" && event.button !== 0) return;
   if (event.type === "pointermove" && (touched ? !event.buttons : state.held)) return;
   if (event.type === "pointerdown") hold(touched || !state.held);
   const area = svg.getBoundingClientRect();
@@ -463,7 +466,7 @@ function start() {
   const stage = $("stage");
   stage.addEventListener("pointermove", onPointer);
   stage.addEventListener("pointerdown", onPointer);
-  stage.addEventListener("keydown", onKey);
+  addEventListener("keydown", onKey);
   listLayers();
   drawMarks();
   followAddress();

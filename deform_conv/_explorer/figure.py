@@ -4,7 +4,8 @@ import itertools
 
 import numpy as np
 
-from .._arguments import integer_or_none, items, path_of_a_file, shown
+from .._arguments import integer_or_none, items, shown
+from .._files import path_of_a_file, replacing
 from .picture import picture_of
 from .record import Level, Recording, record, sample_levels
 
@@ -65,7 +66,8 @@ def plot_offsets(
     found = sample_levels(recording, index, position, count, groups)
     _draw(figure, recording, found, picture_of(recording, picture))
     if path is not None:
-        figure.savefig(path, dpi=_DOTS_PER_INCH)
+        with replacing(path) as file:
+            figure.savefig(file, dpi=_DOTS_PER_INCH)
     return figure
 
 

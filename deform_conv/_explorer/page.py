@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .._arguments import path_of_a_file
+from .._files import path_of_a_file, replacing
 from .picture import encoded, picture_of
 from .record import Recording, SampledLayer, record
 
@@ -61,7 +61,8 @@ def explore(model, image, path="offsets.html", *, picture=None) -> Path:
             "layers": _layers(recording),
         }
     )
-    path.write_text(page, encoding="utf-8")
+    with replacing(path) as file:
+        file.write_text(page, encoding="utf-8")
     return path
 
 
@@ -94,14 +95,16 @@ def _layers(recording: Recording) -> list[dict]:
 
 
 def _steps(layers: list[SampledLayer]) -> list[int]:
-    """Of each layer, every how manieth position is kept along both axes."""
+    """For each layer, 2 where every second position is kept along both axes, and so on."""
     steps = [1] * len(layers)
 
     def kept(index: int) -> int:
-        layer = layers[index]
-        rows, columns = (-(-size // steps[index]) for size in layer.out_size)
+        """The bytes of a layer; 0 of one position, since there are no fewer."""
+        layer, step = layers[index], steps[index]
+        positions = math.prod(-(-size // step) for size in layer.out_size)
         numbers = 2 if layer.mask is None else 3
-        return rows * columns * math.prod(layer.offset.shape[2:4]) * numbers * 2
+        per_position = math.prod(layer.offset.shape[2:4]) * numbers * 2
+        return positions * per_position if positions > 1 else 0
 
     while sum(map(kept, range(len(layers)))) > _LARGEST_DATA:
         steps[max(range(len(layers)), key=kept)] += 1
