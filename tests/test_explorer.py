@@ -581,13 +581,31 @@ def test_keys_and_touches_move_the_position(opened):
     assert browser.run(POSITION)[:2] == [2, 9]
 
 
+def test_zoom_shows_the_place_that_was_pointed_at(browser, rng, tmp_path):
+    layer = DeformableConv2D(2, 3, padding="same", **OFFSETS)
+    model = keras.Sequential([keras.Input((64, 48, 1)), layer])
+    image = rng.uniform(size=(64, 48, 1))
+    browser.emulate(1200, 900)
+    browser.open(explore(model, image, tmp_path / "page.html").as_uri())
+    point_at(browser, (40, 6), press=True)  # held there
+    before = browser.run(AREA)
+    browser.keys("z")
+    assert browser.run(AREA)["scale"] == pytest.approx(4 * before["scale"])
+    assert browser.run(POSITION)[:2] == [40, 6]
+    point_at(browser, (43, 7), press=True)  # lets it go
+    assert browser.run(POSITION)[:2] == [43, 7]
+    level = sample_levels(in_halves(record(model, image)), 0, (43, 7), 1, [0])[0]
+    check_drawn(browser, level, 1)
+    assert browser.messages() == []
+
+
 def test_samples_outside_and_nan_are_named(browser, image, tmp_path):
     model = two_layers()
     constant_offsets(model, (np.nan, 0), (-100, 0))
     path = explore(model, image, tmp_path / "page.html")
     for layer, text in (
         ("first", "tap (0, 0), whose offset is NaN; "),
-        ("second", "Outside second’s input of 6 × 8: tap (0, 0) at (−100.0, "),
+        ("second", "Outside second’s input of 6\u00a0×\u00a08: tap (0, 0) at (−100.0, "),
     ):
         browser.open("about:blank")
         browser.open(f"{path.as_uri()}#layer={layer}&at=0,0&levels=3&map=direction")

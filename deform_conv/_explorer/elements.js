@@ -21,9 +21,9 @@ function number(value, digits = 2) {
   return /^-0\.?0*$/.test(text) ? text.slice(1) : text.replace("-", "−");
 }
 const pair = (values, digits = 2) => values.map((value) => number(value, digits)).join(", ");
-const by = (values) => values.join(" × ");
+const by = (values) => values.join("\u00a0×\u00a0");
 const many = (count, noun) => `${count.toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;
-const share = (part, whole) => (whole ? `${number((100 * part) / whole, 1)} %` : "–");
+const share = (part, whole) => (whole ? `${number((100 * part) / whole, 1)}\u00a0%` : "–");
 
 function chart(title, drawing) {
   return element("figure", {}, element("figcaption", {}, title), drawing);

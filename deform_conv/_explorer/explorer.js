@@ -1,6 +1,7 @@
 // The page: what is shown, and what follows from pointing, keys and choices.
 
 const MAPS = ["none", "length", "direction", "mask"];
+const ZOOMS = [1, 4, 16], LEAST_SHOWN = 8;  // the least shown of the image, in pixels
 const MOST_LEVELS = 3, MOST_SAMPLES = 20000, MOST_NAMED = 6;
 /** Radii of the dots of a level, on the screen: of the last level shown, and of those before. */
 const RADII = [6, 4, 2.9];
@@ -10,7 +11,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const size = [data.height, data.width];
 const layers = data.layers.map((layer) => new Layer(layer, size));
 const margin = Math.max(1, 0.06 * Math.max(...size));
-/** The shown part of the plane: x, y, width, height, in pixels of the image. */
+/** What is shown without zoom: x, y, width, height, in pixels of the image. */
 const box = [-margin, -margin, size[1] + 2 * margin, size[0] + 2 * margin];
 
 const state = {
@@ -20,6 +21,7 @@ const state = {
   position: [0, 0],
   count: 1,
   map: "none",
+  zoom: 1,
   groups: layers.map(() => 0),
   held: false,
 };
@@ -44,8 +46,25 @@ $("stage").append(svg);
 $("stage").style.aspectRatio = `${box[2]} / ${box[3]}`;
 document.documentElement.style.setProperty("--shape", box[2] / box[3]);
 
+/** What is shown, as `box`. */
+let view = box;
+
 /** Pixels of the image for one of the screen. */
-const pixel = () => box[2] / ($("stage").clientWidth || 600);
+const pixel = () => view[2] / ($("stage").clientWidth || 600);
+
+/** Shows as much of the plane as the zoom does, around a place [h, w], and nothing beyond. */
+function look(place) {
+  const extent = [box[2] / state.zoom, box[3] / state.zoom];
+  const start = extent.map((length, i) => clamped(
+    place[1 - i] + 0.5 - length / 2, box[i], box[i] + box[i + 2] - length));
+  view = [...start, ...extent];
+  svg.setAttribute("viewBox", view.join(" "));
+}
+
+/** Whether a place [h, w] is within the middle of what is shown. */
+function inSight(place) {
+  return [0, 1].every((i) => Math.abs((place[1 - i] + 0.5 - view[i]) / view[i + 2] - 0.5) < 0.35);
+}
 
 /** The longest offset that has a colour of its own, in pixels of the image. */
 function longest() {
@@ -75,7 +94,7 @@ function drawn(sample, radius) {
 }
 
 function dot(layer, sample, level, last, unit, top) {
-  const radius = RADII[level] * unit * clamped(box[2] / unit / 600, 0.65, 1);
+  const radius = RADII[level] * unit * clamped(view[2] / unit / 600, 0.65, 1);
   const part = weight(layer, sample.mask);
   const [y, x] = sample.reads ? sample.pixel.map((along) => along + 0.5) : drawn(sample, radius);
   const kind = !sample.reads ? "outside" : last ? "last" : "before";
@@ -92,7 +111,9 @@ function dot(layer, sample, level, last, unit, top) {
 
 /** The output position's window, the regular grid in it, and lines to its samples. */
 function gridOf(layer, samples, unit) {
-  const middle = layer.middle(state.position), half = MARK * unit;
+  const middle = layer.middle(state.position);
+  const spacing = Math.min(...layer.dilation.map((step, axis) => step * layer.scale[axis]));
+  const half = Math.min(MARK * unit, 0.35 * spacing);
   const cell = layer.strides.map((stride, axis) => stride * layer.scale[axis]);
   const drawable = samples.filter((sample) => sample.pixel.every(Number.isFinite));
   const lines = drawable.map((sample) => {
@@ -334,6 +355,10 @@ function possibleCounts() {
     (count) => count === 1 || (count <= most && countOfSamples(count) <= MOST_SAMPLES));
 }
 
+function possibleZooms() {
+  return ZOOMS.filter((zoom) => zoom === 1 || Math.max(...size) / zoom >= LEAST_SHOWN);
+}
+
 function showControls() {
   const layer = layers[state.layer], possible = possibleCounts();
   for (const input of $("depths").querySelectorAll("input")) {
@@ -343,6 +368,9 @@ function showControls() {
   for (const input of $("maps").querySelectorAll("input")) {
     input.disabled = input.value === "mask" && layer.mask === null;
     input.checked = input.value === state.map;
+  }
+  for (const input of $("zooms").querySelectorAll("input")) {
+    input.checked = Number(input.value) === state.zoom;
   }
   for (const input of $("layers").querySelectorAll("input")) {
     input.checked = Number(input.value) === state.layer;
@@ -368,6 +396,7 @@ function choose(changes) {
   state.count = Math.max(...possibleCounts().filter((count) => count <= state.count));
   if (state.map === "mask" && layer.mask === null) state.map = "length";
   state.position = layer.positionAt(state.place);
+  if ("zoom" in changes || !inSight(state.place)) look(layer.middle(state.position));
   showControls();
   drawMap();
   showFigures();
@@ -388,6 +417,7 @@ function move(dy, dx) {
   state.position = layer.kept(state.position.map((at, axis) => at + steps[axis] * layer.step));
   state.place = layer.middle(state.position);
   hold(true);
+  if (!inSight(state.place)) look(state.place);
   draw();
 }
 
@@ -411,6 +441,7 @@ function onKey(event) {
     "]": () => choose({layer: Math.min(index + 1, layers.length - 1)}),
     g: () => chooseGroup((state.groups[index] + 1) % layers[index].groups),
     m: () => choose({map: next(maps, state.map)}),
+    z: () => choose({zoom: next(possibleZooms(), state.zoom)}),
     Escape: () => hold(false),
   };
   for (const count of [1, 2, 3]) {
@@ -432,8 +463,8 @@ function onPointer(event) {
   if (event.type === "pointerdown") hold(touched || !state.held);
   const area = svg.getBoundingClientRect();
   point([
-    box[1] + ((event.clientY - area.top) / area.height) * box[3] - 0.5,
-    box[0] + ((event.clientX - area.left) / area.width) * box[2] - 0.5,
+    view[1] + ((event.clientY - area.top) / area.height) * view[3] - 0.5,
+    view[0] + ((event.clientX - area.left) / area.width) * view[2] - 0.5,
   ]);
 }
 
@@ -461,6 +492,9 @@ function start() {
     radio("count", count, () => choose({count}), `${count}`)));
   $("maps").append(...MAPS.map((kind) =>
     radio("map", kind, () => choose({map: kind}), kind)));
+  $("zooms").append(...possibleZooms().map((zoom) =>
+    radio("zoom", zoom, () => choose({zoom}), `${zoom}×`)));
+  $("zooms").hidden = possibleZooms().length === 1;
   const select = $("groups").querySelector("select");
   select.addEventListener("change", () => chooseGroup(Number(select.value)));
   const stage = $("stage");
