@@ -123,10 +123,10 @@ function gridOf(layer, samples, unit) {
   const marks = samples.map(({regularPixel: [y, x]}) =>
     `M${x + 0.5 - half} ${y + 0.5 - half}h${2 * half}v${2 * half}h${-2 * half}z`).join("");
   return [
-    shape("rect", {
+    ...["halo", "position"].map((kind) => shape("rect", {
       x: middle[1] + 0.5 - cell[1] / 2, y: middle[0] + 0.5 - cell[0] / 2,
-      width: cell[1], height: cell[0], class: "position",
-    }),
+      width: cell[1], height: cell[0], class: kind,
+    })),
     ...["halo", "line"].map((kind) => shape("path", {d: lines, class: kind})),
     ...["halo", "grid"].map((kind) => shape("path", {d: marks, class: kind})),
   ];
