@@ -3,8 +3,10 @@
 
 Feeds scaled and rotated versions of img/test_img.png to the trained network and draws, for its
 first two deformable layers, the actual sampling locations on the enlarged input image, only those
-that an offset moved by more than a threshold. Writes img/offset_viz.gif, and its middle frame as
-a .png beside it.
+that an offset moved by more than a threshold. Beside them are the nine samples of one output
+position of the third, which moves, joined to the places of the regular grid. Writes
+img/offset_viz.gif, and its middle frame as a .png beside it; with --html, also a page to explore
+the offsets in that frame's image.
 """
 
 import argparse
@@ -31,12 +33,14 @@ from utils.model import (
     load_model,
     offsets_of,
 )
-from utils.visualization import Panel, draw_frame, gif, png, sampling_locations
+from utils.visualization import Panel, Samples, draw_frame, gif, png, samples_of
 
 LAYERS = 2
 LARGEST_ZOOM = 2.0
 LARGEST_ANGLE = 30.0
 FRAME_MILLISECONDS = 100
+# The output position goes round the middle, on a circle of this radius in positions.
+CIRCLE = 2.8
 # Offsets beyond this have the colour of this one.
 FARTHEST = 2.0
 
@@ -61,6 +65,7 @@ def main() -> None:
         default=60,
         help="default: %(default)s",
     )
+    add("--html", type=Path, metavar="FILE", help="also a page to explore the offsets, a .html")
     add("--checkpoint-dir", type=Path, default=CHECKPOINTS, help="by default checkpoint/")
     arguments = parser.parse_args()
     thresholds = arguments.threshold * (LAYERS if len(arguments.threshold) == 1 else 1)
@@ -68,11 +73,16 @@ def main() -> None:
         parser.error(f"--threshold takes 1 or {LAYERS} numbers, got {len(thresholds)}")
     if arguments.output.suffix != ".gif":
         parser.error(f"--output must end in .gif, got {arguments.output}")
+    if arguments.html and arguments.html.suffix != ".html":
+        parser.error(f"--html must end in .html, got {arguments.html}")
     still = arguments.output.with_suffix(".png")
-    for output in (arguments.output, still):
+    outputs = {"--output": arguments.output, "the picture": still, "--html": arguments.html}
+    for name, output in outputs.items():
+        if output is None:
+            continue
         try:
-            refuse_overwriting("--output", output, {"--image": arguments.image})
-            refuse_overwriting("--image", arguments.image, {"--output": output})
+            refuse_overwriting(name, output, {"--image": arguments.image})
+            refuse_overwriting("--image", arguments.image, {name: output})
         except UserError as error:
             parser.error(str(error))
         check_writable(output)
@@ -81,26 +91,46 @@ def main() -> None:
     model = load_model(DEFORM, folder=arguments.checkpoint_dir)
     images = np.stack([warp(digit, matrix) for matrix in transformations(arguments.frames)])
     offsets = [
-        offsets_of(model, name, images[..., np.newaxis]) for name in CONVOLUTION_NAMES[:LAYERS]
+        offsets_of(model, name, images[..., np.newaxis]) for name in CONVOLUTION_NAMES[: LAYERS + 1]
     ]
     frames = []
     progress = keras.utils.Progbar(len(images), unit_name="frame")
-    for index in range(len(images)):
-        panels = []
-        for layer in range(LAYERS):
-            # Both layers see a 28x28 input, so their pixels are those of the image.
-            samples = sampling_locations(
-                offsets[layer][index], IMAGE_SIZE, KERNEL_SIZE, CONVOLUTIONS[layer][1]
-            )
-            threshold = thresholds[layer]
-            title = f"deformable layer {layer + 1}: offsets above {threshold:g} px"
-            panels.append(Panel(title, samples.beyond(threshold)))
-        frames.append(draw_frame(images[index], panels, FARTHEST))
+    for index, image in enumerate(images):
+        panels = panels_of(
+            [of_layer[index] for of_layer in offsets], thresholds, index / len(images)
+        )
+        frames.append(draw_frame(image, panels, FARTHEST))
         progress.add(1)
 
+    middle = len(frames) // 2
     write_file(arguments.output, gif(frames, FRAME_MILLISECONDS))
-    write_file(still, png(frames[len(frames) // 2]))
-    print(f"wrote {arguments.output} and {still}")
+    write_file(still, png(frames[middle]))
+    written = f"{arguments.output} and {still}"
+    if arguments.html:
+        from deform_conv import explore  # needs the compiled library, as the model did
+
+        explore(model, images[middle, ..., np.newaxis], arguments.html)
+        written = f"{arguments.output}, {still} and {arguments.html}"
+    print(f"wrote {written}")
+
+
+def panels_of(offsets: list[np.ndarray], thresholds: list[float], time: float) -> list[Panel]:
+    """The panels of one frame, from the offsets of each layer, at a time from 0 to 1."""
+    panels = []
+    for layer, threshold in enumerate(thresholds):
+        samples = samples_of_layer(offsets, layer).beyond(threshold)
+        title = f"deformable layer {layer + 1}: offsets above {threshold:g} px"
+        panels.append(Panel(title, samples))
+    angle, middle = 2 * np.pi * time, (len(offsets[LAYERS]) - 1) / 2
+    around = middle + CIRCLE * np.array([-np.cos(angle), np.sin(angle)])
+    one = samples_of_layer(offsets, LAYERS, position=tuple(np.rint(around).astype(int)))
+    return [*panels, Panel(f"deformable layer {LAYERS + 1}: one position", one, with_grid=True)]
+
+
+def samples_of_layer(offsets: list[np.ndarray], layer: int, position=None) -> Samples:
+    in_size = len(offsets[layer - 1]) if layer else IMAGE_SIZE
+    stride = CONVOLUTIONS[layer][1]
+    return samples_of(offsets[layer], in_size, KERNEL_SIZE, stride, IMAGE_SIZE, position)
 
 
 @contextlib.contextmanager

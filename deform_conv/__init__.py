@@ -2,9 +2,11 @@
 
 from deform_conv import deform_conv1d, deform_conv2d, deform_conv3d
 from deform_conv import deform_aggregate2d, deform_depthwise_conv2d, deformable, from_torch
+from deform_conv import explore, plot_offsets, sampling_locations
 from deform_conv.layers import DeformableConv1D, DeformableConv2D
 
-`deformable`, `from_torch` and `layers` need Keras, and import it when they are first asked for.
+`deformable`, `explore`, `from_torch`, `layers` and `plot_offsets` need Keras, and import it when
+they are first asked for.
 """
 
 import importlib as _importlib
@@ -13,6 +15,7 @@ import typing as _typing
 __version__ = "0.2.0"  # before the imports: the loader of the library reads it
 
 from ._library import library_path, xla_kernels_loaded
+from ._locations import sampling_locations
 from ._one_dimension import deform_conv1d
 from ._portable import portable
 from .ops import deform_aggregate2d, deform_conv2d, deform_depthwise_conv2d
@@ -20,6 +23,8 @@ from .ops3d import deform_conv3d
 
 if _typing.TYPE_CHECKING:
     from . import layers as layers
+    from ._explorer import explore as explore
+    from ._explorer import plot_offsets as plot_offsets
     from .convert import deformable as deformable
     from .torch import from_torch as from_torch
 
@@ -33,20 +38,28 @@ __all__ = [
     "deform_depthwise_conv2d",
     "library_path",
     "portable",
+    "sampling_locations",
     "xla_kernels_loaded",
 ]
 
 
+# Where the names that need Keras are.
+_OF_KERAS = {
+    "deformable": ".convert",
+    "explore": "._explorer",
+    "from_torch": ".torch",
+    "layers": ".layers",
+    "plot_offsets": "._explorer",
+}
+
+
 def __getattr__(name: str):
     """Imports what needs Keras when it is first asked for."""
-    if name == "layers":
-        return _importlib.import_module(".layers", __name__)
-    if name == "deformable":
-        return _importlib.import_module(".convert", __name__).deformable
-    if name == "from_torch":
-        return _importlib.import_module(".torch", __name__).from_torch
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _OF_KERAS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = _importlib.import_module(_OF_KERAS[name], __name__)
+    return module if name == "layers" else getattr(module, name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), "deformable", "from_torch", "layers"})
+    return sorted({*globals(), *_OF_KERAS})

@@ -114,11 +114,11 @@ def _from_samples(
     g, tap = channel // taps, channel % taps
     located = []
     for axis in reversed(range(axes)):  # the last one varies fastest
-        pad_before = _pad_before(
+        before = pad_before(
             padding, axis + 1, in_size[axis], kernel[axis], strides[axis], dilations[axis]
         )
         at = tf.reshape(tf.range(out_size[axis]), [-1] + [1] * (axes - axis))
-        base = at * strides[axis] - pad_before + tap % kernel[axis] * dilations[axis]
+        base = at * strides[axis] - before + tap % kernel[axis] * dilations[axis]
         located.insert(0, _locate(base, offset[..., axis::axes], in_size[axis]))
         tap = tap // kernel[axis]
     if mask is not None:
@@ -220,11 +220,13 @@ def _spatial(value, data_format):
     return tuple(value) if len(value) == axes else (value[0],) * axes
 
 
-def _pad_before(padding, axis, size, kernel, stride, dilation):
+def pad_before(padding, axis, size, kernel, stride, dilation):
     if padding == "VALID":
         return 0
     if padding != "SAME":
         return padding[axis][0]
     # Rounds up by a division of what is not negative: tf2onnx rounds others towards zero.
     out = (size - 1) // stride + 1
-    return tf.maximum((out - 1) * stride + (kernel - 1) * dilation + 1 - size, 0) // 2
+    padding = (out - 1) * stride + (kernel - 1) * dilation + 1 - size
+    padding = max(padding, 0) if isinstance(size, int) else tf.maximum(padding, 0)
+    return padding // 2

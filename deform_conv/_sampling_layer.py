@@ -1,5 +1,9 @@
 """What layers share that compute where they sample their inputs."""
 
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+
 import keras
 import tensorflow as tf
 
@@ -9,6 +13,21 @@ from ._layer_arguments import boolean, dtype_policy, one_of, tensor
 _KERAS_FORMATS = ("channels_last", "channels_first")
 _INPUTS = {1: "sequences", 2: "images"}
 _COMPUTE_DTYPES = ("float32", "float64", "float16", "bfloat16")
+
+_observer = contextvars.ContextVar("observer", default=None)
+
+
+@contextlib.contextmanager
+def observing(observer: Callable) -> Iterator[None]:
+    """A context in which `observer(layer, inputs, outputs)` is told of each call of such a layer.
+
+    So it finds the layers of any model, wherever they are in it.
+    """
+    token = _observer.set(observer)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
 
 
 class SamplingLayer:
@@ -152,7 +171,11 @@ class SamplingLayer:
             )
         if returns != "outputs":
             return self._prediction(returns, inputs)
-        return super().__call__(self._tensors(inputs), *args, **kwargs)
+        inputs = self._tensors(inputs)
+        outputs = super().__call__(inputs, *args, **kwargs)
+        if observer := _observer.get():
+            observer(self, inputs, outputs)
+        return outputs
 
     def _tensors(self, inputs):
         """The layer's inputs as tensors of numbers, symbolic or not."""

@@ -7,10 +7,8 @@ tf2onnx by itself knows the op once both it and `deform_conv` are imported, so t
 import contextlib
 import itertools
 import logging
-import tempfile
 import types
 from collections.abc import Iterator
-from pathlib import Path
 
 import keras
 import numpy as np
@@ -18,6 +16,7 @@ import tensorflow as tf
 from keras.src.export.export_utils import get_input_signature, make_tf_tensor_spec
 
 from ._arguments import converting, integer_or_none, shown
+from ._files import path_of_a_file, replacing
 from ._layer_arguments import positive_number
 from ._offset_convolution import takes_empty
 
@@ -107,7 +106,7 @@ def export(
         )
     if tolerance is not None:
         tolerance = positive_number(tolerance, "tolerance")
-    path = _path_of_a_file(path)
+    path = path_of_a_file(path)
     signature = _signature(model, input_signature)
     proto = _converted(model, signature, opset)
     onnx.checker.check_model(proto, full_check=True)
@@ -118,25 +117,11 @@ def export(
         if not difference <= tolerance:  # NaN is none either
             raise ArithmeticError(f"{comparison}. At most {tolerance:.2g} is allowed")
 
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        file = Path(folder, path.name)
+    with replacing(path) as file:
         onnx.save(proto, file)
-        file.replace(path)
     if verbose:
         print(f"{path}: opset {opset}. {comparison}")
     return difference
-
-
-def _path_of_a_file(path) -> Path:
-    try:
-        path = Path(path)
-    except TypeError:
-        raise ValueError(f"path must be that of a file. Received: {shown(path)}") from None
-    if path.is_dir() or not path.parent.is_dir():
-        raise ValueError(
-            f"path must be that of a file, in a folder that exists. Received: {shown(str(path))}"
-        )
-    return path
 
 
 def _signature(model, given) -> list:

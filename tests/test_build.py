@@ -163,7 +163,10 @@ def test_wheel_of_the_python_alone_is_for_any_platform_and_needs_no_tensorflow(
     assert name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(no_environment / name) as wheel:
         modules = {file for file in wheel.namelist() if file.startswith("deform_conv/")}
-    assert modules == {f"deform_conv/{file.name}" for file in PROJECT.glob("deform_conv/*.py")}
+    package = PROJECT / "deform_conv"
+    sources = [*package.rglob("*.py"), *package.glob("_explorer/*.*")]
+    assert modules == {str(file.relative_to(PROJECT)) for file in sources}
+    assert "deform_conv/_explorer/explorer.html" in modules
 
 
 # --- What the scripts print ---

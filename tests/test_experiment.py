@@ -22,7 +22,7 @@ from utils.model import (
 )
 from utils.training import accuracy
 from utils.tuning import copy_weights, frozen_variables
-from utils.visualization import sampling_locations
+from utils.visualization import samples_of
 
 # --- Scaled MNIST ---
 
@@ -222,32 +222,26 @@ def test_evaluation_prints_the_table(trained):
     assert re.search(r"scaled MNIST +\d+\.\d\d \(59\.32\) +\d+\.\d\d \(98\.22\)", printed)
 
 
-def test_sampling_locations_are_those_of_the_op(rng):
-    """A ramp image read at the locations gives what the op samples."""
-    from deform_conv import deform_conv2d
-
-    for stride in (1, 2):
-        out = -(-28 // stride)
-        offset = rng.uniform(-1, 1, (out, out, 18))
-        ramp = np.stack(np.meshgrid(np.arange(28.0), np.arange(28.0), indexing="ij"), axis=-1)
-        # Tap k alone, for both coordinates; inside the image, where the ramp is linear.
-        locations = sampling_locations(offset, 28, 3, stride).positions.reshape(out, out, 9, 2)
-        for tap in range(9):
-            filters = np.zeros((9, 2, 2))
-            filters[tap] = np.eye(2)
-            sampled = deform_conv2d(
-                ramp[np.newaxis], filters.reshape(3, 3, 2, 2), offset[np.newaxis], strides=stride
-            )
-            expected = locations[2:-2, 2:-2, tap]
-            np.testing.assert_allclose(sampled[0, 2:-2, 2:-2], expected, atol=1e-9)
+def test_samples_are_placed_in_the_image():
+    """Those of a layer whose pixels are 2x2 of the image, by offsets of (1, 0)."""
+    offset = np.tile([1.0, 0.0], [7, 7, 9])
+    samples = samples_of(offset, in_size=14, kernel_size=3, stride=2, image_size=28)
+    assert samples.positions.shape == samples.regular.shape == (7 * 7 * 9, 2)
+    np.testing.assert_array_equal(samples.distances, 1)
+    np.testing.assert_array_equal(samples.positions - samples.regular, np.tile([2, 0], (441, 1)))
+    one = samples_of(offset, 14, 3, 2, 28, position=(0, 3))
+    assert list(one.regular[0]) == [0.5, 12.5]  # the middle of the squares of pixel (0, 6)
+    assert len(samples.beyond(0.9).positions) == 441
+    assert len(samples.beyond(1).positions) == 0
 
 
-def test_plot_writes_an_animation_and_a_still(tmp_path):
-    output = tmp_path / "new" / "viz.gif"
-    script("plot_conv_test.py", "--frames", 3, "--output", output)
+def test_plot_writes_an_animation_a_still_and_a_page(tmp_path):
+    output, page = tmp_path / "new" / "viz.gif", tmp_path / "pages" / "viz.html"
+    script("plot_conv_test.py", "--frames", 3, "--output", output, "--html", page)
     with Image.open(output) as animation, Image.open(output.with_suffix(".png")) as still:
         assert animation.n_frames == 3
         assert animation.size == still.size
+    assert page.read_text().startswith("<!doctype html>")
 
 
 def test_plot_resizes_other_images_with_a_notice(tmp_path):

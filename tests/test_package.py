@@ -126,10 +126,12 @@ assert "keras" in failed_import("deform_conv.layers")
 def test_what_needs_keras_is_imported_when_it_is_asked_for(tmp_path):
     program = """
 import deform_conv
-assert {"deformable", "layers"} <= set(dir(deform_conv))
-assert not {"deform_conv.convert", "deform_conv.layers"} & set(sys.modules)
+assert {"deformable", "explore", "layers", "plot_offsets"} <= set(dir(deform_conv))
+modules = {"deform_conv.convert", "deform_conv.layers", "deform_conv._explorer"}
+assert not modules & set(sys.modules)
 assert deform_conv.layers is sys.modules["deform_conv.layers"]
 assert deform_conv.deformable is sys.modules["deform_conv.convert"].deformable
+assert deform_conv.explore is sys.modules["deform_conv._explorer"].explore
 """
     run_in(tmp_path, program, PYTHONPATH=PROJECT)
 

@@ -12,39 +12,62 @@ matplotlib.use("Agg")  # no window, no display
 from matplotlib import pyplot as plt
 from PIL import Image
 
+PANEL_INCHES = 3.6
+GRID_COLOUR = "tab:cyan"  # seen on black and on white
+
 
 class Samples(NamedTuple):
-    """Samples of one layer in one image: positions (h, w) `[S, 2]` in pixels of the layer's input,
-    and how far `[S]` the offsets moved them there."""
+    """Samples of one layer in one image.
+
+    Attributes:
+      positions: (h, w) in pixels of the image, `[S, 2]`.
+      regular: the places of the regular grid that the offsets moved them from, likewise.
+      distances: how far they did, `[S]` in pixels of the layer's input.
+    """
 
     positions: np.ndarray
+    regular: np.ndarray
     distances: np.ndarray
 
     def beyond(self, threshold: float) -> "Samples":
         """Those that were moved by more than `threshold` pixels."""
         chosen = self.distances > threshold
-        return Samples(self.positions[chosen], self.distances[chosen])
+        return Samples(*(values[chosen] for values in self))
 
 
-def sampling_locations(offset: np.ndarray, in_size: int, kernel_size: int, stride: int) -> Samples:
-    """The places where a SAME convolution with one deformable group samples a square input.
+def samples_of(
+    offset: np.ndarray,
+    in_size: int,
+    kernel_size: int,
+    stride: int,
+    image_size: int,
+    position: tuple[int, int] | None = None,
+) -> Samples:
+    """The samples that a SAME convolution with one deformable group takes of a square input.
 
     Args:
       offset: `[OH, OW, 2 * kernel_size**2]`, one image's.
       in_size: height and width of the layer's input, in pixels.
       kernel_size: height and width of the kernel.
       stride: along both axes.
+      image_size: height and width of the image, in pixels.
+      position: (y, x) of the one output position whose samples these are; None for all.
     """
-    out_size = offset.shape[0]
-    offset = offset.reshape(out_size, out_size, kernel_size, kernel_size, 2)
-    pad_before = max((out_size - 1) * stride + kernel_size - in_size, 0) // 2
-    starts, taps = np.arange(out_size) * stride - pad_before, np.arange(kernel_size)
-    along = starts[:, np.newaxis] + taps  # [out, tap]
-    grid = np.stack(
-        np.broadcast_arrays(along[:, np.newaxis, :, np.newaxis], along[np.newaxis, :, np.newaxis]),
-        axis=-1,
-    )  # [y, x, ky, kx, {h, w}]
-    return Samples((grid + offset).reshape(-1, 2), np.linalg.norm(offset, axis=-1).reshape(-1))
+    # Needs the compiled library, and a script tells in one line where there is none.
+    from deform_conv import sampling_locations
+    from deform_conv._locations import rescaled
+
+    chosen = ... if position is None else position
+    moved, regular = (
+        sampling_locations(each, in_size, kernel_size, stride)[chosen].reshape(-1, 2)
+        for each in (offset, np.zeros_like(offset))
+    )
+    sizes = [in_size] * 2, [image_size] * 2
+    return Samples(
+        rescaled(moved, *sizes),
+        rescaled(regular, *sizes),
+        np.linalg.norm(moved - regular, axis=-1),
+    )
 
 
 class Panel(NamedTuple):
@@ -52,6 +75,7 @@ class Panel(NamedTuple):
 
     title: str
     samples: Samples
+    with_grid: bool = False  # and lines from its places to the samples
 
 
 def draw_frame(image: np.ndarray, panels: Sequence[Panel], farthest: float) -> Image.Image:
@@ -61,20 +85,26 @@ def draw_frame(image: np.ndarray, panels: Sequence[Panel], farthest: float) -> I
     """
     height, width = image.shape
     figure, axes = plt.subplots(
-        1, len(panels), figsize=(4 * len(panels) + 0.9, 4.5), dpi=100, layout="constrained"
+        1,
+        len(panels),
+        figsize=(PANEL_INCHES * len(panels) + 0.9, PANEL_INCHES + 0.1),
+        dpi=100,
+        layout="constrained",
     )
-    for axis, (title, samples) in zip(np.atleast_1d(axes), panels, strict=True):
+    for axis, (title, samples, with_grid) in zip(np.atleast_1d(axes), panels, strict=True):
         axis.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        if with_grid:
+            _draw_grid(axis, samples)
         dots = axis.scatter(
-            samples.positions[:, 1],
-            samples.positions[:, 0],
+            *samples.positions.T[::-1],
             c=samples.distances,
-            s=9,
+            s=40 if with_grid else 9,
             linewidths=0,
-            alpha=0.85,
+            alpha=1 if with_grid else 0.85,
             cmap="plasma",
             vmin=0,
             vmax=farthest,
+            zorder=3,
         )
         axis.set_xlim(-0.5, width - 0.5)
         axis.set_ylim(height - 0.5, -0.5)
@@ -86,6 +116,14 @@ def draw_frame(image: np.ndarray, panels: Sequence[Panel], farthest: float) -> I
     figure.savefig(buffer, format="png")
     plt.close(figure)
     return Image.open(buffer).convert("RGB")
+
+
+def _draw_grid(axis, samples: Samples) -> None:
+    """The places of the regular grid, and lines to the samples."""
+    ends = np.stack([samples.regular, samples.positions])  # [2, S, 2]
+    style = {"color": GRID_COLOUR, "zorder": 2}
+    axis.plot(ends[..., 1], ends[..., 0], linewidth=1.6, **style)
+    axis.plot(*samples.regular.T[::-1], "s", markersize=5, fillstyle="none", **style)
 
 
 def gif(frames: Sequence[Image.Image], milliseconds: int) -> bytes:
