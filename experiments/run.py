@@ -19,7 +19,14 @@ from experiments import datasets, results
 from experiments.arms import ARMS, BATCH_SIZE, EPOCHS, SHIFTS, STATISTICS, TRAINED_REGULAR, Run
 from experiments.networks import build
 from experiments.offsets import OffsetStatistics
-from experiments.training import DeviceDigits, Predictor, reestimate_statistics, train
+from experiments.training import (
+    JIT_CHOICES,
+    NOTHING,
+    DeviceDigits,
+    Predictor,
+    reestimate_statistics,
+    train,
+)
 from utils.cli import PROJECT, UserError, number, run
 from utils.mnist import scaled_test_digits
 from utils.model import REGULAR, load_model, save_weights
@@ -63,7 +70,12 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         default=datasets.FASHION_FOLDER,
         help="the folder of Fashion-MNIST's four files (default: %(default)s)",
     )
-    add("--jit-compile", action="store_true", help="let XLA compile the training step")
+    add(
+        "--jit-compile",
+        choices=JIT_CHOICES,
+        default=NOTHING,
+        help="what of a training step XLA compiles (default: %(default)s)",
+    )
 
 
 def settings_of(options: argparse.Namespace) -> dict:

@@ -17,7 +17,15 @@ from experiments.networks import build, parameters_of, wide_convolutions
 from experiments.offsets import OffsetStatistics
 from experiments.report import PAGE, RESULTS, page_of
 from experiments.study import Study
-from experiments.training import DeviceDigits, Predictor, reestimate_statistics, scaled, train
+from experiments.training import (
+    NOTHING,
+    OPTIMIZER,
+    DeviceDigits,
+    Predictor,
+    reestimate_statistics,
+    scaled,
+    train,
+)
 from utils import mnist
 from utils.cli import UserError
 from utils.model import CONVOLUTION_NAMES, DEFORM, REGULAR, build_model, load_model
@@ -200,17 +208,18 @@ def test_gradients_reach_the_modules_of_other_versions(name, digits):
 def test_averaging_and_distillation_change_what_is_learned(regular, digits):
     teacher_logits = Predictor(regular).logits(DeviceDigits.of(digits))
 
-    def kernel_after(**recipe):
+    def kernel_after(jit_compile=NOTHING, **recipe):
         arm = ARMS["offsets-v1"]
         model = build(arm, regular, digits.images[:20], seed=1)
         train(
             model, DeviceDigits.of(digits), dataclasses.replace(arm.recipe, **recipe), epochs=1,
             batch_size=50, shift=1.0, seed=1, teacher_logits=teacher_logits,
+            jit_compile=jit_compile,
         )  # fmt: skip
         return model.get_layer("conv4").offset_conv.kernel.numpy()
 
     plain = kernel_after()
-    np.testing.assert_allclose(kernel_after(), plain, atol=1e-4)
+    np.testing.assert_allclose(kernel_after(OPTIMIZER), plain, atol=1e-4)  # by XLA
     # The average lags behind: it is closer to the zeros that the kernels start from.
     assert np.abs(kernel_after(average=0.9)).mean() < 0.9 * np.abs(plain).mean()
     assert np.abs(kernel_after(distillation=0.9) - plain).max() > 1e-3
