@@ -97,11 +97,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=_parse, help="DATASET-ARM-shiftSHIFT-seedSEED")
+    parser.add_argument("run", type=_run, help="DATASET-ARM-shiftSHIFT-seedSEED")
     add_run_options(parser)
     options = parser.parse_args()
     use_devices()
     do(options.run, options)
+
+
+def _run(name: str) -> Run:
+    try:
+        return Run.of(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def use_devices(threads: int | None = None) -> None:
@@ -114,15 +121,6 @@ def use_devices(threads: int | None = None) -> None:
     if threads:
         tf.config.threading.set_intra_op_parallelism_threads(threads)
         tf.config.threading.set_inter_op_parallelism_threads(threads)
-
-
-def _parse(text: str) -> Run:
-    dataset, _, rest = text.partition("-")
-    arm, _, numbers = rest.rpartition("-shift")
-    shift, _, seed = numbers.partition("-seed")
-    if dataset not in datasets.DATASETS or arm not in ARMS:
-        raise argparse.ArgumentTypeError(f"there is no {dataset} or no {arm}")
-    return Run(dataset, arm, float(shift), int(seed))
 
 
 def do(asked: Run, options: argparse.Namespace) -> None:

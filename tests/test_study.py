@@ -167,6 +167,11 @@ def test_every_arm_is_planned_and_follows_what_it_starts_from():
         assert run.regular is None or run.regular in runs[:index]
 
 
+def test_run_is_known_by_its_name():
+    for run in plan():
+        assert Run.of(run.name) == run
+
+
 def test_runs_are_chosen_by_patterns():
     runs = chosen(["mnist"], ["offsets-v*"], [1.0], [7])
     assert [run.name for run in runs] == [
@@ -442,6 +447,7 @@ def test_report_is_made_of_the_records_alone(tmp_path):
     }.items():
         for seed, percent in enumerate(accuracies, start=1):
             results.write(tmp_path / f"{arm}{seed}.json", record(arm, seed, float(percent)))
+    results.write(tmp_path / "hard.json", record("offsets-v1", 1, 91.0, shift=5.6))
     page = tmp_path / "page.md"
     markers = "<!-- written by experiments/report.py -->\nold\n<!-- to here -->\n"
     page.write_text(f"Before.\n{markers}After.\n")
@@ -454,6 +460,9 @@ def test_report_is_made_of_the_records_alone(tmp_path):
     assert f"| offsets only, version 1 | {cells}" in text
     assert "| version 1 | 1,000 of 2,000 | 99.00 | 90.00 | 99.00 | 1 |" in text
     assert "| offsets only, version 1, conv2 | 0.50 ± 0.00 | 3.50 ± 0.71 |" in text
+    _, hard = text.split("trained with shifts of up to 5.6 pixels")
+    assert "| offsets only, version 1 | 1,000 of 2,000 | 91.00 | 90.00 | 99.00 | 1 |" in hard
+    assert "| regular, on unscaled images | 1,000 of 2,000 | 61.00 ± 1.41 |" in hard
     assert "0123  a file" in text
     assert "Fashion" not in text
     for plot in ("mnist-zoom.png", "mnist-offsets.png"):
