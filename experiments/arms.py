@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from experiments.datasets import FASHION, MNIST
+from experiments.datasets import DATASETS, FASHION, MNIST
 from utils.cli import UserError
 from utils.mnist import EASY_SHIFT, HARD_SHIFT
 from utils.model import (
@@ -167,6 +167,20 @@ class Run(NamedTuple):
     @property
     def name(self) -> str:
         return f"{self.dataset}-{self.arm}-shift{self.shift:g}-seed{self.seed}"
+
+    @classmethod
+    def of(cls, name: str) -> "Run":
+        """The run of a name.
+
+        Raises:
+          ValueError: no run has it.
+        """
+        dataset, _, rest = name.partition("-")
+        arm, _, numbers = rest.rpartition("-shift")
+        shift, _, seed = numbers.partition("-seed")
+        if dataset not in DATASETS or arm not in ARMS or shift not in map("{:g}".format, SHIFTS):
+            raise ValueError(f"there is no run {name}; mnist-regular-shift1-seed1 is one")
+        return cls(dataset, arm, float(shift), int(seed))
 
     @property
     def regular(self) -> "Run | None":

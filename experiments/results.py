@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -40,12 +41,15 @@ def environment() -> dict:
 
 
 def _gpu() -> str | None:
-    """Name and driver of the first GPU that TensorFlow sees, or None."""
+    """Name of the first GPU that TensorFlow sees, and driver where that is known; or None."""
     gpus = tf.config.list_physical_devices("GPU")
     if not gpus:
         return None
     name = tf.config.experimental.get_device_details(gpus[0]).get("device_name", "unknown GPU")
-    return f"{name}, driver {driver_version()}"
+    try:
+        return f"{name}, driver {driver_version()}"
+    except (OSError, subprocess.CalledProcessError, IndexError):  # there is no nvidia-smi
+        return name
 
 
 def write(path: Path, record: dict) -> None:

@@ -19,7 +19,14 @@ from experiments import datasets, results
 from experiments.arms import ARMS, BATCH_SIZE, EPOCHS, SHIFTS, STATISTICS, TRAINED_REGULAR, Run
 from experiments.networks import build
 from experiments.offsets import OffsetStatistics
-from experiments.training import DeviceDigits, Predictor, reestimate_statistics, train
+from experiments.training import (
+    JIT_CHOICES,
+    NOTHING,
+    DeviceDigits,
+    Predictor,
+    reestimate_statistics,
+    train,
+)
 from experiments.workers import use_devices
 from utils.cli import PROJECT, UserError, number, run
 from utils.mnist import scaled_test_digits
@@ -64,7 +71,12 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         default=datasets.FASHION_FOLDER,
         help="the folder of Fashion-MNIST's four files (default: %(default)s)",
     )
-    add("--jit-compile", action="store_true", help="let XLA compile the training step")
+    add(
+        "--jit-compile",
+        choices=JIT_CHOICES,
+        default=NOTHING,
+        help="what of a training step XLA compiles (default: %(default)s)",
+    )
 
 
 def settings_of(options: argparse.Namespace) -> dict:
@@ -86,20 +98,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=_parse, help="DATASET-ARM-shiftSHIFT-seedSEED")
+    parser.add_argument("run", type=_run, help="DATASET-ARM-shiftSHIFT-seedSEED")
     add_run_options(parser)
     options = parser.parse_args()
     use_devices()
     do(options.run, options)
 
 
-def _parse(text: str) -> Run:
-    dataset, _, rest = text.partition("-")
-    arm, _, numbers = rest.rpartition("-shift")
-    shift, _, seed = numbers.partition("-seed")
-    if dataset not in datasets.DATASETS or arm not in ARMS:
-        raise argparse.ArgumentTypeError(f"there is no {dataset} or no {arm}")
-    return Run(dataset, arm, float(shift), int(seed))
+def _run(name: str) -> Run:
+    try:
+        return Run.of(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def do(asked: Run, options: argparse.Namespace) -> None:

@@ -19,6 +19,9 @@ from utils.tuning import draw_epoch, share_in_epoch
 # OpenCV rounds the places that it samples at to such parts of a pixel.
 _PARTS = 32
 
+# What XLA can compile. TensorFlow's Adam is many small operations for each variable.
+NOTHING, OPTIMIZER, STEP = JIT_CHOICES = ("nothing", "optimizer", "step")
+
 
 class DeviceDigits(NamedTuple):
     """Digits on the device: images `[N, 28, 28, 1]` float32, of whole numbers, and labels `[N]`."""
@@ -76,7 +79,7 @@ def train(
     shift: float,
     seed: int,
     teacher_logits: tf.Tensor | None = None,
-    jit_compile: bool = False,
+    jit_compile: str = NOTHING,
     after_epoch: Callable[[dict], None] = lambda _: None,
 ) -> None:
     """Trains what is trainable in `model` with Adam and a cosine decay.
@@ -90,7 +93,7 @@ def train(
       shift: the largest shift of a scaled digit, in pixels.
       seed: what is drawn depends on it, and on the epoch.
       teacher_logits: `[N, 10]`, of the regular network for the unscaled digits, for distillation.
-      jit_compile: whether XLA compiles a step.
+      jit_compile: what XLA compiles: NOTHING, the OPTIMIZER's part of a step, or the whole STEP.
       after_epoch: is given each epoch's number, mean loss, and share of right answers in percent.
 
     Raises:
@@ -130,17 +133,25 @@ def _epoch_function(model, optimizer, digits, teacher_logits, recipe, jit_compil
     It returns the sums of losses and of right answers, `[2]`.
     """
 
+    variables = model.trainable_variables
+
+    def apply(gradients):
+        optimizer.apply(gradients, variables)
+
+    if jit_compile == OPTIMIZER:
+        apply = tf.function(apply, jit_compile=True)
+
     def step(images, labels, teacher):
         with tf.GradientTape() as tape:
             logits = model(images, training=True)
             losses = losses_of(labels, logits, teacher, recipe.distillation)
             loss = tf.reduce_mean(losses)
-        variables = model.trainable_variables
-        optimizer.apply(tape.gradient(loss, variables), variables)
+        apply(tape.gradient(loss, variables))
         right = tf.argmax(logits, axis=-1) == labels
         return tf.stack([tf.reduce_sum(losses), tf.reduce_sum(tf.cast(right, tf.float32))])
 
-    step = tf.function(step, jit_compile=True) if jit_compile else step
+    if jit_compile == STEP:
+        step = tf.function(step, jit_compile=True)
 
     @tf.function
     def epoch(order, zooms, shifts):

@@ -14,7 +14,7 @@ CLASSES = 10
 
 ZOOM_RANGE = (1.0, 2.5)
 EASY_SHIFT = 1.0
-HARD_SHIFT = 0.2 * IMAGE_SIZE
+HARD_SHIFT = 5.6  # a fifth of the image
 
 # The scaled test digits are the same ones whatever seed a training was started with.
 _TEST_SEED = 20170317
