@@ -4,8 +4,8 @@ from utils.quiet_tensorflow import keras, tf
 
 import numpy as np
 
+from deform_conv import sampling_locations
 from utils.model import CONVOLUTION_NAMES
-from utils.visualization import sampling_locations
 
 BATCH = 100
 
@@ -71,7 +71,7 @@ def _grid(layer: keras.layers.Layer) -> tuple[np.ndarray, int]:
     size, kernel_size, stride = layer.input.shape[1], layer.kernel_size[0], layer.strides[0]
     out_size, taps = -(-size // stride), kernel_size**2
     none = np.zeros((out_size, out_size, 2 * taps), np.float32)
-    positions = sampling_locations(none, size, kernel_size, stride).positions
+    positions = sampling_locations(none, size, kernel_size, stride)
     return positions.reshape(-1, taps, 2).astype(np.float32), size
 
 
