@@ -39,6 +39,16 @@ std::string ForwardStagedDepthwise(const ForwardCall<T>& call) {
 }
 
 template <typename T>
+std::string ForwardMmaAggregate(const ForwardCall<T>& call) {
+  const auto forward = [](const DeformConvParams& params,
+                          const SampledTensors<T, ComputeType<T>>& tensors, const T*, T* output,
+                          void* stream) {
+    return cuda::MmaAggregateForward<T>(params, tensors, output, stream);
+  };
+  return ForwardBy(forward, call);
+}
+
+template <typename T>
 std::string BackpropDepthwise(const BackwardCall<T>& call) {
   const DeformConvParams& params = call.params;
   const DeformConvGradients<T, ComputeType<T>>& gradients = call.gradients;
@@ -70,6 +80,7 @@ std::string BackpropDepthwise(const BackwardCall<T>& call) {
 #define DEFORM_CONV_INSTANTIATE(T)                                       \
   template std::string ForwardDepthwise<T>(const ForwardCall<T>&);       \
   template std::string ForwardStagedDepthwise<T>(const ForwardCall<T>&); \
+  template std::string ForwardMmaAggregate<T>(const ForwardCall<T>&);    \
   template std::string BackpropDepthwise<T>(const BackwardCall<T>&);
 DEFORM_CONV_FOR_ELEMENT_TYPES(DEFORM_CONV_INSTANTIATE)
 #undef DEFORM_CONV_INSTANTIATE

@@ -260,6 +260,12 @@ std::string StagedDepthwiseForwardMisfit(const ForwardCall<T>& call) {
 }
 
 template <typename T>
+std::string MmaAggregateForwardMisfit(const ForwardCall<T>& call) {
+  DEFORM_CONV_RETURN_IF_ERROR(DepthwiseMisfit(call));
+  return cuda::MmaAggregateForwardMisfit<T>(call.params, call.tensors, call.output);
+}
+
+template <typename T>
 std::string DepthwiseBackwardMisfit(const BackwardCall<T>& call) {
   DEFORM_CONV_RETURN_IF_ERROR(DepthwiseMisfit(call));
   const bool adds = call.gradients.sampled.input != nullptr || call.gradients.filters != nullptr;
@@ -297,6 +303,8 @@ const std::vector<Implementation<ForwardCall<T>>>& ForwardImplementations() {
       {"ImplicitGemmSm90", KernelPath::kFused, ImplicitGemmMisfit<T>, ImplicitGemmCost<T>,
        RunImplicitGemm<T>},
 #endif
+      {"MmaAggregate", KernelPath::kGeneral, MmaAggregateForwardMisfit<T>, Cost<-1>,
+       ForwardMmaAggregate<T>},
       {"StagedDepthwise", KernelPath::kGeneral, StagedDepthwiseForwardMisfit<T>, Cost<0>,
        ForwardStagedDepthwise<T>},
       {"Depthwise", KernelPath::kGeneral, DepthwiseForwardMisfit<T>, Cost<1>, ForwardDepthwise<T>},

@@ -51,14 +51,6 @@ constexpr int kMostTaps = 1 << kTapBits;
 constexpr int kMostPixels = 1 << kPixelBits;  // of a region
 constexpr int kMargin = 3;                    // of the region, in pixels
 
-// A sample of the patch, located.
-template <typename OffsetT>
-struct alignas(16) PatchSample {
-  OffsetT h_fraction, w_fraction;
-  OffsetT mask;
-  CornerPlace place;
-};
-
 // What a sample's corner brings to a pixel of the region.
 template <typename OffsetT>
 struct Entry {
@@ -150,10 +142,6 @@ struct Patch {
     return {n, row << plan.height_log2, (patch - row * plan.patches_w) << plan.width_log2};
   }
 };
-
-__device__ __forceinline__ bool Exists(const FusedSizes& sizes, const Position& position) {
-  return position.y < sizes.out_h && position.x < sizes.out_w;
-}
 
 // Locates the patch's samples, and counts the corners of each of the region's pixels.
 template <typename T, int kSize, typename OffsetT>
@@ -391,12 +379,6 @@ __device__ __forceinline__ void AddRows(int lanes_log2, Number (&values)[kSize],
 #pragma unroll
   for (int i = 0; i < kSize; ++i) values[i] = 0;
 }
-
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-constexpr bool kHasMma = true;
-#else
-constexpr bool kHasMma = false;
-#endif
 
 // The products of the columns' gradient with each corner, summed over the channels of a position's
 // lanes. Called by whole warps. Returns whether this lane of the position has them.

@@ -127,6 +127,14 @@ class CornerPlace {
   int32_t packed_ = 0;
 };
 
+// A sample of a patch of positions, located.
+template <typename OffsetT>
+struct alignas(16) PatchSample {
+  OffsetT h_fraction, w_fraction;
+  OffsetT mask;
+  CornerPlace place;
+};
+
 // Writes a vector to shared memory, or zeros; it is there after FinishCopies() and a barrier.
 // `from` is a tensor's memory and aligned in either case.
 template <typename T, int kSize>

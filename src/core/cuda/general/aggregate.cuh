@@ -1,0 +1,278 @@
+// Layers without filters as a product of matrices, for tensor cores. For .cu files only.
+//
+// A thread block has a patch of positions and one deformable group. Nearly all of its samples lie
+// in a region of pixels around the patch. There the output [positions, channels] is
+// W [positions, pixels] * X [pixels, channels]: X are the region's pixels, and a row of W has the
+// weights that a position's samples give to each pixel, times their masks. Samples elsewhere are
+// taken from memory one by one.
+
+#ifndef DEFORM_CONV_CORE_CUDA_GENERAL_AGGREGATE_CUH_
+#define DEFORM_CONV_CORE_CUDA_GENERAL_AGGREGATE_CUH_
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+
+#include "core/cuda/fused/corners.cuh"
+#include "core/cuda/general/depthwise.cuh"
+#include "core/cuda/general/staged_region.cuh"
+#include "core/cuda/sm80/mma.cuh"
+#include "core/return_if_error.h"
+
+namespace deform_conv {
+namespace cuda {
+
+constexpr int kPatchPositions = 64;
+// Of a warp, whose rows of W no other warp writes: as many as a product has rows.
+constexpr int kWarpPositions = 16;
+constexpr int kAggregateWarps = kPatchPositions / kWarpPositions;
+constexpr int kAggregateThreads = kAggregateWarps * kWarp;
+constexpr int kTilePixels = 16;      // of a product
+constexpr int kAggregateMargin = 2;  // of the region, in pixels
+constexpr uint32_t kAllLanes = 0xffffffffu;
+
+// How thread blocks are laid over the output.
+struct AggregatePlan {
+  int height_log2, width_log2;  // of a patch
+  int patches_w, patches;       // of an image: in a row, in all
+  RegionSize region;
+  Divisor by_groups, by_patches, by_patches_w;
+
+  // Of the region, up to whole tiles.
+  DEFORM_CONV_INLINE int pixels() const {
+    return (region.pixels() + kTilePixels - 1) / kTilePixels * kTilePixels;
+  }
+  // Numbers from one row of W to the next: vec16s of eight rows lie in banks of their own.
+  DEFORM_CONV_INLINE int row() const { return pixels() + 8; }
+};
+
+// A thread block's shared memory. A pixel has kLanes vec16s of channels.
+template <typename T, int kLanes>
+struct AggregateMemory {
+  using Vec16 = Vector<T, kVec16Size<T>>;
+  // From one pixel to the next: odd, so that vec16s of eight pixels lie in banks of their own.
+  static constexpr int kStride = kLanes | 1;
+
+  T* matrix;                    // W: [positions][row()]
+  Vec16* pixels;                // X: [pixels()][kStride]
+  PatchSample<float>* samples;  // [positions][SampleStride()]
+  uint32_t* far;  // [positions][FarWords()]: a bit for each tap whose sample is not in the region
+
+  __device__ AggregateMemory(char* shared, const AggregatePlan& plan, int taps) {
+    matrix = reinterpret_cast<T*>(shared);
+    pixels = reinterpret_cast<Vec16*>(matrix + kPatchPositions * plan.row());
+    samples = reinterpret_cast<PatchSample<float>*>(pixels + plan.pixels() * kStride);
+    far = reinterpret_cast<uint32_t*>(samples + kPatchPositions * SampleStride(taps));
+  }
+  static int64_t Bytes(const AggregatePlan& plan, int64_t taps) {
+    return int64_t{kPatchPositions} * plan.row() * int64_t{sizeof(T)} +
+           int64_t{plan.pixels()} * kStride * kVec16Bytes +
+           kPatchPositions * SampleStride(taps) * int64_t{sizeof(PatchSample<float>)} +
+           kPatchPositions * FarWords(taps) * int64_t{sizeof(uint32_t)};
+  }
+
+  template <typename Int>
+  static DEFORM_CONV_INLINE Int SampleStride(Int taps) {
+    return taps | 1;
+  }
+  template <typename Int>
+  static DEFORM_CONV_INLINE Int FarWords(Int taps) {
+    return (taps + 31) / 32;
+  }
+};
+
+// Where the patch of a thread block lies.
+struct AggregatePatch {
+  Position first;
+  int group;  // deformable
+  Region region;
+
+  __device__ AggregatePatch(const FusedSizes& sizes, const AggregatePlan& plan)
+      : first(First(sizes, plan)),
+        group(blockIdx.x - plan.by_groups.Divide(blockIdx.x) * sizes.deform_groups),
+        region(sizes, plan.region, first, kAggregateMargin) {}
+
+  __device__ __forceinline__ Position PositionOf(const AggregatePlan& plan, int p) const {
+    const int row = p >> plan.width_log2;
+    return {first.n, first.y + row, first.x + p - (row << plan.width_log2)};
+  }
+
+ private:
+  __device__ static Position First(const FusedSizes& sizes, const AggregatePlan& plan) {
+    const int patch_of_batch = plan.by_groups.Divide(blockIdx.x);
+    const int n = plan.by_patches.Divide(patch_of_batch);
+    const int patch = patch_of_batch - n * plan.patches;
+    const int row = plan.by_patches_w.Divide(patch);
+    return {n, row << plan.height_log2, (patch - row * plan.patches_w) << plan.width_log2};
+  }
+};
+
+// Tiles of pixels that a warp's samples reach.
+struct TileRange {
+  int begin, end;
+};
+
+// Begins to copy `kLanes` vec16s of channels of the region, of which the first is `channel` in the
+// group.
+template <typename T, int kLanes>
+__device__ __forceinline__ void StagePixels(const FusedSizes& sizes, const T* image,
+                                            const AggregatePlan& plan, const AggregatePatch& patch,
+                                            int channel, const AggregateMemory<T, kLanes>& memory) {
+  const int lane = threadIdx.x % kLanes;
+  const int in_group = channel + lane * kVec16Size<T>;
+  const bool has_channels = in_group < sizes.deform_group_channels;
+  StageRegion(sizes, plan.region, patch.region, image,
+              has_channels ? patch.group * sizes.deform_group_channels + in_group : -1, lane,
+              AggregateMemory<T, kLanes>::kStride, static_cast<int>(threadIdx.x) / kLanes,
+              memory.pixels);
+}
+
+// Locates the samples of a warp's positions.
+template <typename T, int kLanes>
+__device__ __forceinline__ TileRange LocateSamples(const FusedSizes& sizes,
+                                                   const SampledTensors<T, float>& tensors,
+                                                   const AggregatePlan& plan,
+                                                   const AggregatePatch& patch,
+                                                   const AggregateMemory<T, kLanes>& memory) {
+  using Memory = AggregateMemory<T, kLanes>;
+  constexpr int kTogether = 5;  // 3x3 taps at once
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int count = kWarpPositions * sizes.taps, words = Memory::FarWords(sizes.taps);
+  for (int i = lane; i < kWarpPositions * words; i += kWarp) {
+    memory.far[warp * kWarpPositions * words + i] = 0;
+  }
+  __syncwarp();
+  int first = INT32_MAX, last = -1;  // top left corners
+  for (int begin = lane; begin < count; begin += kTogether * kWarp) {
+    Offset offsets[kTogether];
+    float masks[kTogether];
+    const auto sample_of = [&](int i, int* p, int* tap) {
+      const int s = min(begin + i * kWarp, count - 1);
+      const int of_warp = sizes.by_taps.Divide(s);
+      *tap = s - of_warp * sizes.taps;
+      *p = warp * kWarpPositions + of_warp;
+      return patch.PositionOf(plan, *p);
+    };
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      int p, tap;
+      const Position position = sample_of(i, &p, &tap);
+      const int64_t index =
+          int64_t{PositionIndex(sizes, {position.n, min(position.y, sizes.out_h - 1),
+                                        min(position.x, sizes.out_w - 1)})} *
+              (sizes.deform_groups * sizes.taps) +
+          patch.group * sizes.taps + tap;
+      offsets[i] = LoadOffset(tensors, index);
+      masks[i] = LoadMask(tensors, index);
+    }
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      if (begin + i * kWarp >= count) break;
+      int p, tap;
+      const Position position = sample_of(i, &p, &tap);
+      const TapSample<float> located(sizes, position, Tap::Of(sizes, tap), offsets[i].dy,
+                                     offsets[i].dx);
+      PatchSample<float> sample = {};
+      if (Exists(sizes, position) && located.inside()) {
+        const int h_low = located.h.low, w_low = located.w.low;
+        const int bits = CornerBits(located.h, located.w, sizes.in_h, sizes.in_w);
+        const bool staged = patch.region.HasCorners(h_low, w_low) &&
+                            fabsf(masks[i]) <= static_cast<float>(kMostMask);  // NaN fails
+        sample = {located.h.fraction, located.w.fraction, masks[i],
+                  staged ? CornerPlace::InRegion(plan.region, patch.region, h_low, w_low, bits)
+                         : CornerPlace::InImage(sizes, h_low, w_low, bits)};
+        if (staged) {
+          first = min(first, sample.place.region_pixel());
+          last = max(last, sample.place.region_pixel());
+        } else if (bits != 0) {
+          atomicOr(memory.far + p * words + tap / 32, 1u << tap % 32);
+        }
+      }
+      memory.samples[p * Memory::SampleStride(sizes.taps) + tap] = sample;
+    }
+  }
+  __syncwarp();
+  first = __reduce_min_sync(kAllLanes, first);
+  last = __reduce_max_sync(kAllLanes, last);
+  if (last < 0) return {0, 0};
+  return {first / kTilePixels, (last + plan.region.w + 1) / kTilePixels + 1};
+}
+
+// Writes a warp's rows of W, in those tiles. A position has two lanes, which have the upper and the
+// lower corners of its samples.
+template <typename T, int kLanes>
+__device__ __forceinline__ void WriteMatrix(const FusedSizes& sizes, const AggregatePlan& plan,
+                                            const TileRange& tiles,
+                                            const AggregateMemory<T, kLanes>& memory) {
+  const int lane = threadIdx.x % kWarp;
+  const int p = threadIdx.x / kWarp * kWarpPositions + lane % kWarpPositions;
+  const int lower = lane / kWarpPositions;
+  T* const row = memory.matrix + p * plan.row();
+  for (int tile = tiles.begin; tile < tiles.end; ++tile) {
+    reinterpret_cast<Vector<T, kVec16Size<T>>*>(row + tile * kTilePixels)[lower] = {};
+  }
+  const PatchSample<float>* const samples =
+      memory.samples + p * AggregateMemory<T, kLanes>::SampleStride(sizes.taps);
+  __syncwarp();
+  T* const first = row + lower * plan.region.w;
+#pragma unroll 1
+  for (int tap = 0; tap < sizes.taps; ++tap) {
+    const PatchSample<float> sample = samples[tap];
+    if (sample.place.in_region()) {
+      T* const corners = first + sample.place.region_pixel();
+      const float weight = sample.mask * (lower != 0 ? sample.h_fraction : 1 - sample.h_fraction);
+      const float left = static_cast<float>(corners[0]) + weight * (1 - sample.w_fraction);
+      const float right = static_cast<float>(corners[1]) + weight * sample.w_fraction;
+      corners[0] = static_cast<T>(left);
+      corners[1] = static_cast<T>(right);
+    }
+    __syncwarp();  // The next sample's upper corners may be this one's lower.
+  }
+}
+
+// Chooses the patch by which the work is least. False where no region fits into shared memory.
+template <typename Memory>
+bool PlanAggregate(const DeformConvParams& params, int64_t budget, AggregatePlan* plan) {
+  constexpr int kPositionsLog2 = 6;
+  static_assert(1 << kPositionsLog2 == kPatchPositions);
+  constexpr int64_t kMostPixels = 1 << 12, kWorkOfSamples = 200;  // as of so many pixels
+  int64_t least = INT64_MAX;
+  for (int width_log2 = 0; width_log2 <= kPositionsLog2; ++width_log2) {
+    AggregatePlan other;
+    other.width_log2 = width_log2;
+    other.height_log2 = kPositionsLog2 - width_log2;
+    const int64_t h = int64_t{1} << other.height_log2, w = int64_t{1} << width_log2;
+    const int64_t patches_h = CeilDiv(params.out_h, h), patches_w = CeilDiv(params.out_w, w);
+    other.region = RegionSize(params, h, w, kAggregateMargin, kMostPixels);
+    const int64_t work = patches_h * patches_w * (other.region.pixels() + kWorkOfSamples);
+    if (work >= least || Memory::Bytes(other, params.taps()) > budget) continue;
+    least = work;
+    other.patches_w = static_cast<int>(patches_w);
+    other.patches = static_cast<int>(patches_h * patches_w);
+    *plan = other;
+  }
+  return least < INT64_MAX;
+}
+
+// The rest of the plan.
+inline void FinishPlan(const DeformConvParams& params, int lanes, AggregatePlan* plan) {
+  plan->region.LayOver(kAggregateThreads / lanes);
+  plan->by_groups = Divisor(static_cast<uint32_t>(params.deform_groups));
+  plan->by_patches = Divisor(static_cast<uint32_t>(plan->patches));
+  plan->by_patches_w = Divisor(static_cast<uint32_t>(plan->patches_w));
+}
+
+// Calls run(std::integral_constant<int, lanes>) with the vec16s of channels that are multiplied at
+// a time.
+template <typename Run>
+auto WithAggregateLanes(const DeformConvParams& params, const Run& run) {
+  const int64_t vectors = params.deform_group_channels() / kVec16Size<Half>;
+  if (vectors <= 1) return run(std::integral_constant<int, 1>());
+  if (vectors == 2) return run(std::integral_constant<int, 2>());
+  return run(std::integral_constant<int, 4>());
+}
+
+}  // namespace cuda
+}  // namespace deform_conv
+
+#endif  // DEFORM_CONV_CORE_CUDA_GENERAL_AGGREGATE_CUH_
