@@ -79,6 +79,12 @@ std::string MmaAggregateForwardMisfit<Half>(const DeformConvParams&,
 }
 
 template <>
+std::string MmaAggregateBackwardMisfit<Half>(const DeformConvParams&,
+                                             const SampledTensors<Half, float>&, const Half*) {
+  return depthwise_misfit;
+}
+
+template <>
 std::string DepthwiseBackwardMisfit<Half>(const DeformConvParams&) {
   return depthwise_misfit;
 }
@@ -279,16 +285,16 @@ void TestLayersWithoutFilters() {
     device.path_ = path;
     device.deterministic_ = false;
     depthwise_misfit = "";
-    Expect(ChosenWithoutFilters(device, true) == "MmaAggregate Depthwise",
+    Expect(ChosenWithoutFilters(device, true) == "StagedDepthwise MmaAggregate",
            "without filters: not the depthwise kernels");
     depthwise_misfit = "it is too large";
     Expect(ChosenWithoutFilters(device, true) == "FiltersOfOnes FiltersOfOnes",
            "without filters: what no depthwise kernel takes");
     depthwise_misfit = "";
     device.deterministic_ = true;
-    Expect(ChosenWithoutFilters(device, true) == "MmaAggregate FiltersOfOnes",
+    Expect(ChosenWithoutFilters(device, true) == "StagedDepthwise FiltersOfOnes",
            "without filters: deterministic");
-    Expect(ChosenWithoutFilters(device, false) == "MmaAggregate Depthwise",
+    Expect(ChosenWithoutFilters(device, false) == "StagedDepthwise MmaAggregate",
            "without filters: deterministic, and nothing is added");
   }
 }

@@ -17,6 +17,8 @@ template <typename T>
 std::string ForwardMmaAggregate(const ForwardCall<T>& call);
 template <typename T>
 std::string BackpropDepthwise(const BackwardCall<T>& call);
+template <typename T>
+std::string BackpropMmaAggregate(const BackwardCall<T>& call);
 
 }  // namespace deform_conv
 

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <string>
+#include <type_traits>
 
 #include "core/cuda/fused/corners.cuh"
 #include "core/cuda/general/depthwise.cuh"
@@ -230,6 +231,16 @@ __device__ __forceinline__ void WriteMatrix(const FusedSizes& sizes, const Aggre
   }
 }
 
+// Whether all of a lane's sums are finite. One infinite factor or NaN makes all sums of its product
+// NaN, since 0 times infinity is NaN.
+template <int kCount>
+__device__ __forceinline__ bool AllFinite(const float (&sums)[kCount][4]) {
+  float zero = 0;
+#pragma unroll
+  for (int i = 0; i < kCount * 4; ++i) zero += 0 * sums[i / 4][i % 4];
+  return zero == 0;
+}
+
 // Chooses the patch by which the work is least. False where no region fits into shared memory.
 template <typename Memory>
 bool PlanAggregate(const DeformConvParams& params, int64_t budget, AggregatePlan* plan) {
@@ -254,22 +265,81 @@ bool PlanAggregate(const DeformConvParams& params, int64_t budget, AggregatePlan
   return least < INT64_MAX;
 }
 
-// The rest of the plan.
-inline void FinishPlan(const DeformConvParams& params, int lanes, AggregatePlan* plan) {
-  plan->region.LayOver(kAggregateThreads / lanes);
-  plan->by_groups = Divisor(static_cast<uint32_t>(params.deform_groups));
-  plan->by_patches = Divisor(static_cast<uint32_t>(plan->patches));
-  plan->by_patches_w = Divisor(static_cast<uint32_t>(plan->patches_w));
-}
-
 // Calls run(std::integral_constant<int, lanes>) with the vec16s of channels that are multiplied at
 // a time.
 template <typename Run>
-auto WithAggregateLanes(const DeformConvParams& params, const Run& run) {
-  const int64_t vectors = params.deform_group_channels() / kVec16Size<Half>;
-  if (vectors <= 1) return run(std::integral_constant<int, 1>());
-  if (vectors == 2) return run(std::integral_constant<int, 2>());
+std::string WithAggregateLanes(const DeformConvParams& params, const Run& run) {
+  const int64_t vec16s = params.deform_group_channels() / kVec16Size<Half>;
+  if (vec16s <= 1) return run(std::integral_constant<int, 1>());
+  if (vec16s == 2) return run(std::integral_constant<int, 2>());
   return run(std::integral_constant<int, 4>());
+}
+
+constexpr char kNot16Bits[] = "it multiplies in 16 bits";
+
+// Why kernels of which `blocks` thread blocks are to share a multiprocessor cannot do a call, or
+// are no faster; or an empty string. `output` may be its gradient, and kernel_of(lanes) is a
+// kernel.
+template <template <typename, int> class Memory, typename T, typename KernelOf>
+std::string AggregateMisfit(const DeformConvParams& params,
+                            const SampledTensors<T, ComputeType<T>>& tensors, const T* output,
+                            int blocks, const KernelOf& kernel_of) {
+  if (params.has_filters) return "there are filters";
+  if constexpr (sizeof(T) == 2) {
+    constexpr int64_t kFewestChannels = 16;
+    DEFORM_CONV_RETURN_IF_ERROR(SizesOfImageMisfit(params));
+    if (params.deform_group_channels() % kVec16Size<T> != 0 || !IsAligned(tensors.input) ||
+        !IsAligned(output) || reinterpret_cast<uintptr_t>(tensors.offset) % sizeof(float2) != 0) {
+      return "the channels of a deformable group are no vectors of 16 bytes";
+    }
+    if (params.deform_group_channels() < kFewestChannels) {
+      return "a deformable group has few channels";
+    }
+    return WithAggregateLanes(params, [&](auto lanes) -> std::string {
+      cudaFuncAttributes attributes;
+      DEFORM_CONV_RETURN_IF_ERROR(ErrorOf(
+          cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel_of(lanes))),
+          "attributes of a CUDA kernel"));
+      // A later GPU may run what was built for an earlier one.
+      if (attributes.ptxVersion < 80) return "it is for compute capability 8.0 and up";
+      AggregatePlan plan;
+      if (!PlanAggregate<Memory<CudaType<T>, lanes>>(params, SharedBytesOfBlock(blocks), &plan)) {
+        return "no region fits into shared memory";
+      }
+      if (std::min(params.batch, FusedImages(params)) * plan.patches * params.deform_groups >
+          INT32_MAX) {
+        return "there are too many positions and channels";
+      }
+      return "";
+    });
+  }
+  return kNot16Bits;
+}
+
+// Launches such a kernel, whose parameters are sizes, tensors, the plan, and `others`.
+template <template <typename, int> class Memory, typename T, typename KernelOf, typename... Others>
+std::string LaunchAggregate(const char* name, const DeformConvParams& params,
+                            const SampledTensors<T, ComputeType<T>>& tensors, int blocks,
+                            void* stream, const KernelOf& kernel_of, const Others&... others) {
+  if (params.out_positions() * params.in_channels == 0) return "";
+  if constexpr (sizeof(T) == 2) {
+    return WithAggregateLanes(params, [&](auto lanes) -> std::string {
+      using MemoryOfKernel = Memory<CudaType<T>, lanes>;
+      const auto kernel = kernel_of(lanes);
+      AggregatePlan plan;
+      PlanAggregate<MemoryOfKernel>(params, SharedBytesOfBlock(blocks), &plan);
+      plan.region.LayOver(kAggregateThreads / lanes);
+      plan.by_groups = Divisor(static_cast<uint32_t>(params.deform_groups));
+      plan.by_patches = Divisor(static_cast<uint32_t>(plan.patches));
+      plan.by_patches_w = Divisor(static_cast<uint32_t>(plan.patches_w));
+      const int64_t bytes = MemoryOfKernel::Bytes(plan, params.taps());
+      DEFORM_CONV_RETURN_IF_ERROR(AllowSharedBytes(name, kernel, bytes));
+      const int64_t work = params.batch * plan.patches * params.deform_groups;
+      return LaunchKernel(name, kernel, static_cast<unsigned>(work), kAggregateThreads, bytes,
+                          stream, FusedSizes(params), AsCuda(tensors), plan, others...);
+    });
+  }
+  return kNot16Bits;
 }
 
 }  // namespace cuda

@@ -117,12 +117,8 @@ __global__ void __launch_bounds__(kAggregateThreads, 4)
       __syncthreads();
       float sums[kLanes][4] = {};
       Multiply(plan, tiles, memory, sums);
-      // An infinite pixel or NaN is NaN for all positions, since 0 times infinity is NaN. Then the
-      // warp takes all of its samples from memory.
-      float zero = 0;
-#pragma unroll
-      for (int i = 0; i < kLanes * 4; ++i) zero += 0 * sums[i / 4][i % 4];
-      const bool finite = __all_sync(kAllLanes, zero == 0);
+      // With an infinite pixel or NaN the warp takes all of its samples from memory.
+      const bool finite = __all_sync(kAllLanes, AllFinite(sums));
       if (!finite) {
 #pragma unroll
         for (int i = 0; i < kLanes * 4; ++i) sums[i / 4][i % 4] = 0;
@@ -145,8 +141,11 @@ __global__ void __launch_bounds__(kAggregateThreads, 4)
   }
 }
 
-// How many thread blocks are to share a multiprocessor, at least.
-constexpr int kBlocksTogether = 3;
+constexpr int kBlocksTogether = 3;  // on a multiprocessor, at least
+
+template <typename T>
+constexpr auto kKernelOf =
+    [](auto lanes) { return MmaAggregateForwardKernel<CudaType<T>, decltype(lanes)::value>; };
 
 }  // namespace
 
@@ -154,62 +153,15 @@ template <typename T>
 std::string MmaAggregateForwardMisfit(const DeformConvParams& params,
                                       const SampledTensors<T, ComputeType<T>>& tensors,
                                       const T* output) {
-  if (params.has_filters) return "there are filters";
-  if constexpr (sizeof(T) != 2) {
-    return "it multiplies in 16 bits";
-  } else {
-    constexpr int64_t kFewestChannels = 16;
-    DEFORM_CONV_RETURN_IF_ERROR(SizesOfImageMisfit(params));
-    if (params.deform_group_channels() % kVec16Size<T> != 0 || !IsAligned(tensors.input) ||
-        !IsAligned(output) || reinterpret_cast<uintptr_t>(tensors.offset) % sizeof(float2) != 0) {
-      return "the channels of a deformable group are no vectors of 16 bytes";
-    }
-    if (params.deform_group_channels() < kFewestChannels) {
-      return "a deformable group has few channels";
-    }
-    return WithAggregateLanes(params, [&](auto lanes) -> std::string {
-      const auto kernel = MmaAggregateForwardKernel<CudaType<T>, lanes>;
-      cudaFuncAttributes attributes;
-      DEFORM_CONV_RETURN_IF_ERROR(
-          ErrorOf(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)),
-                  kCudaKernel, "MmaAggregateForwardKernel"));
-      // A later GPU may run what was built for an earlier one.
-      if (attributes.ptxVersion < 80) return "it is for compute capability 8.0 and up";
-      AggregatePlan plan;
-      if (!PlanAggregate<AggregateMemory<CudaType<T>, lanes>>(
-              params, SharedBytesOfBlock(kBlocksTogether), &plan)) {
-        return "no region fits into shared memory";
-      }
-      if (std::min(params.batch, FusedImages(params)) * plan.patches * params.deform_groups >
-          INT32_MAX) {
-        return "there are too many positions and channels";
-      }
-      return "";
-    });
-  }
+  return AggregateMisfit<AggregateMemory>(params, tensors, output, kBlocksTogether, kKernelOf<T>);
 }
 
 template <typename T>
 std::string MmaAggregateForward(const DeformConvParams& params,
                                 const SampledTensors<T, ComputeType<T>>& tensors, T* output,
                                 void* stream) {
-  if (params.out_positions() * params.in_channels == 0) return "";
-  if constexpr (sizeof(T) == 2) {
-    return WithAggregateLanes(params, [&](auto lanes) -> std::string {
-      using Memory = AggregateMemory<CudaType<T>, lanes>;
-      const auto kernel = MmaAggregateForwardKernel<CudaType<T>, lanes>;
-      AggregatePlan plan;
-      PlanAggregate<Memory>(params, SharedBytesOfBlock(kBlocksTogether), &plan);
-      FinishPlan(params, lanes, &plan);
-      const int64_t bytes = Memory::Bytes(plan, params.taps());
-      DEFORM_CONV_RETURN_IF_ERROR(AllowSharedBytes("MmaAggregateForwardKernel", kernel, bytes));
-      const int64_t blocks = params.batch * plan.patches * params.deform_groups;
-      return LaunchKernel("MmaAggregateForwardKernel", kernel, static_cast<unsigned>(blocks),
-                          kAggregateThreads, bytes, stream, FusedSizes(params), AsCuda(tensors),
-                          plan, AsCuda(output));
-    });
-  }
-  return "it multiplies in 16 bits";
+  return LaunchAggregate<AggregateMemory>("MmaAggregateForwardKernel", params, tensors,
+                                          kBlocksTogether, stream, kKernelOf<T>, AsCuda(output));
 }
 
 #define DEFORM_CONV_INSTANTIATE(T)                                                  \

@@ -427,29 +427,6 @@ __device__ __forceinline__ bool CornerProducts(const Vector<T, kSize> (&corners)
   }
 }
 
-// Adds to the input's gradient what a sample outside the region brings. `grad_input` is the top
-// left corner's.
-template <typename T, int kSize>
-__device__ __forceinline__ void ScatterFar(const FusedSizes& sizes,
-                                           const PatchSample<ComputeType<T>>& sample,
-                                           const Vector<T, kSize>& gradient,
-                                           ComputeType<T>* grad_input) {
-  using Number = ComputeType<T>;
-  Number weights[kCorners];
-  BilinearWeights(sample.h_fraction, sample.w_fraction, weights);
-#pragma unroll
-  for (int corner = 0; corner < kCorners; ++corner) {
-    if (!(sample.place.bits() >> corner & 1)) continue;
-    Number terms[kSize];
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      terms[i] = weights[corner] * (sample.mask * static_cast<Number>(gradient.elements[i]));
-    }
-    AtomicAdd<kSize>(grad_input + int64_t{corner / 2 * sizes.in_w + corner % 2} * sizes.in_channels,
-                     terms);
-  }
-}
-
 // A sample, times its mask.
 template <typename T, int kSize>
 __device__ __forceinline__ void SampleColumn(const PatchSample<ComputeType<T>>& sample,
@@ -592,9 +569,9 @@ __device__ void AddEntries(const FusedSizes& sizes, const DepthwiseGradients<T>&
 }
 
 template <typename T, int kSize, typename Number>
-__device__ void WriteOffsetAndMask(const FusedSizes& sizes, const PatchPlan& plan,
-                                   const Patch& patch, const PatchMemory<T, kSize>& memory,
-                                   const SampledGradients<Number>& gradients) {
+__device__ void WriteOffsetsAndMasks(const FusedSizes& sizes, const PatchPlan& plan,
+                                     const Patch& patch, const PatchMemory<T, kSize>& memory,
+                                     const SampledGradients<Number>& gradients) {
   for (int s = threadIdx.x; s < plan.positions() * sizes.taps; s += kThreadsPerBlock) {
     const int p = sizes.by_taps.Divide(s);
     const Position position = patch.PositionOf(plan, p);
@@ -602,26 +579,8 @@ __device__ void WriteOffsetAndMask(const FusedSizes& sizes, const PatchPlan& pla
     const int64_t index =
         int64_t{PositionIndex(sizes, position)} * (sizes.deform_groups * sizes.taps) +
         patch.group * sizes.taps + s - p * sizes.taps;
-    const PatchSample<Number> sample = memory.samples[s];
     auto products = memory.products[s];
-    Number weights[kCorners], grad_dy = 0, grad_dx = 0, grad_mask = 0;
-    // Where no corner counts every gradient is 0, also beside an infinite mask.
-    if (sample.place.bits() != 0) {
-      BilinearWeights(sample.h_fraction, sample.w_fraction, weights);
-#pragma unroll
-      for (int corner = 0; corner < kCorners; ++corner) {
-        // Those with corners that do not count are 0 times the gradient, which may be infinite.
-        if (!(sample.place.bits() >> corner & 1)) products.elements[corner] = 0;
-        grad_mask += weights[corner] * products.elements[corner];
-      }
-      grad_dy = sample.mask * BilinearDerivativeH(sample.w_fraction, products.elements);
-      grad_dx = sample.mask * BilinearDerivativeW(sample.h_fraction, products.elements);
-    }
-    if (gradients.offset != nullptr) {
-      gradients.offset[2 * index] = grad_dy;
-      gradients.offset[2 * index + 1] = grad_dx;
-    }
-    if (gradients.mask != nullptr) gradients.mask[index] = grad_mask;
+    WriteOffsetAndMask(memory.samples[s], products.elements, index, gradients);
   }
 }
 
@@ -671,7 +630,7 @@ __global__ void __launch_bounds__(kThreadsPerBlock, kBlocksOfRegisters<T, kSize,
   }
   if (!plan.want_offset_or_mask) return;
   __syncthreads();
-  WriteOffsetAndMask(sizes, plan, patch, memory, gradients.sampled);
+  WriteOffsetsAndMasks(sizes, plan, patch, memory, gradients.sampled);
 }
 
 // Of a position, where the tensor cores do not multiply: as many as leave at most one in eight

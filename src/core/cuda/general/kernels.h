@@ -110,6 +110,18 @@ std::string DepthwiseBackward(const DeformConvParams& params,
 template <typename T>
 std::string DepthwiseBackwardMisfit(const DeformConvParams& params);
 
+// Likewise of a layer without filters, by tensor cores of compute capability 8.0 and up.
+template <typename T>
+std::string MmaAggregateBackward(const DeformConvParams& params,
+                                 const SampledTensors<T, ComputeType<T>>& tensors,
+                                 const T* grad_output,
+                                 const SampledGradients<ComputeType<T>>& gradients, void* stream);
+// Why it cannot, or is no faster, or an empty string.
+template <typename T>
+std::string MmaAggregateBackwardMisfit(const DeformConvParams& params,
+                                       const SampledTensors<T, ComputeType<T>>& tensors,
+                                       const T* grad_output);
+
 // Converts a tensor in `format` to native form, and back.
 template <typename From, typename To>
 DEFORM_CONV_EXPORT std::string ToNative(DataFormat format, const TensorExtent& extent,

@@ -1,0 +1,387 @@
+#include "core/cuda/general/aggregate.cuh"
+#include "core/cuda/general/atomic_add.cuh"
+#include "core/cuda/general/kernels.h"
+
+namespace deform_conv {
+namespace cuda {
+namespace {
+
+// The gradient of the region's pixels is W^T * G, where G [positions, channels] is the gradient of
+// the output. The products of G with each pixel, G * X^T [positions, pixels], give the gradients of
+// offset and mask: each sample picks those of its corners.
+
+constexpr int kProductTiles = 3;  // of pixels, at a time
+// Numbers from one position's products to the next: four rows of pairs in banks of their own.
+constexpr int kProductsRow = kProductTiles * kTilePixels + 8;
+constexpr int kMostTaps = 10;
+constexpr int kSamplesOfLane = (kWarpPositions * kMostTaps + kWarp - 1) / kWarp;
+
+template <typename T, int kLanes>
+struct BackwardMemory : AggregateMemory<T, kLanes> {
+  using Base = AggregateMemory<T, kLanes>;
+  using typename Base::Vec16;
+  static constexpr int kProducts = kPatchPositions * kProductsRow;
+
+  Vec16* gradients;  // G: [positions][kStride]
+  float* products;   // [positions][kProductsRow]
+  TileRange* tiles;  // [warps]
+
+  __device__ BackwardMemory(char* shared, const AggregatePlan& plan, int taps)
+      : Base(shared, plan, taps) {
+    gradients = reinterpret_cast<Vec16*>(this->far + kPatchPositions * Base::FarWords(taps));
+    products = reinterpret_cast<float*>(gradients + kPatchPositions * Base::kStride);
+    tiles = reinterpret_cast<TileRange*>(products + kProducts);
+  }
+  static int64_t Bytes(const AggregatePlan& plan, int64_t taps) {
+    return Base::Bytes(plan, taps) + kPatchPositions * Base::kStride * kVec16Bytes +
+           kProducts * int64_t{sizeof(float)} + kAggregateWarps * int64_t{sizeof(TileRange)};
+  }
+};
+
+// The index of a sample's mask.
+__device__ __forceinline__ int64_t SampleIndex(const FusedSizes& sizes, const AggregatePatch& patch,
+                                               const Position& position, int tap) {
+  return int64_t{PositionIndex(sizes, position)} * (sizes.deform_groups * sizes.taps) +
+         patch.group * sizes.taps + tap;
+}
+
+// Begins to copy the gradient of the output, in the channels of StagePixels().
+template <typename T, int kLanes>
+__device__ __forceinline__ void StageGradients(const FusedSizes& sizes, const T* grad_output,
+                                               const AggregatePlan& plan,
+                                               const AggregatePatch& patch, int channel,
+                                               const BackwardMemory<T, kLanes>& memory) {
+  const int lane = threadIdx.x % kLanes;
+  const int in_group = channel + lane * kVec16Size<T>;
+  for (int p = threadIdx.x / kLanes; p < kPatchPositions; p += kAggregateThreads / kLanes) {
+    const Position position = patch.PositionOf(plan, p);
+    const bool valid = in_group < sizes.deform_group_channels && Exists(sizes, position);
+    const T* const from = grad_output +
+                          int64_t{PositionIndex(sizes, position)} * sizes.out_channels +
+                          patch.group * sizes.deform_group_channels + in_group;
+    CopyToShared(memory.gradients + p * BackwardMemory<T, kLanes>::kStride + lane,
+                 valid ? from : grad_output, valid);
+  }
+}
+
+// All gradients of a warp's samples that are not in the region. A position has four lanes.
+template <typename T, int kLanes>
+__device__ __forceinline__ void BackpropFar(const FusedSizes& sizes, const T* image,
+                                            const T* grad_output, const AggregatePlan& plan,
+                                            const AggregatePatch& patch,
+                                            const BackwardMemory<T, kLanes>& memory,
+                                            const SampledGradients<float>& gradients) {
+  using Memory = BackwardMemory<T, kLanes>;
+  constexpr int kSize = kVec16Size<T>, kLanesOfPosition = kWarp / 8;
+  const int lane = threadIdx.x % kWarp, words = Memory::FarWords(sizes.taps);
+  const uint32_t quad = 0xfu << (lane & ~3);
+  for (int i = lane / kLanesOfPosition; i < kWarpPositions; i += 8) {
+    const int p = threadIdx.x / kWarp * kWarpPositions + i;
+    const Position position = patch.PositionOf(plan, p);
+    for (int word = 0; word < words; ++word) {
+#pragma unroll 1
+      for (uint32_t bits = memory.far[p * words + word]; bits != 0; bits &= bits - 1) {
+        const int tap = word * 32 + __ffs(bits) - 1;
+        const PatchSample<float> sample =
+            memory.samples[p * Memory::SampleStride(sizes.taps) + tap];
+        const int64_t pixel = sample.place.image_pixel(sizes);
+        float products[kCorners] = {};
+        for (int c = lane % kLanesOfPosition * kSize; c < sizes.deform_group_channels;
+             c += kLanesOfPosition * kSize) {
+          const int channel = patch.group * sizes.deform_group_channels + c;
+          const Vector<T, kSize> gradient = Load<T, kSize>(
+              grad_output + int64_t{PositionIndex(sizes, position)} * sizes.out_channels + channel);
+          Vector<T, kSize> corners[kCorners];
+          LoadCorners(image + pixel * sizes.in_channels + channel,
+                      int64_t{sizes.in_w} * sizes.in_channels, int64_t{sizes.in_channels},
+                      sample.place.bits(), corners);
+#pragma unroll
+          for (int corner = 0; corner < kCorners; ++corner) {
+#pragma unroll
+            for (int k = 0; k < kSize; ++k) {
+              products[corner] += static_cast<float>(gradient.elements[k]) *
+                                  static_cast<float>(corners[corner].elements[k]);
+            }
+          }
+          if (gradients.input != nullptr) {
+            ScatterFar(sizes, sample, gradient,
+                       gradients.input +
+                           (int64_t{ImagePixel(sizes, patch.first.n)} + pixel) * sizes.in_channels +
+                           channel);
+          }
+        }
+#pragma unroll
+        for (int corner = 0; corner < kCorners; ++corner) {
+          products[corner] += __shfl_xor_sync(quad, products[corner], 1);
+          products[corner] += __shfl_xor_sync(quad, products[corner], 2);
+        }
+        if (lane % kLanesOfPosition == 0) {
+          WriteOffsetAndMask(sample, products, SampleIndex(sizes, patch, position, tap), gradients);
+        }
+      }
+    }
+  }
+}
+
+// The sums of a tile of pixels once more, without what W and G have beyond the samples: 0 times
+// infinity is NaN.
+template <typename T, int kLanes>
+__device__ __noinline__ void SumSamples(const FusedSizes& sizes, const AggregatePlan& plan,
+                                        const BackwardMemory<T, kLanes>& memory, int tile,
+                                        float (&sums)[kLanes][4]) {
+  using Memory = BackwardMemory<T, kLanes>;
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int i = 0; i < kLanes * 4; ++i) sums[i / 4][i % 4] = 0;
+  for (int s = 0; s < kPatchPositions * sizes.taps; ++s) {
+    const int p = sizes.by_taps.Divide(s);
+    const PatchSample<float> sample =
+        memory.samples[p * Memory::SampleStride(sizes.taps) + s - p * sizes.taps];
+    if (!sample.place.in_region()) continue;
+    float weights[kCorners];
+    BilinearWeights(sample.h_fraction, sample.w_fraction, weights);
+#pragma unroll
+    for (int corner = 0; corner < kCorners; ++corner) {
+      const int row = sample.place.region_pixel() + corner / 2 * plan.region.w + corner % 2 -
+                      tile * kTilePixels;
+      if (!(sample.place.bits() >> corner & 1) || (row & ~8) != lane / 4) continue;
+#pragma unroll
+      for (int j = 0; j < kLanes; ++j) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const float term =
+              weights[corner] *
+              (sample.mask *
+               static_cast<float>(
+                   memory.gradients[p * Memory::kStride + j].elements[lane % 4 * 2 + i]));
+          if (row < 8) {
+            sums[j][i] += term;
+          } else {
+            sums[j][2 + i] += term;
+          }
+        }
+      }
+    }
+  }
+}
+
+// Adds W^T * G to the input's gradient.
+template <typename T, int kLanes>
+__device__ __forceinline__ void AddPixels(const FusedSizes& sizes, const AggregatePlan& plan,
+                                          const AggregatePatch& patch,
+                                          const BackwardMemory<T, kLanes>& memory, int channel,
+                                          float* grad_input) {
+  using Memory = BackwardMemory<T, kLanes>;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int eighth = lane / 8, of_eighth = lane % 8;
+  const uint32_t matrix =
+      SharedAddress(memory.matrix + (eighth / 2 * 8 + of_eighth) * plan.row() + eighth % 2 * 8);
+  const uint32_t gradients = SharedAddress(memory.gradients + lane % 16 * Memory::kStride);
+  for (int tile = warp; tile * kTilePixels < plan.pixels(); tile += kAggregateWarps) {
+    float sums[kLanes][4] = {};
+    bool any = false;
+#pragma unroll
+    for (int k = 0; k < kAggregateWarps; ++k) {
+      if (tile < memory.tiles[k].begin || tile >= memory.tiles[k].end) continue;
+      any = true;
+      uint32_t a[4], b[4];
+      LoadMatrices<true>(matrix + (k * kWarpPositions * plan.row() + tile * kTilePixels) *
+                                      static_cast<int>(sizeof(T)),
+                         a);
+#pragma unroll
+      for (int j = 0; j < kLanes; j += 2) {
+        const int vec16 = min(j + lane / 16, kLanes - 1);
+        LoadMatrices<true>(gradients + (k * kWarpPositions * Memory::kStride + vec16) * kVec16Bytes,
+                           b);
+        MmaSync<T>(sums[j], a, {b[0], b[1]});
+        if constexpr (kLanes > 1) MmaSync<T>(sums[j + 1], a, {b[2], b[3]});
+      }
+    }
+    if (!any) continue;
+    if (!__all_sync(kAllLanes, AllFinite(sums))) SumSamples(sizes, plan, memory, tile, sums);
+    // Two lanes have four channels of two pixels; each takes one pixel.
+    const int odd = lane % 2;
+    const int pixel = tile * kTilePixels + lane / 4 + odd * 8;
+    const int h = plan.region.by_w.Divide(pixel);
+    const int y = patch.region.top + h, x = patch.region.left + pixel - h * plan.region.w;
+    const bool exists =
+        pixel < plan.region.pixels() && y >= 0 && y < sizes.in_h && x >= 0 && x < sizes.in_w;
+    const int c = channel + lane % 4 / 2 * 4;
+    float* const to =
+        grad_input +
+        (int64_t{ImagePixel(sizes, patch.first.n)} + y * sizes.in_w + x) * sizes.in_channels +
+        patch.group * sizes.deform_group_channels + c;
+#pragma unroll
+    for (int j = 0; j < kLanes; ++j) {
+      float other[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        other[i] = __shfl_xor_sync(kAllLanes, odd ? sums[j][i] : sums[j][2 + i], 1);
+      }
+      const float four[] = {odd ? other[0] : sums[j][0], odd ? other[1] : sums[j][1],
+                            odd ? sums[j][2] : other[0], odd ? sums[j][3] : other[1]};
+      const bool zero = four[0] == 0 && four[1] == 0 && four[2] == 0 && four[3] == 0;
+      if (exists && !zero && c + j * kVec16Size<T> < sizes.deform_group_channels) {
+        AtomicAdd<4>(to + j * kVec16Size<T>, four);
+      }
+    }
+  }
+}
+
+// Adds to each sample's products those of a chunk of channels.
+template <typename T, int kLanes>
+__device__ __forceinline__ void AddProducts(const FusedSizes& sizes, const AggregatePlan& plan,
+                                            const TileRange& tiles,
+                                            const BackwardMemory<T, kLanes>& memory,
+                                            float (&products)[kSamplesOfLane][kCorners]) {
+  using Memory = BackwardMemory<T, kLanes>;
+  constexpr int kSteps = (kLanes + 1) / 2;
+  const int first_p = threadIdx.x / kWarp * kWarpPositions, lane = threadIdx.x % kWarp;
+  const int eighth = lane / 8, of_eighth = lane % 8;
+  uint32_t a[kSteps][4], pixels[kSteps];
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k) {
+    LoadMatrices<false>(SharedAddress(memory.gradients + (first_p + lane % 16) * Memory::kStride +
+                                      min(2 * k + lane / 16, kLanes - 1)),
+                        a[k]);
+    if (kLanes == 1) a[k][2] = a[k][3] = 0;
+    pixels[k] = SharedAddress(memory.pixels + (eighth / 2 * 8 + of_eighth) * Memory::kStride +
+                              min(2 * k + eighth % 2, kLanes - 1));
+  }
+  float* const of_warp = memory.products + first_p * kProductsRow;
+  for (int begin = tiles.begin; begin < tiles.end; begin += kProductTiles) {
+    float sums[2 * kProductTiles][4] = {};
+#pragma unroll
+    for (int t = 0; t < kProductTiles; ++t) {
+      if (begin + t >= tiles.end) break;
+#pragma unroll
+      for (int k = 0; k < kSteps; ++k) {
+        uint32_t b[4];
+        LoadMatrices<false>(pixels[k] + (begin + t) * kTilePixels * Memory::kStride * kVec16Bytes,
+                            b);
+        if (kLanes == 1) b[1] = b[3] = 0;
+        MmaSync<T>(sums[2 * t], a[k], {b[0], b[1]});
+        MmaSync<T>(sums[2 * t + 1], a[k], {b[2], b[3]});
+      }
+    }
+    __syncwarp();  // The products before have been read.
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int u = 0; u < 2 * kProductTiles; ++u) {
+        const float pair[] = {sums[u][2 * i], sums[u][2 * i + 1]};
+        Store(of_warp + (lane / 4 + 8 * i) * kProductsRow + u * 8 + lane % 4 * 2, pair);
+      }
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kSamplesOfLane; ++i) {
+      const int s = i * kWarp + lane;
+      if (s >= kWarpPositions * sizes.taps) break;
+      const int p = sizes.by_taps.Divide(s);
+      const CornerPlace place =
+          memory.samples[(first_p + p) * Memory::SampleStride(sizes.taps) + s - p * sizes.taps]
+              .place;
+      if (!place.in_region()) continue;
+      const int column = place.region_pixel() - begin * kTilePixels;
+#pragma unroll
+      for (int corner = 0; corner < kCorners; ++corner) {
+        const int at = column + corner / 2 * plan.region.w + corner % 2;
+        if (static_cast<uint32_t>(at) < kProductTiles * kTilePixels) {
+          products[i][corner] += of_warp[p * kProductsRow + at];
+        }
+      }
+    }
+  }
+}
+
+template <typename T, int kLanes>
+__global__ void __launch_bounds__(kAggregateThreads, 3)
+    MmaAggregateBackwardKernel(FusedSizes sizes, SampledTensors<T, float> tensors,
+                               AggregatePlan plan, const T* __restrict__ grad_output,
+                               SampledGradients<float> gradients) {
+  if constexpr (kHasMma) {
+    using Memory = BackwardMemory<T, kLanes>;
+    extern __shared__ __align__(16) char shared[];
+    const Memory memory(shared, plan, sizes.taps);
+    const AggregatePatch patch(sizes, plan);
+    const T* const image =
+        tensors.input + int64_t{ImagePixel(sizes, patch.first.n)} * sizes.in_channels;
+    const bool want_products = gradients.offset != nullptr || gradients.mask != nullptr;
+    StageGradients(sizes, grad_output, plan, patch, 0, memory);
+    if (want_products) StagePixels(sizes, image, plan, patch, 0, memory);
+    const TileRange tiles = LocateSamples(sizes, tensors, plan, patch, memory);
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    if (lane == 0) memory.tiles[warp] = tiles;
+    if (gradients.input != nullptr) WriteMatrix(sizes, plan, tiles, memory);
+    BackpropFar(sizes, image, grad_output, plan, patch, memory, gradients);
+
+    float products[kSamplesOfLane][kCorners] = {};
+    for (int channel = 0; channel < sizes.deform_group_channels;
+         channel += kLanes * kVec16Size<T>) {
+      if (channel > 0) {
+        __syncthreads();
+        StageGradients(sizes, grad_output, plan, patch, channel, memory);
+        if (want_products) StagePixels(sizes, image, plan, patch, channel, memory);
+      }
+      FinishCopies();
+      __syncthreads();
+      if (gradients.input != nullptr) {
+        AddPixels(sizes, plan, patch, memory, channel, gradients.input);
+      }
+      if (want_products) AddProducts(sizes, plan, tiles, memory, products);
+    }
+    if (!want_products) return;
+#pragma unroll
+    for (int i = 0; i < kSamplesOfLane; ++i) {
+      const int s = i * kWarp + lane;
+      if (s >= kWarpPositions * sizes.taps) break;
+      const int of_warp = sizes.by_taps.Divide(s);
+      const int p = warp * kWarpPositions + of_warp, tap = s - of_warp * sizes.taps;
+      const Position position = patch.PositionOf(plan, p);
+      const PatchSample<float> sample = memory.samples[p * Memory::SampleStride(sizes.taps) + tap];
+      const bool far = !sample.place.in_region() && sample.place.bits() != 0;  // and written
+      if (!Exists(sizes, position) || far) continue;
+      WriteOffsetAndMask(sample, products[i], SampleIndex(sizes, patch, position, tap), gradients);
+    }
+  }
+}
+
+constexpr int kBlocksTogether = 2;  // on a multiprocessor, at least
+
+template <typename T>
+constexpr auto kKernelOf =
+    [](auto lanes) { return MmaAggregateBackwardKernel<CudaType<T>, decltype(lanes)::value>; };
+
+}  // namespace
+
+template <typename T>
+std::string MmaAggregateBackwardMisfit(const DeformConvParams& params,
+                                       const SampledTensors<T, ComputeType<T>>& tensors,
+                                       const T* grad_output) {
+  if (params.taps() > kMostTaps) return "the kernel has many taps";
+  return AggregateMisfit<BackwardMemory>(params, tensors, grad_output, kBlocksTogether,
+                                         kKernelOf<T>);
+}
+
+template <typename T>
+std::string MmaAggregateBackward(const DeformConvParams& params,
+                                 const SampledTensors<T, ComputeType<T>>& tensors,
+                                 const T* grad_output,
+                                 const SampledGradients<ComputeType<T>>& gradients, void* stream) {
+  return LaunchAggregate<BackwardMemory>("MmaAggregateBackwardKernel", params, tensors,
+                                         kBlocksTogether, stream, kKernelOf<T>, AsCuda(grad_output),
+                                         gradients);
+}
+
+#define DEFORM_CONV_INSTANTIATE(T)                                                                 \
+  template std::string MmaAggregateBackwardMisfit<T>(                                              \
+      const DeformConvParams&, const SampledTensors<T, ComputeType<T>>&, const T*);                \
+  template std::string MmaAggregateBackward<T>(const DeformConvParams&,                            \
+                                               const SampledTensors<T, ComputeType<T>>&, const T*, \
+                                               const SampledGradients<ComputeType<T>>&, void*);
+DEFORM_CONV_FOR_ELEMENT_TYPES(DEFORM_CONV_INSTANTIATE)
+#undef DEFORM_CONV_INSTANTIATE
+
+}  // namespace cuda
+}  // namespace deform_conv
