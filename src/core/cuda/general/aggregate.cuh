@@ -54,28 +54,21 @@ struct AggregateMemory {
   // From one pixel to the next: odd, so that vec16s of eight pixels lie in banks of their own.
   static constexpr int kStride = kLanes | 1;
 
-  T* matrix;                    // W: [positions][row()]
-  Vec16* pixels;                // X: [pixels()][kStride]
-  PatchSample<float>* samples;  // [positions][SampleStride()]
+  T* matrix;      // W: [positions][row()]
+  Vec16* pixels;  // X: [pixels()][kStride]
   uint32_t* far;  // [positions][FarWords()]: a bit for each tap whose sample is not in the region
 
-  __device__ AggregateMemory(char* shared, const AggregatePlan& plan, int taps) {
+  __device__ AggregateMemory(char* shared, const AggregatePlan& plan) {
     matrix = reinterpret_cast<T*>(shared);
     pixels = reinterpret_cast<Vec16*>(matrix + kPatchPositions * plan.row());
-    samples = reinterpret_cast<PatchSample<float>*>(pixels + plan.pixels() * kStride);
-    far = reinterpret_cast<uint32_t*>(samples + kPatchPositions * SampleStride(taps));
+    far = reinterpret_cast<uint32_t*>(pixels + plan.pixels() * kStride);
   }
   static int64_t Bytes(const AggregatePlan& plan, int64_t taps) {
     return int64_t{kPatchPositions} * plan.row() * int64_t{sizeof(T)} +
            int64_t{plan.pixels()} * kStride * kVec16Bytes +
-           kPatchPositions * SampleStride(taps) * int64_t{sizeof(PatchSample<float>)} +
            kPatchPositions * FarWords(taps) * int64_t{sizeof(uint32_t)};
   }
 
-  template <typename Int>
-  static DEFORM_CONV_INLINE Int SampleStride(Int taps) {
-    return taps | 1;
-  }
   template <typename Int>
   static DEFORM_CONV_INLINE Int FarWords(Int taps) {
     return (taps + 31) / 32;
@@ -128,68 +121,121 @@ __device__ __forceinline__ void StagePixels(const FusedSizes& sizes, const T* im
               memory.pixels);
 }
 
-// Locates the samples of a warp's positions.
-template <typename T, int kLanes>
-__device__ __forceinline__ TileRange LocateSamples(const FusedSizes& sizes,
-                                                   const SampledTensors<T, float>& tensors,
-                                                   const AggregatePlan& plan,
-                                                   const AggregatePatch& patch,
-                                                   const AggregateMemory<T, kLanes>& memory) {
-  using Memory = AggregateMemory<T, kLanes>;
-  constexpr int kTogether = 5;  // 3x3 taps at once
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int count = kWarpPositions * sizes.taps, words = Memory::FarWords(sizes.taps);
-  for (int i = lane; i < kWarpPositions * words; i += kWarp) {
-    memory.far[warp * kWarpPositions * words + i] = 0;
+// The index of a sample's mask.
+__device__ __forceinline__ int64_t SampleIndex(const FusedSizes& sizes, const AggregatePatch& patch,
+                                               const Position& position, int tap) {
+  return int64_t{PositionIndex(sizes, position)} * (sizes.deform_groups * sizes.taps) +
+         patch.group * sizes.taps + tap;
+}
+
+// Locates a sample.
+__device__ __forceinline__ PatchSample<float> LocateSample(const FusedSizes& sizes,
+                                                           const AggregatePlan& plan,
+                                                           const AggregatePatch& patch,
+                                                           const Position& position, int tap,
+                                                           const Offset& offset, float mask) {
+  const TapSample<float> located(sizes, position, Tap::Of(sizes, tap), offset.dy, offset.dx);
+  if (!located.inside()) return {};
+  const int h_low = located.h.low, w_low = located.w.low;
+  const int bits = CornerBits(located.h, located.w, sizes.in_h, sizes.in_w);
+  const bool staged = patch.region.HasCorners(h_low, w_low) &&
+                      fabsf(mask) <= static_cast<float>(kMostMask);  // NaN fails
+  return {located.h.fraction, located.w.fraction, mask,
+          staged ? CornerPlace::InRegion(plan.region, patch.region, h_low, w_low, bits)
+                 : CornerPlace::InImage(sizes, h_low, w_low, bits)};
+}
+template <typename T>
+__device__ __forceinline__ PatchSample<float> LocateSample(const FusedSizes& sizes,
+                                                           const SampledTensors<T, float>& tensors,
+                                                           const AggregatePlan& plan,
+                                                           const AggregatePatch& patch,
+                                                           const Position& position, int tap) {
+  const int64_t index = SampleIndex(sizes, patch, position, tap);
+  return LocateSample(sizes, plan, patch, position, tap, LoadOffset(tensors, index),
+                      LoadMask(tensors, index));
+}
+
+// Adds to W what a sample gives to two neighbouring pixels.
+template <typename T>
+__device__ __forceinline__ void AddWeights(float weight, float w_fraction, T* pixels) {
+  const float left = static_cast<float>(pixels[0]) + weight * (1 - w_fraction);
+  const float right = static_cast<float>(pixels[1]) + weight * w_fraction;
+  pixels[0] = static_cast<T>(left);
+  pixels[1] = static_cast<T>(right);
+}
+
+constexpr int kSamplesTogether = 5;  // of a lane: 3x3 taps at once
+
+// Locates the samples of a warp's positions, and writes its rows of W if that is wanted. A position
+// has two lanes. Each locates every other tap, and calls keep(i, sample) with the i-th at once. One
+// writes the even rows of the region's pixels and one the odd ones, so that none waits for the
+// other.
+template <typename T, int kLanes, typename Keep>
+__device__ __forceinline__ TileRange WriteMatrix(const FusedSizes& sizes,
+                                                 const SampledTensors<T, float>& tensors,
+                                                 const AggregatePlan& plan,
+                                                 const AggregatePatch& patch, bool want_matrix,
+                                                 const AggregateMemory<T, kLanes>& memory,
+                                                 const Keep& keep) {
+  const int lane = threadIdx.x % kWarp, parity = lane % 2;
+  const int p = threadIdx.x / 2;
+  T* const row = memory.matrix + p * plan.row();
+  if (want_matrix) {
+    for (int i = parity; i * kVec16Size<T> < plan.pixels(); i += 2) {
+      reinterpret_cast<Vector<T, kVec16Size<T>>*>(row)[i] = {};
+    }
   }
+  const int words = AggregateMemory<T, kLanes>::FarWords(sizes.taps);
+  uint32_t* const far = memory.far + p * words;
+  for (int i = parity; i < words; i += 2) far[i] = 0;
   __syncwarp();
+
+  const Position position = patch.PositionOf(plan, p);
+  const bool exists = Exists(sizes, position);
+  const int64_t first_index = SampleIndex(
+      sizes, patch,
+      {position.n, min(position.y, sizes.out_h - 1), min(position.x, sizes.out_w - 1)}, 0);
   int first = INT32_MAX, last = -1;  // top left corners
-  for (int begin = lane; begin < count; begin += kTogether * kWarp) {
-    Offset offsets[kTogether];
-    float masks[kTogether];
-    const auto sample_of = [&](int i, int* p, int* tap) {
-      const int s = min(begin + i * kWarp, count - 1);
-      const int of_warp = sizes.by_taps.Divide(s);
-      *tap = s - of_warp * sizes.taps;
-      *p = warp * kWarpPositions + of_warp;
-      return patch.PositionOf(plan, *p);
-    };
+  for (int begin = 0; begin < sizes.taps; begin += 2 * kSamplesTogether) {
+    Offset offsets[kSamplesTogether];
+    float masks[kSamplesTogether];
 #pragma unroll
-    for (int i = 0; i < kTogether; ++i) {
-      int p, tap;
-      const Position position = sample_of(i, &p, &tap);
-      const int64_t index =
-          int64_t{PositionIndex(sizes, {position.n, min(position.y, sizes.out_h - 1),
-                                        min(position.x, sizes.out_w - 1)})} *
-              (sizes.deform_groups * sizes.taps) +
-          patch.group * sizes.taps + tap;
-      offsets[i] = LoadOffset(tensors, index);
-      masks[i] = LoadMask(tensors, index);
+    for (int i = 0; i < kSamplesTogether; ++i) {
+      const int tap = min(begin + 2 * i + parity, sizes.taps - 1);
+      offsets[i] = LoadOffset(tensors, first_index + tap);
+      masks[i] = LoadMask(tensors, first_index + tap);
     }
 #pragma unroll
-    for (int i = 0; i < kTogether; ++i) {
-      if (begin + i * kWarp >= count) break;
-      int p, tap;
-      const Position position = sample_of(i, &p, &tap);
-      const TapSample<float> located(sizes, position, Tap::Of(sizes, tap), offsets[i].dy,
-                                     offsets[i].dx);
+    for (int i = 0; i < kSamplesTogether; ++i) {
+      if (begin + 2 * i >= sizes.taps) break;
+      const int tap = begin + 2 * i + parity;
       PatchSample<float> sample = {};
-      if (Exists(sizes, position) && located.inside()) {
-        const int h_low = located.h.low, w_low = located.w.low;
-        const int bits = CornerBits(located.h, located.w, sizes.in_h, sizes.in_w);
-        const bool staged = patch.region.HasCorners(h_low, w_low) &&
-                            fabsf(masks[i]) <= static_cast<float>(kMostMask);  // NaN fails
-        sample = {located.h.fraction, located.w.fraction, masks[i],
-                  staged ? CornerPlace::InRegion(plan.region, patch.region, h_low, w_low, bits)
-                         : CornerPlace::InImage(sizes, h_low, w_low, bits)};
-        if (staged) {
-          first = min(first, sample.place.region_pixel());
-          last = max(last, sample.place.region_pixel());
-        } else if (bits != 0) {
-          atomicOr(memory.far + p * words + tap / 32, 1u << tap % 32);
-        }
+      if (exists && tap < sizes.taps) {
+        sample = LocateSample(sizes, plan, patch, position, tap, offsets[i], masks[i]);
       }
-      memory.samples[p * Memory::SampleStride(sizes.taps) + tap] = sample;
+      keep(i, sample);
+      const bool staged = sample.place.in_region();
+      const int pixel = sample.place.region_pixel();
+      if (staged) {
+        first = min(first, pixel);
+        last = max(last, pixel);
+      } else if (sample.place.bits() != 0) {
+        atomicOr(far + tap / 32, 1u << tap % 32);
+      }
+      if (!want_matrix) continue;
+      // The lane's own pair of corners, and the pair that it hands to the other lane.
+      const bool upper = (plan.region.by_w.Divide(pixel) & 1) == parity;
+      const float of_lower = sample.mask * sample.h_fraction;
+      const float of_upper = sample.mask * (1 - sample.h_fraction);
+      const int lower_pixel = pixel + plan.region.w;
+      const int own = upper ? pixel : lower_pixel;
+      const int given = staged ? (upper ? lower_pixel : pixel) : -1;
+      const float own_weight = upper ? of_upper : of_lower;
+      const int got = __shfl_xor_sync(kAllLanes, given, 1);
+      const float got_weight = __shfl_xor_sync(kAllLanes, upper ? of_lower : of_upper, 1);
+      const float got_fraction = __shfl_xor_sync(kAllLanes, sample.w_fraction, 1);
+      if (staged) AddWeights(own_weight, sample.w_fraction, row + own);
+      if (got >= 0) AddWeights(got_weight, got_fraction, row + got);
     }
   }
   __syncwarp();
@@ -197,38 +243,6 @@ __device__ __forceinline__ TileRange LocateSamples(const FusedSizes& sizes,
   last = __reduce_max_sync(kAllLanes, last);
   if (last < 0) return {0, 0};
   return {first / kTilePixels, (last + plan.region.w + 1) / kTilePixels + 1};
-}
-
-// Writes a warp's rows of W, in those tiles. A position has two lanes, which have the upper and the
-// lower corners of its samples.
-template <typename T, int kLanes>
-__device__ __forceinline__ void WriteMatrix(const FusedSizes& sizes, const AggregatePlan& plan,
-                                            const TileRange& tiles,
-                                            const AggregateMemory<T, kLanes>& memory) {
-  const int lane = threadIdx.x % kWarp;
-  const int p = threadIdx.x / kWarp * kWarpPositions + lane % kWarpPositions;
-  const int lower = lane / kWarpPositions;
-  T* const row = memory.matrix + p * plan.row();
-  for (int tile = tiles.begin; tile < tiles.end; ++tile) {
-    reinterpret_cast<Vector<T, kVec16Size<T>>*>(row + tile * kTilePixels)[lower] = {};
-  }
-  const PatchSample<float>* const samples =
-      memory.samples + p * AggregateMemory<T, kLanes>::SampleStride(sizes.taps);
-  __syncwarp();
-  T* const first = row + lower * plan.region.w;
-#pragma unroll 1
-  for (int tap = 0; tap < sizes.taps; ++tap) {
-    const PatchSample<float> sample = samples[tap];
-    if (sample.place.in_region()) {
-      T* const corners = first + sample.place.region_pixel();
-      const float weight = sample.mask * (lower != 0 ? sample.h_fraction : 1 - sample.h_fraction);
-      const float left = static_cast<float>(corners[0]) + weight * (1 - sample.w_fraction);
-      const float right = static_cast<float>(corners[1]) + weight * sample.w_fraction;
-      corners[0] = static_cast<T>(left);
-      corners[1] = static_cast<T>(right);
-    }
-    __syncwarp();  // The next sample's upper corners may be this one's lower.
-  }
 }
 
 // Whether all of a lane's sums are finite. One infinite factor or NaN makes all sums of its product

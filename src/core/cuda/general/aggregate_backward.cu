@@ -13,8 +13,7 @@ namespace {
 constexpr int kProductTiles = 3;  // of pixels, at a time
 // Numbers from one position's products to the next: four rows of pairs in banks of their own.
 constexpr int kProductsRow = kProductTiles * kTilePixels + 8;
-constexpr int kMostTaps = 10;
-constexpr int kSamplesOfLane = (kWarpPositions * kMostTaps + kWarp - 1) / kWarp;
+constexpr int kMostTaps = 2 * kSamplesTogether;
 
 template <typename T, int kLanes>
 struct BackwardMemory : AggregateMemory<T, kLanes> {
@@ -27,7 +26,7 @@ struct BackwardMemory : AggregateMemory<T, kLanes> {
   TileRange* tiles;  // [warps]
 
   __device__ BackwardMemory(char* shared, const AggregatePlan& plan, int taps)
-      : Base(shared, plan, taps) {
+      : Base(shared, plan) {
     gradients = reinterpret_cast<Vec16*>(this->far + kPatchPositions * Base::FarWords(taps));
     products = reinterpret_cast<float*>(gradients + kPatchPositions * Base::kStride);
     tiles = reinterpret_cast<TileRange*>(products + kProducts);
@@ -37,13 +36,6 @@ struct BackwardMemory : AggregateMemory<T, kLanes> {
            kProducts * int64_t{sizeof(float)} + kAggregateWarps * int64_t{sizeof(TileRange)};
   }
 };
-
-// The index of a sample's mask.
-__device__ __forceinline__ int64_t SampleIndex(const FusedSizes& sizes, const AggregatePatch& patch,
-                                               const Position& position, int tap) {
-  return int64_t{PositionIndex(sizes, position)} * (sizes.deform_groups * sizes.taps) +
-         patch.group * sizes.taps + tap;
-}
 
 // Begins to copy the gradient of the output, in the channels of StagePixels().
 template <typename T, int kLanes>
@@ -66,7 +58,8 @@ __device__ __forceinline__ void StageGradients(const FusedSizes& sizes, const T*
 
 // All gradients of a warp's samples that are not in the region. A position has four lanes.
 template <typename T, int kLanes>
-__device__ __forceinline__ void BackpropFar(const FusedSizes& sizes, const T* image,
+__device__ __forceinline__ void BackpropFar(const FusedSizes& sizes,
+                                            const SampledTensors<T, float>& tensors, const T* image,
                                             const T* grad_output, const AggregatePlan& plan,
                                             const AggregatePatch& patch,
                                             const BackwardMemory<T, kLanes>& memory,
@@ -82,8 +75,7 @@ __device__ __forceinline__ void BackpropFar(const FusedSizes& sizes, const T* im
 #pragma unroll 1
       for (uint32_t bits = memory.far[p * words + word]; bits != 0; bits &= bits - 1) {
         const int tap = word * 32 + __ffs(bits) - 1;
-        const PatchSample<float> sample =
-            memory.samples[p * Memory::SampleStride(sizes.taps) + tap];
+        const PatchSample<float> sample = LocateSample(sizes, tensors, plan, patch, position, tap);
         const int64_t pixel = sample.place.image_pixel(sizes);
         float products[kCorners] = {};
         for (int c = lane % kLanesOfPosition * kSize; c < sizes.deform_group_channels;
@@ -126,7 +118,9 @@ __device__ __forceinline__ void BackpropFar(const FusedSizes& sizes, const T* im
 // The sums of a tile of pixels once more, without what W and G have beyond the samples: 0 times
 // infinity is NaN.
 template <typename T, int kLanes>
-__device__ __noinline__ void SumSamples(const FusedSizes& sizes, const AggregatePlan& plan,
+__device__ __noinline__ void SumSamples(const FusedSizes& sizes,
+                                        const SampledTensors<T, float>& tensors,
+                                        const AggregatePlan& plan, const AggregatePatch& patch,
                                         const BackwardMemory<T, kLanes>& memory, int tile,
                                         float (&sums)[kLanes][4]) {
   using Memory = BackwardMemory<T, kLanes>;
@@ -135,8 +129,10 @@ __device__ __noinline__ void SumSamples(const FusedSizes& sizes, const Aggregate
   for (int i = 0; i < kLanes * 4; ++i) sums[i / 4][i % 4] = 0;
   for (int s = 0; s < kPatchPositions * sizes.taps; ++s) {
     const int p = sizes.by_taps.Divide(s);
+    const Position position = patch.PositionOf(plan, p);
+    if (!Exists(sizes, position)) continue;
     const PatchSample<float> sample =
-        memory.samples[p * Memory::SampleStride(sizes.taps) + s - p * sizes.taps];
+        LocateSample(sizes, tensors, plan, patch, position, s - p * sizes.taps);
     if (!sample.place.in_region()) continue;
     float weights[kCorners];
     BilinearWeights(sample.h_fraction, sample.w_fraction, weights);
@@ -167,8 +163,9 @@ __device__ __noinline__ void SumSamples(const FusedSizes& sizes, const Aggregate
 
 // Adds W^T * G to the input's gradient.
 template <typename T, int kLanes>
-__device__ __forceinline__ void AddPixels(const FusedSizes& sizes, const AggregatePlan& plan,
-                                          const AggregatePatch& patch,
+__device__ __forceinline__ void AddPixels(const FusedSizes& sizes,
+                                          const SampledTensors<T, float>& tensors,
+                                          const AggregatePlan& plan, const AggregatePatch& patch,
                                           const BackwardMemory<T, kLanes>& memory, int channel,
                                           float* grad_input) {
   using Memory = BackwardMemory<T, kLanes>;
@@ -198,7 +195,8 @@ __device__ __forceinline__ void AddPixels(const FusedSizes& sizes, const Aggrega
       }
     }
     if (!any) continue;
-    if (!__all_sync(kAllLanes, AllFinite(sums))) SumSamples(sizes, plan, memory, tile, sums);
+    if (!__all_sync(kAllLanes, AllFinite(sums)))
+      SumSamples(sizes, tensors, plan, patch, memory, tile, sums);
     // Two lanes have four channels of two pixels; each takes one pixel.
     const int odd = lane % 2;
     const int pixel = tile * kTilePixels + lane / 4 + odd * 8;
@@ -230,10 +228,11 @@ __device__ __forceinline__ void AddPixels(const FusedSizes& sizes, const Aggrega
 
 // Adds to each sample's products those of a chunk of channels.
 template <typename T, int kLanes>
-__device__ __forceinline__ void AddProducts(const FusedSizes& sizes, const AggregatePlan& plan,
+__device__ __forceinline__ void AddProducts(const AggregatePlan& plan,
+                                            const PatchSample<float> (&samples)[kSamplesTogether],
                                             const TileRange& tiles,
                                             const BackwardMemory<T, kLanes>& memory,
-                                            float (&products)[kSamplesOfLane][kCorners]) {
+                                            float (&products)[kSamplesTogether][kCorners]) {
   using Memory = BackwardMemory<T, kLanes>;
   constexpr int kSteps = (kLanes + 1) / 2;
   const int first_p = threadIdx.x / kWarp * kWarpPositions, lane = threadIdx.x % kWarp;
@@ -275,20 +274,15 @@ __device__ __forceinline__ void AddProducts(const FusedSizes& sizes, const Aggre
     }
     __syncwarp();
 #pragma unroll
-    for (int i = 0; i < kSamplesOfLane; ++i) {
-      const int s = i * kWarp + lane;
-      if (s >= kWarpPositions * sizes.taps) break;
-      const int p = sizes.by_taps.Divide(s);
-      const CornerPlace place =
-          memory.samples[(first_p + p) * Memory::SampleStride(sizes.taps) + s - p * sizes.taps]
-              .place;
+    for (int i = 0; i < kSamplesTogether; ++i) {
+      const CornerPlace place = samples[i].place;
       if (!place.in_region()) continue;
       const int column = place.region_pixel() - begin * kTilePixels;
 #pragma unroll
       for (int corner = 0; corner < kCorners; ++corner) {
         const int at = column + corner / 2 * plan.region.w + corner % 2;
         if (static_cast<uint32_t>(at) < kProductTiles * kTilePixels) {
-          products[i][corner] += of_warp[p * kProductsRow + at];
+          products[i][corner] += of_warp[lane / 2 * kProductsRow + at];
         }
       }
     }
@@ -310,13 +304,15 @@ __global__ void __launch_bounds__(kAggregateThreads, 3)
     const bool want_products = gradients.offset != nullptr || gradients.mask != nullptr;
     StageGradients(sizes, grad_output, plan, patch, 0, memory);
     if (want_products) StagePixels(sizes, image, plan, patch, 0, memory);
-    const TileRange tiles = LocateSamples(sizes, tensors, plan, patch, memory);
+    PatchSample<float> samples[kSamplesTogether] = {};
+    const TileRange tiles =
+        WriteMatrix(sizes, tensors, plan, patch, gradients.input != nullptr, memory,
+                    [&](int i, const PatchSample<float>& sample) { samples[i] = sample; });
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     if (lane == 0) memory.tiles[warp] = tiles;
-    if (gradients.input != nullptr) WriteMatrix(sizes, plan, tiles, memory);
-    BackpropFar(sizes, image, grad_output, plan, patch, memory, gradients);
+    BackpropFar(sizes, tensors, image, grad_output, plan, patch, memory, gradients);
 
-    float products[kSamplesOfLane][kCorners] = {};
+    float products[kSamplesTogether][kCorners] = {};
     for (int channel = 0; channel < sizes.deform_group_channels;
          channel += kLanes * kVec16Size<T>) {
       if (channel > 0) {
@@ -327,22 +323,22 @@ __global__ void __launch_bounds__(kAggregateThreads, 3)
       FinishCopies();
       __syncthreads();
       if (gradients.input != nullptr) {
-        AddPixels(sizes, plan, patch, memory, channel, gradients.input);
+        AddPixels(sizes, tensors, plan, patch, memory, channel, gradients.input);
       }
-      if (want_products) AddProducts(sizes, plan, tiles, memory, products);
+      if (want_products) AddProducts(plan, samples, tiles, memory, products);
     }
     if (!want_products) return;
+    const Position position = patch.PositionOf(plan, threadIdx.x / 2);
+    if (!Exists(sizes, position)) return;
 #pragma unroll
-    for (int i = 0; i < kSamplesOfLane; ++i) {
-      const int s = i * kWarp + lane;
-      if (s >= kWarpPositions * sizes.taps) break;
-      const int of_warp = sizes.by_taps.Divide(s);
-      const int p = warp * kWarpPositions + of_warp, tap = s - of_warp * sizes.taps;
-      const Position position = patch.PositionOf(plan, p);
-      const PatchSample<float> sample = memory.samples[p * Memory::SampleStride(sizes.taps) + tap];
-      const bool far = !sample.place.in_region() && sample.place.bits() != 0;  // and written
-      if (!Exists(sizes, position) || far) continue;
-      WriteOffsetAndMask(sample, products[i], SampleIndex(sizes, patch, position, tap), gradients);
+    for (int i = 0; i < kSamplesTogether; ++i) {
+      const int tap = 2 * i + lane % 2;
+      // Those that are not in the region have been written.
+      if (tap >= sizes.taps || (!samples[i].place.in_region() && samples[i].place.bits() != 0)) {
+        continue;
+      }
+      WriteOffsetAndMask(samples[i], products[i], SampleIndex(sizes, patch, position, tap),
+                         gradients);
     }
   }
 }

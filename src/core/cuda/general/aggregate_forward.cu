@@ -8,8 +8,9 @@ namespace {
 // Adds samples from memory to a lane's sums, which lie as MmaSync() has them: those that are not in
 // the region, or all.
 template <typename T, int kLanes>
-__device__ __forceinline__ void AddFromMemory(const FusedSizes& sizes, const T* image,
-                                              const AggregatePlan& plan,
+__device__ __forceinline__ void AddFromMemory(const FusedSizes& sizes,
+                                              const SampledTensors<T, float>& tensors,
+                                              const T* image, const AggregatePlan& plan,
                                               const AggregatePatch& patch,
                                               const AggregateMemory<T, kLanes>& memory, bool all,
                                               int channel, float (&sums)[kLanes][4]) {
@@ -21,13 +22,15 @@ __device__ __forceinline__ void AddFromMemory(const FusedSizes& sizes, const T* 
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int p = threadIdx.x / kWarp * kWarpPositions + half * 8 + lane / 4;
+    const Position position = patch.PositionOf(plan, p);
+    if (!Exists(sizes, position)) continue;
     for (int word = 0; word < words; ++word) {
       const int taps = min(sizes.taps - word * 32, 32);
       uint32_t bits = all ? kAllLanes >> (32 - taps) : memory.far[p * words + word];
 #pragma unroll 1
       for (; bits != 0; bits &= bits - 1) {
         const PatchSample<float> sample =
-            memory.samples[p * Memory::SampleStride(sizes.taps) + word * 32 + __ffs(bits) - 1];
+            LocateSample(sizes, tensors, plan, patch, position, word * 32 + __ffs(bits) - 1);
         // What lies outside is 0, whatever the mask.
         if (sample.place.bits() == 0) continue;
         float weights[kCorners];
@@ -87,14 +90,14 @@ __device__ __forceinline__ void Multiply(const AggregatePlan& plan, const TileRa
 }
 
 template <typename T, int kLanes>
-__global__ void __launch_bounds__(kAggregateThreads, 4)
+__global__ void __launch_bounds__(kAggregateThreads, 5)
     MmaAggregateForwardKernel(FusedSizes sizes, SampledTensors<T, float> tensors,
                               AggregatePlan plan, T* __restrict__ output) {
   if constexpr (kHasMma) {
     using Memory = AggregateMemory<T, kLanes>;
     constexpr int kChannels = kLanes * kVec16Size<T>;
     extern __shared__ __align__(16) char shared[];
-    const Memory memory(shared, plan, sizes.taps);
+    const Memory memory(shared, plan);
     const AggregatePatch patch(sizes, plan);
     const T* const image =
         tensors.input + int64_t{ImagePixel(sizes, patch.first.n)} * sizes.in_channels;
@@ -104,8 +107,8 @@ __global__ void __launch_bounds__(kAggregateThreads, 4)
          i < plan.pixels() * Memory::kStride; i += kAggregateThreads) {
       memory.pixels[i] = {};
     }
-    const TileRange tiles = LocateSamples(sizes, tensors, plan, patch, memory);
-    WriteMatrix(sizes, plan, tiles, memory);
+    const TileRange tiles = WriteMatrix(sizes, tensors, plan, patch, true, memory,
+                                        [](int, const PatchSample<float>&) {});
 
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     for (int channel = 0; channel < sizes.deform_group_channels; channel += kChannels) {
@@ -123,7 +126,7 @@ __global__ void __launch_bounds__(kAggregateThreads, 4)
 #pragma unroll
         for (int i = 0; i < kLanes * 4; ++i) sums[i / 4][i % 4] = 0;
       }
-      AddFromMemory(sizes, image, plan, patch, memory, !finite, channel, sums);
+      AddFromMemory(sizes, tensors, image, plan, patch, memory, !finite, channel, sums);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const Position position = patch.PositionOf(plan, warp * kWarpPositions + lane / 4 + i * 8);
