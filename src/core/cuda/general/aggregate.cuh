@@ -164,6 +164,18 @@ __device__ __forceinline__ void AddWeights(float weight, float w_fraction, T* pi
   pixels[1] = static_cast<T>(right);
 }
 
+// Top left corners of samples of which all corners are in the region and in the image.
+struct InnerRegion {
+  int top, left;
+  uint32_t h, w;
+
+  __device__ InnerRegion(const FusedSizes& sizes, const Region& region)
+      : top(max(region.top, 0)),
+        left(max(region.left, 0)),
+        h(max(min(region.bottom, sizes.in_h) - 1 - top, 0)),
+        w(max(min(region.right, sizes.in_w) - 1 - left, 0)) {}
+};
+
 constexpr int kSamplesTogether = 5;  // of a lane: 3x3 taps at once
 
 // Locates the samples of a warp's positions, and writes its rows of W if that is wanted. A position
@@ -195,6 +207,9 @@ __device__ __forceinline__ TileRange WriteMatrix(const FusedSizes& sizes,
   const int64_t first_index = SampleIndex(
       sizes, patch,
       {position.n, min(position.y, sizes.out_h - 1), min(position.x, sizes.out_w - 1)}, 0);
+  const InnerRegion inner_region(sizes, patch.region);
+  const uint32_t h_base = position.y * sizes.stride_h - sizes.pad_top - inner_region.top;
+  const uint32_t w_base = position.x * sizes.stride_w - sizes.pad_left - inner_region.left;
   int first = INT32_MAX, last = -1;  // top left corners
   for (int begin = 0; begin < sizes.taps; begin += 2 * kSamplesTogether) {
     Offset offsets[kSamplesTogether];
@@ -209,9 +224,28 @@ __device__ __forceinline__ TileRange WriteMatrix(const FusedSizes& sizes,
     for (int i = 0; i < kSamplesTogether; ++i) {
       if (begin + 2 * i >= sizes.taps) break;
       const int tap = begin + 2 * i + parity;
+      const int ky = sizes.by_kernel_w.Divide(tap), kx = tap - ky * sizes.kernel_w;
+      const float dy = offsets[i].dy, dx = offsets[i].dx;
+      const float h_fraction = dy - floorf(dy), w_fraction = dx - floorf(dx);
+      // Nearly all are here. Without a sign, what overflows is beyond any region; NaN fails.
+      const uint32_t h = h_base + ky * sizes.dilation_h + static_cast<uint32_t>(__float2int_rd(dy));
+      const uint32_t w = w_base + kx * sizes.dilation_w + static_cast<uint32_t>(__float2int_rd(dx));
+      const bool inner = h < inner_region.h && w < inner_region.w && h_fraction >= 0 &&
+                         w_fraction >= 0 && fabsf(masks[i]) <= static_cast<float>(kMostMask);
       PatchSample<float> sample = {};
+      int row_of_region = 0;
       if (exists && tap < sizes.taps) {
-        sample = LocateSample(sizes, plan, patch, position, tap, offsets[i], masks[i]);
+        if (inner) {
+          const int h_low = inner_region.top + h, w_low = inner_region.left + w;
+          sample = {h_fraction, w_fraction, masks[i],
+                    CornerPlace::InRegion(plan.region, patch.region, h_low, w_low, kAllCorners)};
+          row_of_region = h_low - patch.region.top;
+        } else {
+          sample = LocateSample(sizes, plan, patch, position, tap, offsets[i], masks[i]);
+          if (sample.place.in_region()) {
+            row_of_region = plan.region.by_w.Divide(sample.place.region_pixel());
+          }
+        }
       }
       keep(i, sample);
       const bool staged = sample.place.in_region();
@@ -224,7 +258,7 @@ __device__ __forceinline__ TileRange WriteMatrix(const FusedSizes& sizes,
       }
       if (!want_matrix) continue;
       // The lane's own pair of corners, and the pair that it hands to the other lane.
-      const bool upper = (plan.region.by_w.Divide(pixel) & 1) == parity;
+      const bool upper = (row_of_region & 1) == parity;
       const float of_lower = sample.mask * sample.h_fraction;
       const float of_upper = sample.mask * (1 - sample.h_fraction);
       const int lower_pixel = pixel + plan.region.w;
