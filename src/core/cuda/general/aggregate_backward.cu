@@ -66,6 +66,7 @@ __device__ __forceinline__ void BackpropFar(const FusedSizes& sizes,
                                             const SampledGradients<float>& gradients) {
   using Memory = BackwardMemory<T, kLanes>;
   constexpr int kSize = kVec16Size<T>, kLanesOfPosition = kWarp / 8;
+  constexpr int kTogether = std::is_same_v<T, __half> ? 2 : 1;  // or registers would spill
   const int lane = threadIdx.x % kWarp, words = Memory::FarWords(sizes.taps);
   const uint32_t quad = 0xfu << (lane & ~3);
   for (int i = lane / kLanesOfPosition; i < kWarpPositions; i += 8) {
@@ -73,42 +74,64 @@ __device__ __forceinline__ void BackpropFar(const FusedSizes& sizes,
     const Position position = patch.PositionOf(plan, p);
     for (int word = 0; word < words; ++word) {
 #pragma unroll 1
-      for (uint32_t bits = memory.far[p * words + word]; bits != 0; bits &= bits - 1) {
-        const int tap = word * 32 + __ffs(bits) - 1;
-        const PatchSample<float> sample = LocateSample(sizes, tensors, plan, patch, position, tap);
-        const int64_t pixel = sample.place.image_pixel(sizes);
-        float products[kCorners] = {};
+      for (uint32_t bits = memory.far[p * words + word]; bits != 0;) {
+        int taps[kTogether];
+        PatchSample<float> samples[kTogether];
+        float products[kTogether][kCorners] = {};
+        int count = 0;
+#pragma unroll
+        for (int k = 0; k < kTogether; ++k) {
+          if (bits != 0) {
+            taps[k] = word * 32 + __ffs(bits) - 1;
+            bits &= bits - 1;
+            ++count;
+          } else {
+            taps[k] = taps[0];
+          }
+          samples[k] = LocateSample(sizes, tensors, plan, patch, position, taps[k]);
+        }
         for (int c = lane % kLanesOfPosition * kSize; c < sizes.deform_group_channels;
              c += kLanesOfPosition * kSize) {
           const int channel = patch.group * sizes.deform_group_channels + c;
           const Vector<T, kSize> gradient = Load<T, kSize>(
               grad_output + int64_t{PositionIndex(sizes, position)} * sizes.out_channels + channel);
-          Vector<T, kSize> corners[kCorners];
-          LoadCorners(image + pixel * sizes.in_channels + channel,
-                      int64_t{sizes.in_w} * sizes.in_channels, int64_t{sizes.in_channels},
-                      sample.place.bits(), corners);
+          Vector<T, kSize> corners[kTogether][kCorners];
 #pragma unroll
-          for (int corner = 0; corner < kCorners; ++corner) {
+          for (int k = 0; k < kTogether; ++k) {
+            LoadCorners(
+                image + int64_t{samples[k].place.image_pixel(sizes)} * sizes.in_channels + channel,
+                int64_t{sizes.in_w} * sizes.in_channels, int64_t{sizes.in_channels},
+                samples[k].place.bits(), corners[k]);
+          }
 #pragma unroll
-            for (int k = 0; k < kSize; ++k) {
-              products[corner] += static_cast<float>(gradient.elements[k]) *
-                                  static_cast<float>(corners[corner].elements[k]);
+          for (int k = 0; k < kTogether; ++k) {
+#pragma unroll
+            for (int corner = 0; corner < kCorners; ++corner) {
+#pragma unroll
+              for (int e = 0; e < kSize; ++e) {
+                products[k][corner] += static_cast<float>(gradient.elements[e]) *
+                                       static_cast<float>(corners[k][corner].elements[e]);
+              }
+            }
+            if (gradients.input != nullptr && k < count) {
+              const int64_t pixel =
+                  ImagePixel(sizes, patch.first.n) + samples[k].place.image_pixel(sizes);
+              ScatterFar(sizes, samples[k], gradient,
+                         gradients.input + pixel * sizes.in_channels + channel);
             }
           }
-          if (gradients.input != nullptr) {
-            ScatterFar(sizes, sample, gradient,
-                       gradients.input +
-                           (int64_t{ImagePixel(sizes, patch.first.n)} + pixel) * sizes.in_channels +
-                           channel);
-          }
         }
 #pragma unroll
-        for (int corner = 0; corner < kCorners; ++corner) {
-          products[corner] += __shfl_xor_sync(quad, products[corner], 1);
-          products[corner] += __shfl_xor_sync(quad, products[corner], 2);
-        }
-        if (lane % kLanesOfPosition == 0) {
-          WriteOffsetAndMask(sample, products, SampleIndex(sizes, patch, position, tap), gradients);
+        for (int k = 0; k < kTogether; ++k) {
+#pragma unroll
+          for (int corner = 0; corner < kCorners; ++corner) {
+            products[k][corner] += __shfl_xor_sync(quad, products[k][corner], 1);
+            products[k][corner] += __shfl_xor_sync(quad, products[k][corner], 2);
+          }
+          if (lane % kLanesOfPosition == k && k < count) {
+            WriteOffsetAndMask(samples[k], products[k],
+                               SampleIndex(sizes, patch, position, taps[k]), gradients);
+          }
         }
       }
     }
@@ -118,11 +141,11 @@ __device__ __forceinline__ void BackpropFar(const FusedSizes& sizes,
 // The sums of a tile of pixels once more, without what W and G have beyond the samples: 0 times
 // infinity is NaN.
 template <typename T, int kLanes>
-__device__ __noinline__ void SumSamples(const FusedSizes& sizes,
-                                        const SampledTensors<T, float>& tensors,
-                                        const AggregatePlan& plan, const AggregatePatch& patch,
-                                        const BackwardMemory<T, kLanes>& memory, int tile,
-                                        float (&sums)[kLanes][4]) {
+__device__ __forceinline__ void SumSamples(const FusedSizes& sizes,
+                                           const SampledTensors<T, float>& tensors,
+                                           const AggregatePlan& plan, const AggregatePatch& patch,
+                                           const BackwardMemory<T, kLanes>& memory, int tile,
+                                           float (&sums)[kLanes][4]) {
   using Memory = BackwardMemory<T, kLanes>;
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
@@ -195,8 +218,9 @@ __device__ __forceinline__ void AddPixels(const FusedSizes& sizes,
       }
     }
     if (!any) continue;
-    if (!__all_sync(kAllLanes, AllFinite(sums)))
+    if (!__all_sync(kAllLanes, AllFinite(sums))) {
       SumSamples(sizes, tensors, plan, patch, memory, tile, sums);
+    }
     // Two lanes have four channels of two pixels; each takes one pixel.
     const int odd = lane % 2;
     const int pixel = tile * kTilePixels + lane / 4 + odd * 8;
@@ -355,7 +379,9 @@ template <typename T>
 std::string MmaAggregateBackwardMisfit(const DeformConvParams& params,
                                        const SampledTensors<T, ComputeType<T>>& tensors,
                                        const T* grad_output) {
+  constexpr int64_t kMostChannels = 64;  // Measured, see benchmarks/gpu_kernels.md.
   if (params.taps() > kMostTaps) return "the kernel has many taps";
+  if (params.deform_group_channels() > kMostChannels) return "a deformable group has many channels";
   return AggregateMisfit<BackwardMemory>(params, tensors, grad_output, kBlocksTogether,
                                          kKernelOf<T>);
 }
