@@ -22,7 +22,7 @@ struct BackwardMemory : AggregateMemory<T, kLanes> {
   static constexpr int kProducts = kPatchPositions * kProductsRow;
 
   Vec16* gradients;  // G: [positions][kStride]
-  float* products;   // [positions][kProductsRow]
+  float* products;   // [positions][kProductsRow]: of a warp's positions, or sums of pixels
   TileRange* tiles;  // [warps]
 
   __device__ BackwardMemory(char* shared, const AggregatePlan& plan, int taps)
@@ -197,6 +197,8 @@ __device__ __forceinline__ void AddPixels(const FusedSizes& sizes,
   const uint32_t matrix =
       SharedAddress(memory.matrix + (eighth / 2 * 8 + of_eighth) * plan.row() + eighth % 2 * 8);
   const uint32_t gradients = SharedAddress(memory.gradients + lane % 16 * Memory::kStride);
+  float* const of_warp = memory.products + warp * kWarpPositions * kProductsRow;
+  static_assert(kProductsRow >= kLanes * kVec16Size<T>);
   for (int tile = warp; tile * kTilePixels < plan.pixels(); tile += kAggregateWarps) {
     float sums[kLanes][4] = {};
     bool any = false;
@@ -221,31 +223,37 @@ __device__ __forceinline__ void AddPixels(const FusedSizes& sizes,
     if (!__all_sync(kAllLanes, AllFinite(sums))) {
       SumSamples(sizes, tensors, plan, patch, memory, tile, sums);
     }
-    // Two lanes have four channels of two pixels; each takes one pixel.
-    const int odd = lane % 2;
-    const int pixel = tile * kTilePixels + lane / 4 + odd * 8;
-    const int h = plan.region.by_w.Divide(pixel);
-    const int y = patch.region.top + h, x = patch.region.left + pixel - h * plan.region.w;
-    const bool exists =
-        pixel < plan.region.pixels() && y >= 0 && y < sizes.in_h && x >= 0 && x < sizes.in_w;
-    const int c = channel + lane % 4 / 2 * 4;
-    float* const to =
-        grad_input +
-        (int64_t{ImagePixel(sizes, patch.first.n)} + y * sizes.in_w + x) * sizes.in_channels +
-        patch.group * sizes.deform_group_channels + c;
+    // By way of shared memory, neighbouring lanes get neighbouring channels.
+    __syncwarp();
 #pragma unroll
     for (int j = 0; j < kLanes; ++j) {
-      float other[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        other[i] = __shfl_xor_sync(kAllLanes, odd ? sums[j][i] : sums[j][2 + i], 1);
+        const float pair[] = {sums[j][2 * i], sums[j][2 * i + 1]};
+        Store(of_warp + (lane / 4 + 8 * i) * kProductsRow + j * kVec16Size<T> + lane % 4 * 2, pair);
       }
-      const float four[] = {odd ? other[0] : sums[j][0], odd ? other[1] : sums[j][1],
-                            odd ? sums[j][2] : other[0], odd ? sums[j][3] : other[1]};
+    }
+    __syncwarp();
+    constexpr int kLanesOfPixel = 2 * kLanes, kPixelsTogether = kWarp / kLanesOfPixel;
+    const int c = channel + lane % kLanesOfPixel * 4;
+#pragma unroll
+    for (int first = 0; first < kTilePixels; first += kPixelsTogether) {
+      const int row = first + lane / kLanesOfPixel;
+      const Vector<float, 4> sum =
+          Load<float, 4>(of_warp + row * kProductsRow + lane % kLanesOfPixel * 4);
+      const float (&four)[4] = sum.elements;
+      const int pixel = tile * kTilePixels + row;
+      const int h = plan.region.by_w.Divide(pixel);
+      const int y = patch.region.top + h, x = patch.region.left + pixel - h * plan.region.w;
+      const bool exists = pixel < plan.region.pixels() && y >= 0 && y < sizes.in_h && x >= 0 &&
+                          x < sizes.in_w && c < sizes.deform_group_channels;
       const bool zero = four[0] == 0 && four[1] == 0 && four[2] == 0 && four[3] == 0;
-      if (exists && !zero && c + j * kVec16Size<T> < sizes.deform_group_channels) {
-        AtomicAdd<4>(to + j * kVec16Size<T>, four);
-      }
+      if (!exists || zero) continue;
+      AtomicAdd<4>(
+          grad_input +
+              (int64_t{ImagePixel(sizes, patch.first.n)} + y * sizes.in_w + x) * sizes.in_channels +
+              patch.group * sizes.deform_group_channels + c,
+          four);
     }
   }
 }
