@@ -68,6 +68,7 @@ __device__ __forceinline__ void BackpropFar(const FusedSizes& sizes,
   constexpr int kSize = kVec16Size<T>, kLanesOfPosition = kWarp / 8;
   constexpr int kTogether = std::is_same_v<T, __half> ? 2 : 1;  // or registers would spill
   const int lane = threadIdx.x % kWarp, words = Memory::FarWords(sizes.taps);
+  const int of_position = lane % kLanesOfPosition;
   const uint32_t quad = 0xfu << (lane & ~3);
   for (int i = lane / kLanesOfPosition; i < kWarpPositions; i += 8) {
     const int p = threadIdx.x / kWarp * kWarpPositions + i;
@@ -90,34 +91,50 @@ __device__ __forceinline__ void BackpropFar(const FusedSizes& sizes,
           }
           samples[k] = LocateSample(sizes, tensors, plan, patch, position, taps[k]);
         }
-        for (int c = lane % kLanesOfPosition * kSize; c < sizes.deform_group_channels;
-             c += kLanesOfPosition * kSize) {
-          const int channel = patch.group * sizes.deform_group_channels + c;
-          const Vector<T, kSize> gradient = Load<T, kSize>(
-              grad_output + int64_t{PositionIndex(sizes, position)} * sizes.out_channels + channel);
-          Vector<T, kSize> corners[kTogether][kCorners];
+        const int first_channel = patch.group * sizes.deform_group_channels;
+        const T* const gradient_of_group =
+            grad_output + int64_t{PositionIndex(sizes, position)} * sizes.out_channels +
+            first_channel;
+        for (int begin = 0; begin < sizes.deform_group_channels;
+             begin += kLanesOfPosition * kSize) {
+          const int c = begin + of_position * kSize;
+          if (c < sizes.deform_group_channels) {
+            const Vector<T, kSize> gradient = Load<T, kSize>(gradient_of_group + c);
+            Vector<T, kSize> corners[kTogether][kCorners];
 #pragma unroll
-          for (int k = 0; k < kTogether; ++k) {
-            LoadCorners(
-                image + int64_t{samples[k].place.image_pixel(sizes)} * sizes.in_channels + channel,
-                int64_t{sizes.in_w} * sizes.in_channels, int64_t{sizes.in_channels},
-                samples[k].place.bits(), corners[k]);
-          }
+            for (int k = 0; k < kTogether; ++k) {
+              LoadCorners(image + int64_t{samples[k].place.image_pixel(sizes)} * sizes.in_channels +
+                              first_channel + c,
+                          int64_t{sizes.in_w} * sizes.in_channels, int64_t{sizes.in_channels},
+                          samples[k].place.bits(), corners[k]);
+            }
 #pragma unroll
-          for (int k = 0; k < kTogether; ++k) {
+            for (int k = 0; k < kTogether; ++k) {
 #pragma unroll
-            for (int corner = 0; corner < kCorners; ++corner) {
+              for (int corner = 0; corner < kCorners; ++corner) {
 #pragma unroll
-              for (int e = 0; e < kSize; ++e) {
-                products[k][corner] += static_cast<float>(gradient.elements[e]) *
-                                       static_cast<float>(corners[k][corner].elements[e]);
+                for (int e = 0; e < kSize; ++e) {
+                  products[k][corner] += static_cast<float>(gradient.elements[e]) *
+                                         static_cast<float>(corners[k][corner].elements[e]);
+                }
               }
             }
-            if (gradients.input != nullptr && k < count) {
+          }
+          if (gradients.input == nullptr) continue;
+          // The lanes' additions are neighbours: 64 bytes at a time.
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            constexpr int kHalf = kSize / 2;
+            const int at = begin + (half * kLanesOfPosition + of_position) * kHalf;
+            if (at >= sizes.deform_group_channels) break;
+            const Vector<T, kHalf> gradient = Load<T, kHalf>(gradient_of_group + at);
+#pragma unroll
+            for (int k = 0; k < kTogether; ++k) {
+              if (k >= count) break;
               const int64_t pixel =
                   ImagePixel(sizes, patch.first.n) + samples[k].place.image_pixel(sizes);
               ScatterFar(sizes, samples[k], gradient,
-                         gradients.input + pixel * sizes.in_channels + channel);
+                         gradients.input + pixel * sizes.in_channels + first_channel + at);
             }
           }
         }
@@ -128,7 +145,7 @@ __device__ __forceinline__ void BackpropFar(const FusedSizes& sizes,
             products[k][corner] += __shfl_xor_sync(quad, products[k][corner], 1);
             products[k][corner] += __shfl_xor_sync(quad, products[k][corner], 2);
           }
-          if (lane % kLanesOfPosition == k && k < count) {
+          if (of_position == k && k < count) {
             WriteOffsetAndMask(samples[k], products[k],
                                SampleIndex(sizes, patch, position, taps[k]), gradients);
           }
