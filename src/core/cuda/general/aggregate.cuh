@@ -51,22 +51,25 @@ struct AggregatePlan {
 template <typename T, int kLanes>
 struct AggregateMemory {
   using Vec16 = Vector<T, kVec16Size<T>>;
-  // From one pixel to the next: odd, so that vec16s of eight pixels lie in banks of their own.
-  static constexpr int kStride = kLanes | 1;
-
   T* matrix;      // W: [positions][row()]
-  Vec16* pixels;  // X: [pixels()][kStride]
+  Vec16* pixels;  // X: [pixels()][kLanes], as Place() has them
   uint32_t* far;  // [positions][FarWords()]: a bit for each tap whose sample is not in the region
 
   __device__ AggregateMemory(char* shared, const AggregatePlan& plan) {
     matrix = reinterpret_cast<T*>(shared);
     pixels = reinterpret_cast<Vec16*>(matrix + kPatchPositions * plan.row());
-    far = reinterpret_cast<uint32_t*>(pixels + plan.pixels() * kStride);
+    far = reinterpret_cast<uint32_t*>(pixels + plan.pixels() * kLanes);
   }
   static int64_t Bytes(const AggregatePlan& plan, int64_t taps) {
     return int64_t{kPatchPositions} * plan.row() * int64_t{sizeof(T)} +
-           int64_t{plan.pixels()} * kStride * kVec16Bytes +
+           int64_t{plan.pixels()} * kLanes * kVec16Bytes +
            kPatchPositions * FarWords(taps) * int64_t{sizeof(uint32_t)};
+  }
+
+  // Where a vec16 of a pixel lies, or of a position. Those of eight neighbours, whose numbers begin
+  // at a multiple of eight, lie in banks of their own.
+  static __device__ __forceinline__ int Place(int pixel, int vec16) {
+    return pixel * kLanes + (vec16 ^ (pixel * kLanes / 8 % kLanes));
   }
 
   template <typename Int>
@@ -114,11 +117,16 @@ __device__ __forceinline__ void StagePixels(const FusedSizes& sizes, const T* im
                                             int channel, const AggregateMemory<T, kLanes>& memory) {
   const int lane = threadIdx.x % kLanes;
   const int in_group = channel + lane * kVec16Size<T>;
-  const bool has_channels = in_group < sizes.deform_group_channels;
-  StageRegion(sizes, plan.region, patch.region, image,
-              has_channels ? patch.group * sizes.deform_group_channels + in_group : -1, lane,
-              AggregateMemory<T, kLanes>::kStride, static_cast<int>(threadIdx.x) / kLanes,
-              memory.pixels);
+  const T* const channels = image + patch.group * sizes.deform_group_channels + in_group;
+  for (int pixel = threadIdx.x / kLanes; pixel < plan.region.pixels();
+       pixel += kAggregateThreads / kLanes) {
+    const int h = plan.region.by_w.Divide(pixel);
+    const int y = patch.region.top + h, x = patch.region.left + pixel - h * plan.region.w;
+    const bool valid = in_group < sizes.deform_group_channels && y >= 0 && y < sizes.in_h &&
+                       x >= 0 && x < sizes.in_w;
+    CopyToShared(memory.pixels + AggregateMemory<T, kLanes>::Place(pixel, lane),
+                 valid ? channels + int64_t{y * sizes.in_w + x} * sizes.in_channels : image, valid);
+  }
 }
 
 // The index of a sample's mask.
@@ -376,7 +384,6 @@ std::string LaunchAggregate(const char* name, const DeformConvParams& params,
       const auto kernel = kernel_of(lanes);
       AggregatePlan plan;
       PlanAggregate<MemoryOfKernel>(params, SharedBytesOfBlock(blocks), &plan);
-      plan.region.LayOver(kAggregateThreads / lanes);
       plan.by_groups = Divisor(static_cast<uint32_t>(params.deform_groups));
       plan.by_patches = Divisor(static_cast<uint32_t>(plan.patches));
       plan.by_patches_w = Divisor(static_cast<uint32_t>(plan.patches_w));

@@ -10,7 +10,7 @@ namespace {
 // the output. The products of G with each pixel, G * X^T [positions, pixels], give the gradients of
 // offset and mask: each sample picks those of its corners.
 
-constexpr int kProductTiles = 3;  // of pixels, at a time
+constexpr int kProductTiles = 2;  // of pixels, at a time
 // Numbers from one position's products to the next: four rows of pairs in banks of their own.
 constexpr int kProductsRow = kProductTiles * kTilePixels + 8;
 constexpr int kMostTaps = 2 * kSamplesTogether;
@@ -21,18 +21,18 @@ struct BackwardMemory : AggregateMemory<T, kLanes> {
   using typename Base::Vec16;
   static constexpr int kProducts = kPatchPositions * kProductsRow;
 
-  Vec16* gradients;  // G: [positions][kStride]
+  Vec16* gradients;  // G: [positions][kLanes], as Place() has them
   float* products;   // [positions][kProductsRow]: of a warp's positions, or sums of pixels
   TileRange* tiles;  // [warps]
 
   __device__ BackwardMemory(char* shared, const AggregatePlan& plan, int taps)
       : Base(shared, plan) {
     gradients = reinterpret_cast<Vec16*>(this->far + kPatchPositions * Base::FarWords(taps));
-    products = reinterpret_cast<float*>(gradients + kPatchPositions * Base::kStride);
+    products = reinterpret_cast<float*>(gradients + kPatchPositions * kLanes);
     tiles = reinterpret_cast<TileRange*>(products + kProducts);
   }
   static int64_t Bytes(const AggregatePlan& plan, int64_t taps) {
-    return Base::Bytes(plan, taps) + kPatchPositions * Base::kStride * kVec16Bytes +
+    return Base::Bytes(plan, taps) + kPatchPositions * kLanes * kVec16Bytes +
            kProducts * int64_t{sizeof(float)} + kAggregateWarps * int64_t{sizeof(TileRange)};
   }
 };
@@ -51,7 +51,7 @@ __device__ __forceinline__ void StageGradients(const FusedSizes& sizes, const T*
     const T* const from = grad_output +
                           int64_t{PositionIndex(sizes, position)} * sizes.out_channels +
                           patch.group * sizes.deform_group_channels + in_group;
-    CopyToShared(memory.gradients + p * BackwardMemory<T, kLanes>::kStride + lane,
+    CopyToShared(memory.gradients + BackwardMemory<T, kLanes>::Place(p, lane),
                  valid ? from : grad_output, valid);
   }
 }
@@ -66,7 +66,7 @@ __device__ __forceinline__ void BackpropFar(const FusedSizes& sizes,
                                             const SampledGradients<float>& gradients) {
   using Memory = BackwardMemory<T, kLanes>;
   constexpr int kSize = kVec16Size<T>, kLanesOfPosition = kWarp / 8;
-  constexpr int kTogether = std::is_same_v<T, __half> ? 2 : 1;  // or registers would spill
+  constexpr int kTogether = 1;
   const int lane = threadIdx.x % kWarp, words = Memory::FarWords(sizes.taps);
   const int of_position = lane % kLanesOfPosition;
   const uint32_t quad = 0xfu << (lane & ~3);
@@ -187,9 +187,8 @@ __device__ __forceinline__ void SumSamples(const FusedSizes& sizes,
         for (int i = 0; i < 2; ++i) {
           const float term =
               weights[corner] *
-              (sample.mask *
-               static_cast<float>(
-                   memory.gradients[p * Memory::kStride + j].elements[lane % 4 * 2 + i]));
+              (sample.mask * static_cast<float>(
+                                 memory.gradients[Memory::Place(p, j)].elements[lane % 4 * 2 + i]));
           if (row < 8) {
             sums[j][i] += term;
           } else {
@@ -213,7 +212,12 @@ __device__ __forceinline__ void AddPixels(const FusedSizes& sizes,
   const int eighth = lane / 8, of_eighth = lane % 8;
   const uint32_t matrix =
       SharedAddress(memory.matrix + (eighth / 2 * 8 + of_eighth) * plan.row() + eighth % 2 * 8);
-  const uint32_t gradients = SharedAddress(memory.gradients + lane % 16 * Memory::kStride);
+  uint32_t gradients[(kLanes + 1) / 2];
+#pragma unroll
+  for (int j = 0; j < kLanes; j += 2) {
+    gradients[j / 2] =
+        SharedAddress(memory.gradients + Memory::Place(lane % 16, min(j + lane / 16, kLanes - 1)));
+  }
   float* const of_warp = memory.products + warp * kWarpPositions * kProductsRow;
   static_assert(kProductsRow >= kLanes * kVec16Size<T>);
   for (int tile = warp; tile * kTilePixels < plan.pixels(); tile += kAggregateWarps) {
@@ -229,9 +233,7 @@ __device__ __forceinline__ void AddPixels(const FusedSizes& sizes,
                          a);
 #pragma unroll
       for (int j = 0; j < kLanes; j += 2) {
-        const int vec16 = min(j + lane / 16, kLanes - 1);
-        LoadMatrices<true>(gradients + (k * kWarpPositions * Memory::kStride + vec16) * kVec16Bytes,
-                           b);
+        LoadMatrices<true>(gradients[j / 2] + k * kWarpPositions * kLanes * kVec16Bytes, b);
         MmaSync<T>(sums[j], a, {b[0], b[1]});
         if constexpr (kLanes > 1) MmaSync<T>(sums[j + 1], a, {b[2], b[3]});
       }
@@ -289,12 +291,13 @@ __device__ __forceinline__ void AddProducts(const AggregatePlan& plan,
   uint32_t a[kSteps][4], pixels[kSteps];
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) {
-    LoadMatrices<false>(SharedAddress(memory.gradients + (first_p + lane % 16) * Memory::kStride +
-                                      min(2 * k + lane / 16, kLanes - 1)),
-                        a[k]);
+    LoadMatrices<false>(
+        SharedAddress(memory.gradients +
+                      Memory::Place(first_p + lane % 16, min(2 * k + lane / 16, kLanes - 1))),
+        a[k]);
     if (kLanes == 1) a[k][2] = a[k][3] = 0;
-    pixels[k] = SharedAddress(memory.pixels + (eighth / 2 * 8 + of_eighth) * Memory::kStride +
-                              min(2 * k + eighth % 2, kLanes - 1));
+    pixels[k] = SharedAddress(memory.pixels + Memory::Place(eighth / 2 * 8 + of_eighth,
+                                                            min(2 * k + eighth % 2, kLanes - 1)));
   }
   float* const of_warp = memory.products + first_p * kProductsRow;
   for (int begin = tiles.begin; begin < tiles.end; begin += kProductTiles) {
@@ -305,8 +308,7 @@ __device__ __forceinline__ void AddProducts(const AggregatePlan& plan,
 #pragma unroll
       for (int k = 0; k < kSteps; ++k) {
         uint32_t b[4];
-        LoadMatrices<false>(pixels[k] + (begin + t) * kTilePixels * Memory::kStride * kVec16Bytes,
-                            b);
+        LoadMatrices<false>(pixels[k] + (begin + t) * kTilePixels * kLanes * kVec16Bytes, b);
         if (kLanes == 1) b[1] = b[3] = 0;
         MmaSync<T>(sums[2 * t], a[k], {b[0], b[1]});
         MmaSync<T>(sums[2 * t + 1], a[k], {b[2], b[3]});
@@ -339,7 +341,7 @@ __device__ __forceinline__ void AddProducts(const AggregatePlan& plan,
 }
 
 template <typename T, int kLanes>
-__global__ void __launch_bounds__(kAggregateThreads, 3)
+__global__ void __launch_bounds__(kAggregateThreads, 4)
     MmaAggregateBackwardKernel(FusedSizes sizes, SampledTensors<T, float> tensors,
                                AggregatePlan plan, const T* __restrict__ grad_output,
                                SampledGradients<float> gradients) {

@@ -75,14 +75,14 @@ __device__ __forceinline__ void Multiply(const AggregatePlan& plan, const TileRa
 #pragma unroll
   for (int j = 0; j < kLanes; j += 2) {
     pixels[j / 2] =
-        SharedAddress(memory.pixels + of_tile * Memory::kStride + min(j + half, kLanes - 1));
+        SharedAddress(memory.pixels + Memory::Place(of_tile, min(j + half, kLanes - 1)));
   }
   for (int tile = tiles.begin; tile < tiles.end; ++tile) {
     uint32_t a[4], b[4];
     LoadMatrices<false>(rows + tile * kTilePixels * static_cast<int>(sizeof(T)), a);
 #pragma unroll
     for (int j = 0; j < kLanes; j += 2) {
-      LoadMatrices<true>(pixels[j / 2] + tile * kTilePixels * Memory::kStride * kVec16Bytes, b);
+      LoadMatrices<true>(pixels[j / 2] + tile * kTilePixels * kLanes * kVec16Bytes, b);
       MmaSync<T>(sums[j], a, {b[0], b[1]});
       if constexpr (kLanes > 1) MmaSync<T>(sums[j + 1], a, {b[2], b[3]});
     }
@@ -103,8 +103,8 @@ __global__ void __launch_bounds__(kAggregateThreads, 5)
         tensors.input + int64_t{ImagePixel(sizes, patch.first.n)} * sizes.in_channels;
     StagePixels(sizes, image, plan, patch, 0, memory);
     // Pixels that fill up the last tile: with weights of 0, but NaN times 0 is NaN.
-    for (int i = plan.region.pixels() * Memory::kStride + threadIdx.x;
-         i < plan.pixels() * Memory::kStride; i += kAggregateThreads) {
+    for (int i = plan.region.pixels() * kLanes + threadIdx.x; i < plan.pixels() * kLanes;
+         i += kAggregateThreads) {
       memory.pixels[i] = {};
     }
     const TileRange tiles = WriteMatrix(sizes, tensors, plan, patch, true, memory,
