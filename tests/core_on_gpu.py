@@ -73,9 +73,23 @@ def pixels_that_nothing_samples_are_left_out_when_sorting(library):
 # --- Layers without filters ---
 
 
+def aggregated(*sizes, **options) -> Layer:
+    batch, channels, *extent = sizes
+    options = {"masked": True, "scale": 2} | options
+    return Layer(batch, channels, channels, *extent, groups=channels, **options)
+
+
 def layers_without_filters_are_those_with_filters_of_ones(library):
-    """By the depthwise kernels, and where none of them fits: deterministic, or of many taps."""
+    """By tensor cores, the depthwise kernels, and where none fits: deterministic, or many taps."""
     layers = [
+        aggregated(2, 128, 30, 47, deform_groups=4),
+        aggregated(3, 64, 14, 14, deform_groups=4, masked=False, scale=1),
+        aggregated(2, 48, 13, 17, deform_groups=2, stride=2),
+        aggregated(1, 160, 9, 11, scale=20),
+        aggregated(2, 32, 20, 27, dilation=2, holes=True),
+        aggregated(1, 32, 12, 13, deform_groups=2, kernel=(5, 5)),
+        aggregated(2, 64, 1, 90, deform_groups=2, kernel=(1, 9)),
+        aggregated(3, 32, 14, 14, kernel=(1, 1)),
         Layer(2, 64, 64, 40, 41, groups=64, deform_groups=4, masked=True, scale=2),
         Layer(3, 30, 30, 9, 11, groups=30, deform_groups=2, masked=True, stride=2),
         Layer(2, 1, 1, 9, 11, masked=True, dilation=2),
@@ -98,6 +112,26 @@ def layers_without_filters_are_those_with_filters_of_ones(library):
                 for key, gradient in actual_gradients.items():
                     error = relative_error(gradient, gradients[key])
                     assert error <= tolerance, (layer, type_name, key, error)
+
+
+def infinite_pixels_reach_their_own_samples_only(library):
+    """Though tensor cores multiply each pixel of a region with each position."""
+    layer = aggregated(1, 64, 20, 21, deform_groups=2, scale=1)
+    for type_name, tolerance in (("float16", 5e-3), ("bfloat16", 2e-2)):
+        tensors, _, output, _ = random_call(layer, type_name)
+        del tensors["filters"]
+        core = core_of(library, type_name, layer, Variant("automatic"))
+        core.forward(tensors, output)
+        expected = output.clone()
+        tensors["input"][0, 10, 11, 5] = torch.inf
+        core.forward(tensors, output)
+        finite = output.isfinite()
+        assert finite[..., :5].all() and finite[..., 6:].all()
+        # Samples of the 3x3 taps move by a few pixels.
+        reached = torch.nonzero(~finite[0, :, :, 5])
+        assert len(reached) > 0
+        assert (reached - torch.tensor([10, 11], device="cuda")).abs().max() <= 8
+        assert relative_error(output[finite], expected[finite]) <= tolerance
 
 
 # --- Errors of other calls ---
@@ -209,6 +243,7 @@ CHECKS = (
     sorting_holds_its_memory_once_however_many_chunks_there_are,
     pixels_that_nothing_samples_are_left_out_when_sorting,
     layers_without_filters_are_those_with_filters_of_ones,
+    infinite_pixels_reach_their_own_samples_only,
     error_of_one_call_is_not_told_of_the_next,
     threads_may_need_different_amounts_of_shared_memory,
     fused_kernels_take_a_batch_of_2_to_the_27_pixels,

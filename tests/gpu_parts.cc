@@ -73,6 +73,18 @@ std::string StagedDepthwiseForwardMisfit<Half>(const DeformConvParams&,
 }
 
 template <>
+std::string MmaAggregateForwardMisfit<Half>(const DeformConvParams&,
+                                            const SampledTensors<Half, float>&, const Half*) {
+  return depthwise_misfit;
+}
+
+template <>
+std::string MmaAggregateBackwardMisfit<Half>(const DeformConvParams&,
+                                             const SampledTensors<Half, float>&, const Half*) {
+  return depthwise_misfit;
+}
+
+template <>
 std::string DepthwiseBackwardMisfit<Half>(const DeformConvParams&) {
   return depthwise_misfit;
 }
@@ -273,7 +285,7 @@ void TestLayersWithoutFilters() {
     device.path_ = path;
     device.deterministic_ = false;
     depthwise_misfit = "";
-    Expect(ChosenWithoutFilters(device, true) == "StagedDepthwise Depthwise",
+    Expect(ChosenWithoutFilters(device, true) == "StagedDepthwise MmaAggregate",
            "without filters: not the depthwise kernels");
     depthwise_misfit = "it is too large";
     Expect(ChosenWithoutFilters(device, true) == "FiltersOfOnes FiltersOfOnes",
@@ -282,7 +294,7 @@ void TestLayersWithoutFilters() {
     device.deterministic_ = true;
     Expect(ChosenWithoutFilters(device, true) == "StagedDepthwise FiltersOfOnes",
            "without filters: deterministic");
-    Expect(ChosenWithoutFilters(device, false) == "StagedDepthwise Depthwise",
+    Expect(ChosenWithoutFilters(device, false) == "StagedDepthwise MmaAggregate",
            "without filters: deterministic, and nothing is added");
   }
 }

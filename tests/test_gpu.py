@@ -170,6 +170,7 @@ def test_threads_do_not_disturb_each_other(rng):
         "sorting_holds_its_memory_once_however_many_chunks_there_are",
         "pixels_that_nothing_samples_are_left_out_when_sorting",
         "layers_without_filters_are_those_with_filters_of_ones",
+        "infinite_pixels_reach_their_own_samples_only",
         "error_of_one_call_is_not_told_of_the_next",
         "threads_may_need_different_amounts_of_shared_memory",
         "fused_kernels_take_a_batch_of_2_to_the_27_pixels",

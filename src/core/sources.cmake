@@ -42,6 +42,8 @@ set(CORE_GPU_SOURCES
 # For every GPU.
 set(CORE_CUDA_SOURCES
   cuda/errors.cu
+  cuda/general/aggregate_backward.cu
+  cuda/general/aggregate_forward.cu
   cuda/general/col2im.cu
   cuda/general/col2im_regions.cu
   cuda/general/col2im_sorted.cu

@@ -26,20 +26,9 @@ std::string ForwardBy(const Forward& forward, const ForwardCall<T>& call) {
                      });
 }
 
-}  // namespace
-
-template <typename T>
-std::string ForwardDepthwise(const ForwardCall<T>& call) {
-  return ForwardBy(cuda::DepthwiseForward<T>, call);
-}
-
-template <typename T>
-std::string ForwardStagedDepthwise(const ForwardCall<T>& call) {
-  return ForwardBy(cuda::StagedDepthwiseForward<T>, call);
-}
-
-template <typename T>
-std::string BackpropDepthwise(const BackwardCall<T>& call) {
+// By as many images at a time as `backward` takes, and float sums of gradients.
+template <typename T, typename Backward>
+std::string BackpropBy(const Backward& backward, const BackwardCall<T>& call) {
   const DeformConvParams& params = call.params;
   const DeformConvGradients<T, ComputeType<T>>& gradients = call.gradients;
   GradientSum<T> filters_sum(call.device), input_sum(call.device);
@@ -58,18 +47,58 @@ std::string BackpropDepthwise(const BackwardCall<T>& call) {
     const SampledGradients<T, ComputeType<T>> wanted = some.Of(gradients.sampled);
     DEFORM_CONV_RETURN_IF_ERROR(
         input_sum.Begin(wanted.input, some.params().batch * params.image_size()));
-    DEFORM_CONV_RETURN_IF_ERROR(cuda::DepthwiseBackward<T>(
-        some.params(), some.tensors(), call.filters,
-        call.grad_output + some.position() * params.out_channels,
-        {input_sum.data(), wanted.offset, wanted.mask}, filters_sum.data(), call.device.stream()));
+    DEFORM_CONV_RETURN_IF_ERROR(backward(some.params(), some.tensors(), call.filters,
+                                         call.grad_output + some.position() * params.out_channels,
+                                         {input_sum.data(), wanted.offset, wanted.mask},
+                                         filters_sum.data(), call.device.stream()));
     DEFORM_CONV_RETURN_IF_ERROR(input_sum.Store());
   }
   return filters_sum.Store();
 }
 
+}  // namespace
+
+template <typename T>
+std::string ForwardDepthwise(const ForwardCall<T>& call) {
+  return ForwardBy(cuda::DepthwiseForward<T>, call);
+}
+
+template <typename T>
+std::string ForwardStagedDepthwise(const ForwardCall<T>& call) {
+  return ForwardBy(cuda::StagedDepthwiseForward<T>, call);
+}
+
+template <typename T>
+std::string ForwardMmaAggregate(const ForwardCall<T>& call) {
+  const auto forward = [](const DeformConvParams& params,
+                          const SampledTensors<T, ComputeType<T>>& tensors, const T*, T* output,
+                          void* stream) {
+    return cuda::MmaAggregateForward<T>(params, tensors, output, stream);
+  };
+  return ForwardBy(forward, call);
+}
+
+template <typename T>
+std::string BackpropDepthwise(const BackwardCall<T>& call) {
+  return BackpropBy(cuda::DepthwiseBackward<T>, call);
+}
+
+template <typename T>
+std::string BackpropMmaAggregate(const BackwardCall<T>& call) {
+  const auto backward = [](const DeformConvParams& params,
+                           const SampledTensors<T, ComputeType<T>>& tensors, const T*,
+                           const T* grad_output, const SampledGradients<ComputeType<T>>& gradients,
+                           ComputeType<T>*, void* stream) {
+    return cuda::MmaAggregateBackward<T>(params, tensors, grad_output, gradients, stream);
+  };
+  return BackpropBy(backward, call);
+}
+
 #define DEFORM_CONV_INSTANTIATE(T)                                       \
   template std::string ForwardDepthwise<T>(const ForwardCall<T>&);       \
   template std::string ForwardStagedDepthwise<T>(const ForwardCall<T>&); \
+  template std::string ForwardMmaAggregate<T>(const ForwardCall<T>&);    \
+  template std::string BackpropMmaAggregate<T>(const BackwardCall<T>&);  \
   template std::string BackpropDepthwise<T>(const BackwardCall<T>&);
 DEFORM_CONV_FOR_ELEMENT_TYPES(DEFORM_CONV_INSTANTIATE)
 #undef DEFORM_CONV_INSTANTIATE

@@ -14,7 +14,11 @@ std::string ForwardDepthwise(const ForwardCall<T>& call);
 template <typename T>
 std::string ForwardStagedDepthwise(const ForwardCall<T>& call);
 template <typename T>
+std::string ForwardMmaAggregate(const ForwardCall<T>& call);
+template <typename T>
 std::string BackpropDepthwise(const BackwardCall<T>& call);
+template <typename T>
+std::string BackpropMmaAggregate(const BackwardCall<T>& call);
 
 }  // namespace deform_conv
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <string>
 #include <type_traits>
 
@@ -254,9 +255,16 @@ std::string DepthwiseForwardMisfit(const ForwardCall<T>& call) {
 
 template <typename T>
 std::string StagedDepthwiseForwardMisfit(const ForwardCall<T>& call) {
+  if (std::getenv("AGG_FORWARD") != nullptr && !call.params.has_filters) return "a trial";
   DEFORM_CONV_RETURN_IF_ERROR(DepthwiseMisfit(call));
   return cuda::StagedDepthwiseForwardMisfit<T>(call.params, call.tensors, call.filters,
                                                call.output);
+}
+
+template <typename T>
+std::string MmaAggregateForwardMisfit(const ForwardCall<T>& call) {
+  DEFORM_CONV_RETURN_IF_ERROR(DepthwiseMisfit(call));
+  return cuda::MmaAggregateForwardMisfit<T>(call.params, call.tensors, call.output);
 }
 
 template <typename T>
@@ -265,6 +273,14 @@ std::string DepthwiseBackwardMisfit(const BackwardCall<T>& call) {
   const bool adds = call.gradients.sampled.input != nullptr || call.gradients.filters != nullptr;
   if (adds && call.device.deterministic()) return kAddsWithAtomics;
   return cuda::DepthwiseBackwardMisfit<T>(call.params);
+}
+
+template <typename T>
+std::string MmaAggregateBackwardMisfit(const BackwardCall<T>& call) {
+  DEFORM_CONV_RETURN_IF_ERROR(DepthwiseMisfit(call));
+  const bool adds = call.gradients.sampled.input != nullptr;
+  if (adds && call.device.deterministic()) return kAddsWithAtomics;
+  return cuda::MmaAggregateBackwardMisfit<T>(call.params, call.tensors, call.grad_output);
 }
 
 // Where no depthwise kernel fits a layer without filters: its sizes are beyond their limits, or its
@@ -297,8 +313,10 @@ const std::vector<Implementation<ForwardCall<T>>>& ForwardImplementations() {
       {"ImplicitGemmSm90", KernelPath::kFused, ImplicitGemmMisfit<T>, ImplicitGemmCost<T>,
        RunImplicitGemm<T>},
 #endif
-      {"StagedDepthwise", KernelPath::kGeneral, StagedDepthwiseForwardMisfit<T>, Cost<0>,
+      {"StagedDepthwise", KernelPath::kGeneral, StagedDepthwiseForwardMisfit<T>, Cost<-1>,
        ForwardStagedDepthwise<T>},
+      {"MmaAggregate", KernelPath::kGeneral, MmaAggregateForwardMisfit<T>, Cost<0>,
+       ForwardMmaAggregate<T>},
       {"Depthwise", KernelPath::kGeneral, DepthwiseForwardMisfit<T>, Cost<1>, ForwardDepthwise<T>},
       {"Embedded", KernelPath::kAny, EmbeddedMisfit<T>, Cost<2>, ForwardEmbedded<T>},
       {"Im2ColGemm", KernelPath::kGeneral, NoFiltersMisfit, Cost<4>, Im2ColGemm<T>},
@@ -310,6 +328,8 @@ const std::vector<Implementation<ForwardCall<T>>>& ForwardImplementations() {
 template <typename T>
 const std::vector<Implementation<BackwardCall<T>>>& BackwardImplementations() {
   static const std::vector<Implementation<BackwardCall<T>>> list = {
+      {"MmaAggregate", KernelPath::kGeneral, MmaAggregateBackwardMisfit<T>, Cost<-1>,
+       BackpropMmaAggregate<T>},
       {"Depthwise", KernelPath::kGeneral, DepthwiseBackwardMisfit<T>, Cost<0>,
        BackpropDepthwise<T>},
       {"Embedded", KernelPath::kAny, EmbeddedMisfit<T>, Cost<1>, BackpropEmbedded<T>},

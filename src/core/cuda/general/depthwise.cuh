@@ -27,6 +27,10 @@ __device__ __forceinline__ int32_t ImagePixel(const FusedSizes& sizes, int n) {
   return n * sizes.in_h * sizes.in_w;
 }
 
+__device__ __forceinline__ bool Exists(const FusedSizes& sizes, const Position& position) {
+  return position.y < sizes.out_h && position.x < sizes.out_w;
+}
+
 // Where a sample lies on the axes.
 template <typename OffsetT>
 struct TapSample {
@@ -40,6 +44,9 @@ struct TapSample {
 
   __device__ __forceinline__ bool inside() const { return h.inside & w.inside; }
 };
+
+// The largest mask by which weights are multiplied: 16-bit numbers have room for their products.
+constexpr int kMostMask = 256;
 
 // What each input channel meets: filters to several outputs or to one, or none, as if they were 1.
 enum class Filters { kToSeveral, kToOne, kNone };

@@ -51,14 +51,6 @@ constexpr int kMostTaps = 1 << kTapBits;
 constexpr int kMostPixels = 1 << kPixelBits;  // of a region
 constexpr int kMargin = 3;                    // of the region, in pixels
 
-// A sample of the patch, located.
-template <typename OffsetT>
-struct alignas(16) PatchSample {
-  OffsetT h_fraction, w_fraction;
-  OffsetT mask;
-  CornerPlace place;
-};
-
 // What a sample's corner brings to a pixel of the region.
 template <typename OffsetT>
 struct Entry {
@@ -150,10 +142,6 @@ struct Patch {
     return {n, row << plan.height_log2, (patch - row * plan.patches_w) << plan.width_log2};
   }
 };
-
-__device__ __forceinline__ bool Exists(const FusedSizes& sizes, const Position& position) {
-  return position.y < sizes.out_h && position.x < sizes.out_w;
-}
 
 // Locates the patch's samples, and counts the corners of each of the region's pixels.
 template <typename T, int kSize, typename OffsetT>
@@ -392,12 +380,6 @@ __device__ __forceinline__ void AddRows(int lanes_log2, Number (&values)[kSize],
   for (int i = 0; i < kSize; ++i) values[i] = 0;
 }
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-constexpr bool kHasMma = true;
-#else
-constexpr bool kHasMma = false;
-#endif
-
 // The products of the columns' gradient with each corner, summed over the channels of a position's
 // lanes. Called by whole warps. Returns whether this lane of the position has them.
 //
@@ -442,29 +424,6 @@ __device__ __forceinline__ bool CornerProducts(const Vector<T, kSize> (&corners)
       }
     }
     return lane == 0;
-  }
-}
-
-// Adds to the input's gradient what a sample outside the region brings. `grad_input` is the top
-// left corner's.
-template <typename T, int kSize>
-__device__ __forceinline__ void ScatterFar(const FusedSizes& sizes,
-                                           const PatchSample<ComputeType<T>>& sample,
-                                           const Vector<T, kSize>& gradient,
-                                           ComputeType<T>* grad_input) {
-  using Number = ComputeType<T>;
-  Number weights[kCorners];
-  BilinearWeights(sample.h_fraction, sample.w_fraction, weights);
-#pragma unroll
-  for (int corner = 0; corner < kCorners; ++corner) {
-    if (!(sample.place.bits() >> corner & 1)) continue;
-    Number terms[kSize];
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      terms[i] = weights[corner] * (sample.mask * static_cast<Number>(gradient.elements[i]));
-    }
-    AtomicAdd<kSize>(grad_input + int64_t{corner / 2 * sizes.in_w + corner % 2} * sizes.in_channels,
-                     terms);
   }
 }
 
@@ -610,9 +569,9 @@ __device__ void AddEntries(const FusedSizes& sizes, const DepthwiseGradients<T>&
 }
 
 template <typename T, int kSize, typename Number>
-__device__ void WriteOffsetAndMask(const FusedSizes& sizes, const PatchPlan& plan,
-                                   const Patch& patch, const PatchMemory<T, kSize>& memory,
-                                   const SampledGradients<Number>& gradients) {
+__device__ void WriteOffsetsAndMasks(const FusedSizes& sizes, const PatchPlan& plan,
+                                     const Patch& patch, const PatchMemory<T, kSize>& memory,
+                                     const SampledGradients<Number>& gradients) {
   for (int s = threadIdx.x; s < plan.positions() * sizes.taps; s += kThreadsPerBlock) {
     const int p = sizes.by_taps.Divide(s);
     const Position position = patch.PositionOf(plan, p);
@@ -620,26 +579,8 @@ __device__ void WriteOffsetAndMask(const FusedSizes& sizes, const PatchPlan& pla
     const int64_t index =
         int64_t{PositionIndex(sizes, position)} * (sizes.deform_groups * sizes.taps) +
         patch.group * sizes.taps + s - p * sizes.taps;
-    const PatchSample<Number> sample = memory.samples[s];
     auto products = memory.products[s];
-    Number weights[kCorners], grad_dy = 0, grad_dx = 0, grad_mask = 0;
-    // Where no corner counts every gradient is 0, also beside an infinite mask.
-    if (sample.place.bits() != 0) {
-      BilinearWeights(sample.h_fraction, sample.w_fraction, weights);
-#pragma unroll
-      for (int corner = 0; corner < kCorners; ++corner) {
-        // Those with corners that do not count are 0 times the gradient, which may be infinite.
-        if (!(sample.place.bits() >> corner & 1)) products.elements[corner] = 0;
-        grad_mask += weights[corner] * products.elements[corner];
-      }
-      grad_dy = sample.mask * BilinearDerivativeH(sample.w_fraction, products.elements);
-      grad_dx = sample.mask * BilinearDerivativeW(sample.h_fraction, products.elements);
-    }
-    if (gradients.offset != nullptr) {
-      gradients.offset[2 * index] = grad_dy;
-      gradients.offset[2 * index + 1] = grad_dx;
-    }
-    if (gradients.mask != nullptr) gradients.mask[index] = grad_mask;
+    WriteOffsetAndMask(memory.samples[s], products.elements, index, gradients);
   }
 }
 
@@ -689,7 +630,7 @@ __global__ void __launch_bounds__(kThreadsPerBlock, kBlocksOfRegisters<T, kSize,
   }
   if (!plan.want_offset_or_mask) return;
   __syncthreads();
-  WriteOffsetAndMask(sizes, plan, patch, memory, gradients.sampled);
+  WriteOffsetsAndMasks(sizes, plan, patch, memory, gradients.sampled);
 }
 
 // Of a position, where the tensor cores do not multiply: as many as leave at most one in eight

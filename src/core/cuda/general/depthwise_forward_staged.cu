@@ -42,9 +42,6 @@ struct alignas(16) ForwardSample {
   CornerPlace place;
 };
 
-// The largest mask by which weights are multiplied: 16-bit numbers have room for their products.
-constexpr int kMostMask = 256;
-
 template <typename T, int kSize>
 __device__ __forceinline__ ForwardSample<T, kSize> Locate(const FusedSizes& sizes,
                                                           const RegionSize& size,

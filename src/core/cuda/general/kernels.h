@@ -87,6 +87,17 @@ std::string StagedDepthwiseForwardMisfit(const DeformConvParams& params,
                                          const SampledTensors<T, ComputeType<T>>& tensors,
                                          const T* filters, const T* output);
 
+// The output of a layer without filters, by tensor cores of compute capability 8.0 and up.
+template <typename T>
+std::string MmaAggregateForward(const DeformConvParams& params,
+                                const SampledTensors<T, ComputeType<T>>& tensors, T* output,
+                                void* stream);
+// Why it cannot, or is no faster, or an empty string.
+template <typename T>
+std::string MmaAggregateForwardMisfit(const DeformConvParams& params,
+                                      const SampledTensors<T, ComputeType<T>>& tensors,
+                                      const T* output);
+
 // A depthwise layer's gradients: adds to gradients.input and grad_filters, in an order that is not
 // fixed, and writes those of offset and mask; null where one is not wanted. At most FusedImages()
 // images.
@@ -98,6 +109,18 @@ std::string DepthwiseBackward(const DeformConvParams& params,
                               ComputeType<T>* grad_filters, void* stream);
 template <typename T>
 std::string DepthwiseBackwardMisfit(const DeformConvParams& params);
+
+// Likewise of a layer without filters, by tensor cores of compute capability 8.0 and up.
+template <typename T>
+std::string MmaAggregateBackward(const DeformConvParams& params,
+                                 const SampledTensors<T, ComputeType<T>>& tensors,
+                                 const T* grad_output,
+                                 const SampledGradients<ComputeType<T>>& gradients, void* stream);
+// Why it cannot, or is no faster, or an empty string.
+template <typename T>
+std::string MmaAggregateBackwardMisfit(const DeformConvParams& params,
+                                       const SampledTensors<T, ComputeType<T>>& tensors,
+                                       const T* grad_output);
 
 // Converts a tensor in `format` to native form, and back.
 template <typename From, typename To>

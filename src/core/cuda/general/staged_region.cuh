@@ -13,6 +13,7 @@
 
 #include "core/cuda/fused/divisor.cuh"
 #include "core/cuda/fused/sizes.cuh"
+#include "core/cuda/general/atomic_add.cuh"
 #include "core/cuda/general/depthwise.cuh"
 #include "core/cuda/launch.cuh"
 #include "core/cuda/sm80/copy_async.cuh"
@@ -127,6 +128,14 @@ class CornerPlace {
   int32_t packed_ = 0;
 };
 
+// A sample of a patch of positions, located.
+template <typename OffsetT>
+struct alignas(16) PatchSample {
+  OffsetT h_fraction, w_fraction;
+  OffsetT mask;
+  CornerPlace place;
+};
+
 // Writes a vector to shared memory, or zeros; it is there after FinishCopies() and a barrier.
 // `from` is a tensor's memory and aligned in either case.
 template <typename T, int kSize>
@@ -214,6 +223,55 @@ struct CornerReader {
     }
   }
 };
+
+// Writes a sample's gradients of offset and mask, given the products of the columns' gradient with
+// each corner, summed over channels. `index` is that of its mask.
+template <typename Number>
+__device__ __forceinline__ void WriteOffsetAndMask(const PatchSample<Number>& sample,
+                                                   Number (&products)[kCorners], int64_t index,
+                                                   const SampledGradients<Number>& gradients) {
+  Number weights[kCorners], grad_dy = 0, grad_dx = 0, grad_mask = 0;
+  // Where no corner counts every gradient is 0, also beside an infinite mask.
+  if (sample.place.bits() != 0) {
+    BilinearWeights(sample.h_fraction, sample.w_fraction, weights);
+#pragma unroll
+    for (int corner = 0; corner < kCorners; ++corner) {
+      // Those with corners that do not count are 0 times the gradient, which may be infinite.
+      if (!(sample.place.bits() >> corner & 1)) products[corner] = 0;
+      grad_mask += weights[corner] * products[corner];
+    }
+    grad_dy = sample.mask * BilinearDerivativeH(sample.w_fraction, products);
+    grad_dx = sample.mask * BilinearDerivativeW(sample.h_fraction, products);
+  }
+  if (gradients.offset != nullptr) {
+    gradients.offset[2 * index] = grad_dy;
+    gradients.offset[2 * index + 1] = grad_dx;
+  }
+  if (gradients.mask != nullptr) gradients.mask[index] = grad_mask;
+}
+
+// Adds to the input's gradient what a sample outside the region brings. `grad_input` is the top
+// left corner's.
+template <typename T, int kSize>
+__device__ __forceinline__ void ScatterFar(const FusedSizes& sizes,
+                                           const PatchSample<ComputeType<T>>& sample,
+                                           const Vector<T, kSize>& gradient,
+                                           ComputeType<T>* grad_input) {
+  using Number = ComputeType<T>;
+  Number weights[kCorners];
+  BilinearWeights(sample.h_fraction, sample.w_fraction, weights);
+#pragma unroll
+  for (int corner = 0; corner < kCorners; ++corner) {
+    if (!(sample.place.bits() >> corner & 1)) continue;
+    Number terms[kSize];
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      terms[i] = weights[corner] * (sample.mask * static_cast<Number>(gradient.elements[i]));
+    }
+    AtomicAdd<kSize>(grad_input + int64_t{corner / 2 * sizes.in_w + corner % 2} * sizes.in_channels,
+                     terms);
+  }
+}
 
 }  // namespace cuda
 }  // namespace deform_conv

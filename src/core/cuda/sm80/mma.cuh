@@ -12,6 +12,13 @@
 namespace deform_conv {
 namespace cuda {
 
+// Whether what is compiled for has them.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+constexpr bool kHasMma = true;
+#else
+constexpr bool kHasMma = false;
+#endif
+
 // accumulators [16, 8] += a [16, 16] * b [16, 8], from registers. Of a lane, with row = lane / 4
 // and pair = 2 * (lane % 4):
 //
@@ -36,6 +43,24 @@ __device__ __forceinline__ void MmaSync(float (&accumulators)[4], const uint32_t
     DEFORM_CONV_MMA_SYNC("bf16");
   }
 #undef DEFORM_CONV_MMA_SYNC
+}
+
+// Loads four matrices of 8 x 8 numbers of 16 bits from shared memory. Lane 8 * i + r gives the
+// address of row r of matrix i, and gets of matrix i the numbers 2 * (lane % 4) and the next of row
+// lane / 4; with kTransposed, of that column.
+template <bool kTransposed>
+__device__ __forceinline__ void LoadMatrices(uint32_t address, uint32_t (&matrices)[4]) {
+#define DEFORM_CONV_LOAD_MATRICES(transposed)                                                     \
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4" transposed ".shared.b16 {%0, %1, %2, %3}, [%4];\n" \
+               : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])       \
+               : "r"(address)                                                                     \
+               : "memory")
+  if constexpr (kTransposed) {
+    DEFORM_CONV_LOAD_MATRICES(".trans");
+  } else {
+    DEFORM_CONV_LOAD_MATRICES("");
+  }
+#undef DEFORM_CONV_LOAD_MATRICES
 }
 
 // As a float, rounded to the nearest TF32; the tensor cores would cut the bits off.
