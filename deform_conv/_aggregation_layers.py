@@ -90,6 +90,8 @@ class _AggregationLayer(SamplingLayer, KernelPlacement, keras.layers.Layer):
             )
         self.input_proj = self.output_proj = None
         self._add_parts()
+        for part in self._parts:  # since this layer's flag was set, they have come
+            part.trainable = self.trainable
         self.offset_trainable = self.trainable if offset_trainable is None else offset_trainable
 
     def _add_parts(self) -> None:
@@ -120,6 +122,11 @@ class _AggregationLayer(SamplingLayer, KernelPlacement, keras.layers.Layer):
         return [part for part in parts if part is not None]
 
     def _check_center(self) -> None:
+        if self.remove_center and math.prod(self.kernel_size) == 1:
+            raise ValueError(
+                "kernel_size must be above 1 for remove_center, which leaves no tap of it. "
+                f"Received: {self.kernel_size}"
+            )
         if self.remove_center and math.prod(self.kernel_size) % 2 == 0:
             raise ValueError(
                 "kernel_size must be odd, in height and width, for remove_center to leave out the "
@@ -264,6 +271,7 @@ class _AggregationLayer(SamplingLayer, KernelPlacement, keras.layers.Layer):
         return mask
 
     def call(self, inputs):
+        self.compute_output_shape(tuple(inputs.shape))  # refuses images that are too small
         images = self._to_channels_last(inputs)
         values = tf.cast(images, self.compute_dtype)
         if self.input_proj is not None:

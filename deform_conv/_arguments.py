@@ -144,8 +144,8 @@ def plain(value, argument: str):
                 f"{argument} must be known while the graph is made; received {shown(value)}"
             )
     array = np.asarray(array)
-    # Four pairs are the most that an attribute holds. A batch of images would be a very long list.
-    return array.tolist() if array.size <= 8 else value
+    # Five pairs are the most that an attribute holds. A batch of images would be a very long list.
+    return array.tolist() if array.size <= 10 else value
 
 
 def items(value, argument: str) -> list | None:

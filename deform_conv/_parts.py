@@ -49,7 +49,7 @@ class Projection(Part, keras.layers.Layer):
 
     def build(self, input_shape):
         channels = input_shape[-1]
-        self.units = self.units or channels
+        self.units = channels if self.units is None else self.units
         self.kernel = self.add_weight(
             name="kernel", shape=(channels, self.units), initializer=self.kernel_initializer
         )

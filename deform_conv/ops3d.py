@@ -46,6 +46,7 @@ def deform_conv3d(
     Gradients with respect to input, filters, offset and mask are registered; only those that are
     asked for are computed. Second-order gradients work too, in pure TensorFlow, so slowly. Within
     `deform_conv.portable()`, and under `jit_compile=True`, TensorFlow's own ops compute everything.
+    A `tf.function` keeps what it was traced with.
 
     Args:
       input: `[N, D, H, W, C]`, or `[N, C, D, H, W]` for data_format "NCDHW"; float32, float64,

@@ -11,6 +11,7 @@
 # All versions take 4 minutes on two cores, with CUDA, and 5 GB in build/wheel, which may be removed
 # afterwards. PYTHON chooses the Python, from 3.10 to 3.13; the wheel is for all of them.
 set -euo pipefail
+caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 fail() {
@@ -27,7 +28,7 @@ while [[ $# != 0 ]]; do
   case $1 in
     --cpu-only) cuda=OFF ;;
     --aarch64) arch=aarch64 ;;
-    --to) to=${2:?--to needs a folder}; shift ;;
+    --to) to=$(cd "$caller" && realpath -m -- "${2:?--to needs a folder}"); shift ;;
     2.*) versions+=("$1") ;;
     -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' scripts/build_wheel.sh; exit 0 ;;
     *) fail "unknown argument $1 (there are --cpu-only, --aarch64, --to FOLDER and versions)" ;;
@@ -95,12 +96,12 @@ rm -rf "$work/unchecked"
 # auditwheel finds the oldest system that has all that the libraries need, but for TensorFlow's.
 echo "build_wheel.sh: checking"
 sed -n 's/^.*-- deform_conv: /build_wheel.sh: with /p' "$work/build.log"
-rm -f "$to"/*_"$arch".whl
+rm -f "$to"/tf_deform_conv-*_"$arch".whl
 PATH=$work/venv/bin:$PATH "$python" -m auditwheel repair --only-plat \
   --exclude 'libtensorflow_*' --wheel-dir "$to" "$work"/unchecked/*.whl > "$work/audit.log" 2>&1 \
   || { tail -n 20 "$work/audit.log" >&2; fail "auditwheel refuses the wheel"; }
 # Ubuntu 18.04, Debian 10 and RHEL 8 have glibc 2.27 or newer.
-wheel=$(ls "$to"/*_"$arch".whl)
+wheel=$(ls "$to"/tf_deform_conv-*_"$arch".whl)
 [[ $wheel =~ -manylinux_2_([0-9]+)_ && ${BASH_REMATCH[1]} -le 27 ]] \
   || fail "the wheel is for systems newer than glibc 2.27: $wheel"
 "$python" -m twine --no-color check --strict "$wheel"

@@ -705,6 +705,19 @@ def test_offsets_are_frozen_and_trained_apart(version):
     assert names_of(layer.trainable_variables) == OFFSET_PARTS[version] | others
 
 
+@pytest.mark.parametrize("offset_trainable", [False, True])
+def test_frozen_layer_stays_frozen_when_it_is_made_again(version, offset_trainable, tmp_path):
+    layer = new_layer(version, trainable=False, center_feature_scale=True)
+    layer.offset_trainable = offset_trainable
+    model = keras.Sequential([keras.Input((7, 8, 8)), layer])
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    expected = names_of(layer.trainable_variables)
+    assert bool(expected) == offset_trainable
+    for made_again in (loaded, keras.models.clone_model(model)):
+        assert names_of(made_again.layers[0].trainable_variables) == expected
+
+
 def test_parts_cannot_stand_alone(version):
     layer = new_layer(version)
     with pytest.raises(ValueError, match=rf"offset_proj cannot .* {type(layer).__name__} that it"):
@@ -728,6 +741,7 @@ def test_parts_cannot_stand_alone(version):
         ({"center_feature_scale": 1}, "center_feature_scale must be True or False. Received: 1"),
         ({"remove_center": None}, "remove_center must be True or False. Received: None"),
         ({"remove_center": True, "kernel_size": (3, 2)}, "kernel_size must be odd, .* remove_cen"),
+        ({"remove_center": True, "kernel_size": 1}, "kernel_size must be above 1 for remove_cen"),
         ({"offset_trainable": "yes"}, "offset_trainable must be True or False"),
         ({"dtype": "int32"}, "dtype must be one of float32, float64, float16, bfloat16"),
     ],
@@ -766,6 +780,9 @@ def test_wrong_images_are_refused(version):
         layer.offset(tf.zeros((1, 5, 5, 6)))
     with pytest.raises(ValueError, match="inputs must have a height and width of at least"):
         new_layer(version, kernel_size=7, padding=0).compute_output_shape((1, 5, 5, 8))
+    for inputs in (tf.zeros((1, 2, 2, 8)), keras.Input((2, 2, 8))):
+        with pytest.raises(ValueError, match="inputs must have a height and width of at least"):
+            new_layer(version, padding=0)(inputs)
 
 
 # --- In every mode ---

@@ -364,6 +364,14 @@ def test_wrong_argument_is_named(changes, message):
         deform_conv3d(**fitting | changes)
 
 
+@pytest.mark.parametrize("form", [np.array, tf.constant])
+def test_padding_may_be_an_array(form, rng):
+    case = random_volume_case(rng, padding=EXPLICIT)
+    as_array = case.attributes | {"padding": form(EXPLICIT)}
+    expected = deform_conv3d(**case.tensors(), **case.attributes)
+    np.testing.assert_array_equal(deform_conv3d(**case.tensors(), **as_array), expected)
+
+
 @pytest.mark.parametrize("data_format", FORMATS)
 def test_filters_in_the_order_of_other_libraries_are_named(data_format):
     shapes = FITTING | {"filters": (8, 4, 3, 3, 3)}
