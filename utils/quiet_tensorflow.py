@@ -73,4 +73,4 @@ with _without_notices() if quiet else contextlib.nullcontext():
     if quiet:
         tf.config.list_physical_devices("GPU")  # which logs too
 
-__all__ = ["keras", "quiet", "tf"]
+__all__ = ["keras", "tf"]
