@@ -93,6 +93,11 @@ def grid_start(in_size, kernel_size, strides, padding, dilations) -> list[int]:
     attributes = padding_attributes(padding)
     if "explicit_paddings" in attributes:
         numbers = attributes["explicit_paddings"]
+        if min(numbers) < 0 or any(numbers[:2] + numbers[-2:]):
+            raise ValueError(
+                "padding must be four pairs of numbers of 0 or more, 0 for batch and channels. "
+                f"Received: {shown(padding)}"
+            )
         padding = list(zip(numbers[::2], numbers[1::2], strict=True))
     return [
         -pad_before(padding, 1 + axis, size, taps, stride, dilation)

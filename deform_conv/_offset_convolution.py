@@ -79,17 +79,21 @@ class OffsetConvolution(Part, ExtendedConvolution):
         # _pad() says what else.
         if not isinstance(padding, str):
             inputs, padding = _pad(inputs, padding), "VALID"
-        dilations = self.dilation_rate
-        if max(self.strides) == 1 or max(dilations) == 1:
-            return tf.nn.convolution(inputs, kernel, self.strides, padding, dilations=dilations)
+        strides, dilations = self.strides, self.dilation_rate
+        first = [0] * self.rank
+        if max(self.kernel_size) == 1:
+            # What the strides skip is left out first. With a stride along one axis only, oneDNN
+            # writes beyond its memory in the gradient of a 1x1 kernel, with AVX-512.
+            inputs = _every(strides, inputs, first)
+            strides = dilations = (1,) * self.rank
+        if max(strides) == 1 or max(dilations) == 1:
+            return tf.nn.convolution(inputs, kernel, strides, padding, dilations=dilations)
         # TensorFlow refuses both, so what the strides skip is computed too, and left out.
         outputs = tf.nn.convolution(inputs, kernel, 1, padding, dilations=dilations)
-        first = [0] * self.rank
         if padding == "SAME":
-            axes = zip(sizes(inputs)[1:-1], self.strides, self._extents, strict=True)
+            axes = zip(sizes(inputs)[1:-1], strides, self._extents, strict=True)
             first = [first_of_same(*axis) for axis in axes]
-        axes = zip(first, self.strides, strict=True)
-        return outputs[(slice(None), *(slice(start, None, stride) for start, stride in axes))]
+        return _every(strides, outputs, first)
 
 
 class OffsetConv1D(OffsetConvolution, ExtendedConv1D):
@@ -140,6 +144,14 @@ def _pad(inputs, paddings):
     that is empty, and ends the process where the padding is very large.
     """
     return tf.pad(inputs, paddings, constant_values=tf.zeros([], inputs.dtype))
+
+
+def _every(strides, tensor, first):
+    """What lies a stride apart along each axis, from `first` on."""
+    if max(strides) == 1:
+        return tensor
+    axes = zip(first, strides, strict=True)
+    return tensor[(slice(None), *(slice(start, None, stride) for start, stride in axes))]
 
 
 def _lack(size, extent: int, stride: int):

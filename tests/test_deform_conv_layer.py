@@ -38,6 +38,8 @@ STRIDED_AND_DILATED = [
     {"strides": 2, "dilation_rate": 3, "padding": ((4, 2), (1, 3)), "kernel_size": (3, 2)},
     {"strides": (4, 2), "dilation_rate": (2, 4), "padding": "same", "kernel_size": (4, 3)},
     {"strides": (1, 2), "dilation_rate": (2, 1), "modulated": True, "deform_groups": 2},
+    {"strides": (3, 1), "dilation_rate": (1, 2), "padding": "same", "kernel_size": 1},
+    {"strides": (2, 3), "padding": ((2, 0), (1, 3)), "kernel_size": 1, "modulated": True},
 ]
 
 
@@ -310,6 +312,20 @@ def test_padding_beyond_memory_is_an_error(compiled):
 
 
 # --- Strides and dilation ---
+
+
+def test_offsets_of_a_1x1_kernel_come_of_no_strided_convolution(images):
+    """Its gradient ends the process where oneDNN has AVX-512 and strides differ (oneDNN, 2.21)."""
+    layer = new_layer({"kernel_size": 1, "strides": (3, 1), "padding": "same", "modulated": True})
+    layer.build(images.shape)
+    function = tf.function(outputs_and_gradients).get_concrete_function(layer, images)
+    strides = [
+        op.get_attr("strides")
+        for op in function.graph.get_operations()
+        if op.type.startswith("Conv2D")
+    ]
+    assert len(strides) >= 3  # the convolution, and its two gradients
+    assert all(each == [1, 1, 1, 1] for each in strides)
 
 
 @pytest.mark.parametrize("size", [(9, 8), (8, 11)])

@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 from checks import KNOWN, assert_wrong_shape_raises
 
-from deform_conv import deform_conv2d
+from deform_conv import deform_aggregate2d, deform_conv2d
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -425,6 +425,14 @@ def test_sizes_whose_product_overflows_are_refused_while_the_graph_is_built(
     with tf.Graph().as_default(), pytest.raises(ValueError, match=re.escape(message)):
         tensors = [tf.compat.v1.placeholder(tf.float32, shape) for shape in shapes]
         deform_conv2d(*tensors, deform_groups=deform_groups)
+
+
+def test_output_without_filters_whose_size_overflows_is_refused_while_the_graph_is_built():
+    shapes = [(3, None, None, 2**31 - 1), (None, None, 2**40, None), None]
+    message = "the output of input and offset must have fewer than 2^63 bytes; received 3, -1, "
+    with tf.Graph().as_default(), pytest.raises(ValueError, match=re.escape(message)):
+        tensors = [tf.compat.v1.placeholder(tf.float32, shape) for shape in shapes]
+        deform_aggregate2d(*tensors, kernel_size=(1, 2))
 
 
 INTEGERS = {

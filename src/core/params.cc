@@ -147,7 +147,9 @@ std::string MakeParams(const DeformConvAttributes& attributes, const DeformConvS
     if (!error.empty()) return error;
     FillFrom(shapes.mask, params);
   }
-  return CheckSizes(shapes.has_filters ? "the output of input and filters" : "the output", kImages,
+  const char* output =
+      shapes.has_filters ? "the output of input and filters" : "the output of input and offset";
+  return CheckSizes(output, kImages,
                     {params->batch, params->out_h, params->out_w, params->out_channels});
 }
 

@@ -96,10 +96,8 @@ void AddOffsetAndMaskGradients(const DeformConvParams& params, const TileSamples
 template <typename T>
 struct SampleBackprop {
   TileTensors<T> tensors;
-  const T* input;
   const T* zeros;
   T* ignored;
-  T* grad_input;
   T* corner_products;
   PixelSums<T> pixel_sums;
   T* const* grad_rows;
@@ -109,10 +107,8 @@ struct SampleBackprop {
                  const SampledTensors<T>& tensors, const T* zeros, T* ignored,
                  const SampledGradients<T>& gradients)
       : tensors{tensors, gradients},
-        input(tensors.input),
         zeros(zeros),
         ignored(ignored),
-        grad_input(gradients.input),
         corner_products(tile.corner_products),
         pixel_sums(tile.pixel_sums),
         grad_rows(tile.grad_rows),
@@ -144,10 +140,10 @@ DEFORM_CONV_INLINE void BackpropSample(const SampleBackprop<T>& backprop, const 
   for (int corner = 0; corner < kCorners; ++corner) weights[corner] = block.weights[corner][lane];
   const T mask = block.mask[lane];
   const int64_t right = backprop.right, down = backprop.down;
-  const Corners<const T> from(backprop.input + at, backprop.input + at + down, right, corner_bits,
-                              backprop.zeros);
+  const T* const from_top = backprop.tensors.sampled.input + at;
+  const Corners<const T> from(from_top, from_top + down, right, corner_bits, backprop.zeros);
   // Corners are different pixels, or the one whose content is ignored.
-  T* to_top = want_input ? backprop.grad_input + at : backprop.ignored;
+  T* to_top = want_input ? backprop.tensors.gradients.input + at : backprop.ignored;
   T* to_bottom = to_top + down;
   if (want_input && backprop.pixel_sums.sums != nullptr) {
     const PixelSums<T>& pixel_sums = backprop.pixel_sums;

@@ -66,7 +66,6 @@ __device__ __forceinline__ void BackpropFar(const FusedSizes& sizes,
                                             const SampledGradients<float>& gradients) {
   using Memory = BackwardMemory<T, kLanes>;
   constexpr int kSize = kVec16Size<T>, kLanesOfPosition = kWarp / 8;
-  constexpr int kTogether = 1;
   const int lane = threadIdx.x % kWarp, words = Memory::FarWords(sizes.taps);
   const int of_position = lane % kLanesOfPosition;
   const uint32_t quad = 0xfu << (lane & ~3);
@@ -76,21 +75,10 @@ __device__ __forceinline__ void BackpropFar(const FusedSizes& sizes,
     for (int word = 0; word < words; ++word) {
 #pragma unroll 1
       for (uint32_t bits = memory.far[p * words + word]; bits != 0;) {
-        int taps[kTogether];
-        PatchSample<float> samples[kTogether];
-        float products[kTogether][kCorners] = {};
-        int count = 0;
-#pragma unroll
-        for (int k = 0; k < kTogether; ++k) {
-          if (bits != 0) {
-            taps[k] = word * 32 + __ffs(bits) - 1;
-            bits &= bits - 1;
-            ++count;
-          } else {
-            taps[k] = taps[0];
-          }
-          samples[k] = LocateSample(sizes, tensors, plan, patch, position, taps[k]);
-        }
+        const int tap = word * 32 + __ffs(bits) - 1;
+        bits &= bits - 1;
+        const PatchSample<float> sample = LocateSample(sizes, tensors, plan, patch, position, tap);
+        float products[kCorners] = {};
         const int first_channel = patch.group * sizes.deform_group_channels;
         const T* const gradient_of_group =
             grad_output + int64_t{PositionIndex(sizes, position)} * sizes.out_channels +
@@ -100,23 +88,17 @@ __device__ __forceinline__ void BackpropFar(const FusedSizes& sizes,
           const int c = begin + of_position * kSize;
           if (c < sizes.deform_group_channels) {
             const Vector<T, kSize> gradient = Load<T, kSize>(gradient_of_group + c);
-            Vector<T, kSize> corners[kTogether][kCorners];
+            Vector<T, kSize> corners[kCorners];
+            LoadCorners(image + int64_t{sample.place.image_pixel(sizes)} * sizes.in_channels +
+                            first_channel + c,
+                        int64_t{sizes.in_w} * sizes.in_channels, int64_t{sizes.in_channels},
+                        sample.place.bits(), corners);
 #pragma unroll
-            for (int k = 0; k < kTogether; ++k) {
-              LoadCorners(image + int64_t{samples[k].place.image_pixel(sizes)} * sizes.in_channels +
-                              first_channel + c,
-                          int64_t{sizes.in_w} * sizes.in_channels, int64_t{sizes.in_channels},
-                          samples[k].place.bits(), corners[k]);
-            }
+            for (int corner = 0; corner < kCorners; ++corner) {
 #pragma unroll
-            for (int k = 0; k < kTogether; ++k) {
-#pragma unroll
-              for (int corner = 0; corner < kCorners; ++corner) {
-#pragma unroll
-                for (int e = 0; e < kSize; ++e) {
-                  products[k][corner] += static_cast<float>(gradient.elements[e]) *
-                                         static_cast<float>(corners[k][corner].elements[e]);
-                }
+              for (int e = 0; e < kSize; ++e) {
+                products[corner] += static_cast<float>(gradient.elements[e]) *
+                                    static_cast<float>(corners[corner].elements[e]);
               }
             }
           }
@@ -128,27 +110,19 @@ __device__ __forceinline__ void BackpropFar(const FusedSizes& sizes,
             const int at = begin + (half * kLanesOfPosition + of_position) * kHalf;
             if (at >= sizes.deform_group_channels) break;
             const Vector<T, kHalf> gradient = Load<T, kHalf>(gradient_of_group + at);
-#pragma unroll
-            for (int k = 0; k < kTogether; ++k) {
-              if (k >= count) break;
-              const int64_t pixel =
-                  ImagePixel(sizes, patch.first.n) + samples[k].place.image_pixel(sizes);
-              ScatterFar(sizes, samples[k], gradient,
-                         gradients.input + pixel * sizes.in_channels + first_channel + at);
-            }
+            const int64_t pixel =
+                ImagePixel(sizes, patch.first.n) + sample.place.image_pixel(sizes);
+            ScatterFar(sizes, sample, gradient,
+                       gradients.input + pixel * sizes.in_channels + first_channel + at);
           }
         }
 #pragma unroll
-        for (int k = 0; k < kTogether; ++k) {
-#pragma unroll
-          for (int corner = 0; corner < kCorners; ++corner) {
-            products[k][corner] += __shfl_xor_sync(quad, products[k][corner], 1);
-            products[k][corner] += __shfl_xor_sync(quad, products[k][corner], 2);
-          }
-          if (of_position == k && k < count) {
-            WriteOffsetAndMask(samples[k], products[k],
-                               SampleIndex(sizes, patch, position, taps[k]), gradients);
-          }
+        for (int corner = 0; corner < kCorners; ++corner) {
+          products[corner] += __shfl_xor_sync(quad, products[corner], 1);
+          products[corner] += __shfl_xor_sync(quad, products[corner], 2);
+        }
+        if (of_position == 0) {
+          WriteOffsetAndMask(sample, products, SampleIndex(sizes, patch, position, tap), gradients);
         }
       }
     }
