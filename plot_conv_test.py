@@ -54,7 +54,7 @@ def main() -> None:
         "--threshold",
         type=number(float, at_least=0),
         nargs="+",
-        default=[0.25, 1.0],
+        default=[0.3, 1.0],
         metavar="PIXELS",
         help="draw samples moved by more than so many pixels: one number, or one for each of the "
         "two layers (default: %(default)s)",

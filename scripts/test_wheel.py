@@ -22,7 +22,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 PAGE = PROJECT / "docs" / "install.md"
 UV = "uv>=0.9,<1"
 TOOLS = ["pytest>=8.4,<10", "hypothesis>=6.130,<7"]
-TESTS = ["test_deform_conv2d.py", "test_deform_conv_layer.py"]
+TESTS = ["test_deform_conv2d.py", "test_deform_conv_layer.py", "test_explorer.py"]
 
 ENVIRONMENTS = [
     *(f"3.11 tensorflow-cpu=={version}.*" for version in ("2.17", "2.18", "2.19", "2.20", "2.21")),

@@ -21,6 +21,7 @@ from deform_conv import (
     sampling_locations,
 )
 from deform_conv._explorer.page import page_of
+from deform_conv._explorer.picture import picture_of
 from deform_conv._explorer.record import record, sample_levels
 from deform_conv.layers import (
     DeformableConv1D,
@@ -125,6 +126,9 @@ def test_locations_are_those_of_the_op(kernel, strides, dilations, groups, paddi
         ((np.zeros([4, 4, 18]), "4", 3), "in_size must be"),
         ((np.zeros([4, 4, 18]), 4, 3, 0), r"strides must be at least 1\. Received: \[0, 0\]"),
         ((np.zeros([4, 4, 18]), 4, 3, 1, "same"), "padding must be"),
+        # What the op refuses too: of NCHW, and negative.
+        ((np.zeros([4, 4, 18]), 4, 3, 1, [[0, 0], [0, 0], [1, 1], [1, 1]]), "0 for batch and chan"),
+        ((np.zeros([4, 4, 18]), 4, 3, 1, [[0, 0], [-1, 1], [1, 1], [0, 0]]), "of 0 or more"),
     ],
 )
 def test_locations_of_unfitting_arguments_are_refused(arguments, message):
@@ -166,6 +170,23 @@ def test_layers_of_one_name_are_told_apart(image):
     names = [name for name, _ in recorded(model, image)]
     assert len(set(names)) == 2
     assert all("conv" in name for name in names)
+
+
+class Namesakes(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.parts = [DeformableConv2D(3, 3, padding="same", name="conv") for _ in range(3)]
+
+    def call(self, inputs):
+        for part in self.parts:
+            inputs = part(inputs)
+        return inputs
+
+
+def test_layers_of_one_path_are_told_apart(image):
+    names = [name for name, _ in recorded(Namesakes(), image)]
+    assert [name.partition(" ")[2] for name in names] == ["", "(layer 2)", "(layer 3)"]
+    assert len({name.partition(" ")[0] for name in names}) == 1
 
 
 class Subclassed(keras.Model):
@@ -327,6 +348,26 @@ def test_unfitting_images_are_refused(image, message):
         record(two_layers(), image)
 
 
+def test_a_model_of_larger_batches_is_refused(image):
+    model = keras.Sequential([keras.Input(batch_shape=(8, 12, 16, 3)), DeformableConv2D(2, 3)])
+    message = r"model must take one image at a time\. Received: a model of 8"
+    with pytest.raises(ValueError, match=message):
+        record(model, image)
+
+
+def test_an_image_without_an_output_is_refused(rng):
+    layer = DeformableConv2DV3(3, strides=2, padding="valid", deform_groups=1, name="layer")
+    model = keras.Sequential([keras.Input((None, None, 3)), layer])
+    message = r"image must be large enough for layer, .*\(2, 16\).*an output of \(0, 7\)"
+    with pytest.raises(ValueError, match=message):
+        record(model, rng.uniform(size=(2, 16, 3)))
+
+
+def test_an_image_may_be_bfloat16(image):
+    (found, _) = record(two_layers(), tf.cast(image, tf.bfloat16)).layers
+    assert found.in_size == (12, 16)
+
+
 def test_a_batch_of_one_is_an_image(image):
     model = two_layers()
     one, other = (record(model, each).layers[1] for each in (image, image[np.newaxis]))
@@ -360,6 +401,21 @@ def test_samples_of_a_level_are_those_at_the_samples_of_the_level_before():
     for level, expected in zip(found, (first, second, third), strict=True):
         np.testing.assert_allclose(level.pixels, expected, atol=1e-6)
     np.testing.assert_allclose(found[0].lengths, np.sqrt(5), rtol=1e-6)
+
+
+def test_a_position_is_shown_at_the_middle_of_its_window():
+    inputs = keras.Input((15, 15, 1))
+    outputs = DeformableConv2D(1, 3, strides=2)(inputs)  # the middles are at 1, 3, 5, ...
+    outputs = keras.layers.ReLU()(outputs)
+    outputs = DeformableConv2D(1, (3, 1), dilation_rate=2)(outputs)  # rows 2, 3, 4, ... of those
+    model = keras.Model(inputs, DeformableConv2D(1, 1)(outputs))
+    recording = record(model, np.zeros((15, 15, 1)))
+    found = sample_levels(recording, 2, (1, 1), 3, [0, 0, 0])
+    np.testing.assert_allclose(found[0].pixels, [[7, 3]])
+    np.testing.assert_allclose(found[1].pixels, [[3, 3], [7, 3], [11, 3]])
+    rows = [[2], [3], [4], [6], [7], [8], [10], [11], [12]]
+    np.testing.assert_allclose(np.unique(found[2].pixels[:, :1], axis=0), rows)
+    np.testing.assert_allclose(recording.layers[1].scale, 2)
 
 
 def test_a_sample_outside_has_no_next_level(image):
@@ -438,6 +494,39 @@ def test_a_picture_may_stand_for_the_image(picture, image, tmp_path, rng):
     encoded = page_data(path)["picture"].partition("base64,")[2]
     shown = tf.io.decode_image(base64.b64decode(encoded)).shape
     assert max(shown[:2]) == min(max(picture), 1024)
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        ([0, 0.2, 1], [0, 51, 255]),  # shares
+        ([0, 2, 255], [0, 2, 255]),
+        ([-1, 0, 3], [0, 64, 255]),
+        ([-1, -1, -1], [0, 0, 0]),
+        ([np.nan, 0, 1], [0, 0, 255]),
+    ],
+)
+def test_a_picture_is_shown_by_the_range_of_its_numbers(values, shown, image):
+    recording = record(two_layers(), image)
+    picture = np.array([values], np.float32)
+    assert picture_of(recording, picture)[0, :, 0].tolist() == shown
+
+
+def test_page_tells_how_long_offsets_are_and_where_they_point(image, tmp_path):
+    model = two_layers(modulated=True)
+    constant_offsets(model, (3, 0), (0, -7e4))
+    first, second = page_data(explore(model, image, tmp_path / "page.html"))["layers"]
+    (figures,) = first["perGroup"]
+    assert figures["mean"] == pytest.approx(3)
+    assert figures["maskMean"] == pytest.approx(np.mean(halves(first["mask"])), abs=1e-4)
+    for name in ("lengths", "directions", "masks"):
+        assert sum(figures[name]) == pytest.approx(1, abs=1e-3)
+    assert figures["lengths"][-1] == 1  # all are as long as the longest one
+    down, left = (of["perGroup"][0]["directions"] for of in (first, second))
+    assert max(down) == max(left) == 1
+    assert down.index(1) != left.index(1)
+    # Longer ones than float16 holds stay numbers, which the page can draw.
+    np.testing.assert_array_equal(halves(second["offset"])[1::2], -65504)
 
 
 def test_unfitting_pictures_and_paths_are_refused(image, tmp_path):
@@ -613,9 +702,43 @@ def test_samples_outside_and_nan_are_named(browser, image, tmp_path):
     assert browser.messages() == []
 
 
+def test_groups_dilation_and_unpadded_layers_are_drawn_where_they_sample(
+    browser, image, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("deform_conv._explorer.page._LARGEST_DATA", 8_000)
+    options = {"deform_groups": 2, "dilation_rate": 2, **OFFSETS}
+    model = keras.Sequential(
+        [
+            keras.Input((12, 16, 3)),
+            keras.layers.Conv2D(4, 1),
+            DeformableConv2D(4, 3, **options),
+            DeformableConv2D(2, (2, 3), **options),
+        ]
+    )
+    path = explore(model, image, tmp_path / "page.html")
+    steps = [layer["step"] for layer in page_data(path)["layers"]]
+    assert max(steps) > 1
+    recording = in_halves(record(model, image))
+    browser.emulate(1200, 900)
+    browser.open("about:blank")
+    browser.open(f"{path.as_uri()}#layer={recording.layers[0].name}&at=4,6&group=2&levels=1")
+    position = browser.run(POSITION)[:2]
+    assert [at % steps[0] for at in position] == [0, 0]
+    check_drawn(browser, sample_levels(recording, 0, position, 1, [1, 0])[0], 1)
+    browser.open("about:blank")
+    browser.open(f"{path.as_uri()}#layer={recording.layers[1].name}&at=2,4&group=2&levels=1")
+    position = browser.run(POSITION)[:2]
+    check_drawn(browser, sample_levels(recording, 1, position, 1, [0, 1])[0], 1)
+    assert browser.messages() == []
+
+
 @pytest.mark.parametrize("dark", [False, True])
 def test_page_fits_a_phone(opened, dark):
     browser, _ = opened
+    browser.emulate(740, 360, dark=dark, phone=True)
+    # There is room beside the image for a finger that scrolls.
+    stage = "return document.getElementById('stage').getBoundingClientRect().height"
+    assert browser.run(stage) <= 0.81 * 360
     browser.emulate(360, 740, dark=dark, phone=True)
     assert browser.run("return document.documentElement.scrollWidth") <= 360
     ground = browser.run("return getComputedStyle(document.body).backgroundColor")

@@ -9,7 +9,7 @@ const MARK = 3.5;  // half the side of a place of the regular grid, on the scree
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const size = [data.height, data.width];
-const layers = data.layers.map((layer) => new Layer(layer, size));
+const layers = data.layers.map((layer) => new Layer(layer));
 const margin = Math.max(1, 0.06 * Math.max(...size));
 /** What is shown without zoom: x, y, width, height, in pixels of the image. */
 const box = [-margin, -margin, size[1] + 2 * margin, size[0] + 2 * margin];

@@ -162,7 +162,7 @@ def _draw_grid(axis, level: Level) -> None:
 def _draw_dots(axis, level: Level, area: float, farthest: float):
     areas = np.full(len(level.reads), area, float)
     if level.mask is not None:
-        weights = np.abs(level.mask)
+        weights = np.nan_to_num(np.abs(level.mask))
         areas *= 0.1 + 0.9 * weights / max(weights.max(initial=0.0), 1e-12)
     y, x = level.pixels.T
     axis.scatter(

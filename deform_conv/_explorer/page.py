@@ -126,6 +126,9 @@ def _layer(layer: SampledLayer, step: int) -> dict:
         "strides": layer.strides,
         "dilation": layer.dilation_rate,
         "start": layer.start,
+        "firstMiddle": layer.middle,
+        "scale": layer.scale,
+        "shift": layer.shift,
         "taps": layer.taps.tolist(),
         "groups": layer.groups,
         "previous": layer.previous,
@@ -181,8 +184,8 @@ def _shares(counts: np.ndarray) -> list[float]:
 
 
 def _halves(values: np.ndarray) -> str:
-    with np.errstate(over="ignore"):  # beyond 65504 all are infinite, which is far enough
-        return _base64(values.astype("<f2").tobytes())
+    largest = np.finfo(np.float16).max  # 65504, which is far enough
+    return _base64(np.clip(values, -largest, largest).astype("<f2").tobytes())
 
 
 def _base64(data: bytes) -> str:

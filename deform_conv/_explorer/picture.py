@@ -37,7 +37,7 @@ def _as_bytes(picture: np.ndarray) -> np.ndarray:
     if least >= 0 and greatest <= 255:
         finite *= 255 if greatest <= 1 else 1
     else:
-        finite = (finite - least) * (255 / max(greatest - least, np.finfo(np.float64).tiny))
+        finite = (finite - least) * (255 / ((greatest - least) or 1))
     return np.rint(finite).astype(np.uint8)
 
 

@@ -1,5 +1,6 @@
 """What the deformable layers of a model sample with in an image, and from where it comes."""
 
+import collections
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,8 @@ class SampledLayer:
       in_size, out_size: (h, w) of its input and its output.
       strides, dilation_rate: (h, w).
       start: where tap (0, 0) of position (0, 0) is without an offset, (h, w) in pixels.
+      middle: the middle of the window of position (0, 0), likewise.
+      scale, shift: (h, w); place p of the input is shown at `scale * p + shift` in the image.
       taps: (ky, kx) of each tap, `[T, 2]`. One that `remove_center` leaves out is not there.
       offset: (dy, dx) in pixels of the input, `[OH, OW, G, T, 2]`, float64.
       locations: the sampling locations in the input, likewise.
@@ -37,6 +40,9 @@ class SampledLayer:
     strides: tuple[int, int]
     dilation_rate: tuple[int, int]
     start: tuple[int, int]
+    middle: tuple[float, float]
+    scale: tuple[float, float]
+    shift: tuple[float, float]
     taps: np.ndarray
     offset: np.ndarray
     locations: np.ndarray
@@ -51,6 +57,10 @@ class SampledLayer:
     def reads(self) -> np.ndarray:
         """Which samples read something of the input, `[OH, OW, G, T]`."""
         return reads(self.locations, self.in_size)
+
+    def in_image(self, places: np.ndarray) -> np.ndarray:
+        """Where places (h, w) of the input are shown in the image."""
+        return np.multiply(self.scale, places) + self.shift
 
 
 @dataclass(frozen=True)
@@ -122,13 +132,23 @@ def record(model, image) -> Recording:
     channels_first = calls[0][0].data_format == "channels_first"
     names = _names([layer for layer, _, _ in calls])
     previous = _sources(calls)
-    layers = [
-        _sampled_layer(layer, *arrays, name=name, previous=source)
-        for (layer, _, _), arrays, name, source in zip(
-            calls, graph(tf.constant(images)), names, previous, strict=True
+    image = np.moveaxis(images[0], 0, -1) if channels_first else images[0]
+    layers = []
+    for (layer, _, _), arrays, name, source in zip(
+        calls, graph(tf.constant(images)), names, previous, strict=True
+    ):
+        before = None if source is None else layers[source]
+        layers.append(
+            _sampled_layer(
+                layer,
+                *arrays,
+                name=name,
+                previous=source,
+                before=before,
+                image_size=image.shape[:2],
+            )
         )
-    ]
-    return Recording(np.moveaxis(images[0], 0, -1) if channels_first else images[0], layers)
+    return Recording(image, layers)
 
 
 def sample_levels(
@@ -151,17 +171,12 @@ def sample_levels(
         locations, offset = (
             array[chosen].reshape(-1, 2) for array in (sampled.locations, sampled.offset)
         )
-        scale = np.divide(recording.size, sampled.in_size)
-        regular, pixels = (
-            rescaled(array, sampled.in_size, recording.size)
-            for array in (locations - offset, locations)
-        )
         found.append(
             Level(
                 layer,
-                regular,
-                pixels,
-                np.linalg.norm(offset * scale, axis=-1),
+                sampled.in_image(locations - offset),
+                sampled.in_image(locations),
+                np.linalg.norm(offset * sampled.scale, axis=-1),
                 None if sampled.mask is None else sampled.mask[chosen].reshape(-1),
                 reads(locations, sampled.in_size),
             )
@@ -190,6 +205,9 @@ def _images(model: keras.Model, image) -> np.ndarray:
     if inputs:
         if len(inputs) != 1:
             raise ValueError(f"model must have one input. Received: a model of {len(inputs)}")
+        batch = inputs[0].shape[0]
+        if batch not in (None, 1):
+            raise ValueError(f"model must take one image at a time. Received: a model of {batch}")
         if not tf.TensorShape(inputs[0].shape).is_compatible_with(images.shape):
             raise ValueError(
                 f"image must have the shape that the model takes, {tuple(inputs[0].shape[1:])}. "
@@ -206,6 +224,8 @@ def real_numbers(value, argument: str) -> np.ndarray:
         raise ValueError(
             f"{argument} must be an array of real numbers. Received: {shown(value)}"
         ) from error
+    if array.dtype == tf.bfloat16.as_numpy_dtype:
+        array = array.astype(np.float32)
     if array.dtype.kind not in "buif":
         raise ValueError(
             f"{argument} must be an array of real numbers. Received: dtype {array.dtype}"
@@ -215,13 +235,15 @@ def real_numbers(value, argument: str) -> np.ndarray:
 
 def _names(layers: list[SamplingLayer]) -> list[str]:
     """A name for each call, none of them twice."""
-    names = []
+    names, counts = [], collections.Counter()
     for index, layer in enumerate(layers):
         namesakes = [other for other in layers if other.name == layer.name]
         name = layer.path if any(other is not layer for other in namesakes) else layer.name
         if sum(other is layer for other in layers) > 1:
             name += f" (call {sum(other is layer for other in layers[: index + 1])})"
-        names.append(name)
+        # Layers of a subclassed model may have one path.
+        counts[name] += 1
+        names.append(name if counts[name] == 1 else f"{name} (layer {counts[name]})")
     return names
 
 
@@ -270,12 +292,33 @@ def _sampling(layer: SamplingLayer, inputs) -> list[tf.Tensor]:
     return [tf.shape(images), *tensors]
 
 
-def _sampled_layer(layer: SamplingLayer, shape, offset, mask=None, *, name, previous):
+def _placed(in_size, before: SampledLayer | None, image_size) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and shift from places in the input of a layer to places in the image.
+
+    An output position of the layer before stands for the middle of its window. Planes of different
+    sizes have the same extent.
+    """
+    scale = np.divide(image_size if before is None else before.out_size, in_size)
+    shift = 0.5 * scale - 0.5
+    if before is None:
+        return scale, shift
+    strides = np.array(before.strides)
+    return before.scale * strides * scale, before.in_image(before.middle + strides * shift)
+
+
+def _sampled_layer(
+    layer: SamplingLayer, shape, offset, mask=None, *, name, previous, before, image_size
+) -> SampledLayer:
     """The record of a call, from what `_sampling` returns for one image."""
     in_size = tuple(int(size) for size in shape[1:3])
     groups, kernel = layer.deform_groups, layer.kernel_size
     attributes = (layer.strides, layer.padding_in("channels_last"), layer.dilation_rate)
     offset = np.asarray(offset[0], np.float64)
+    if offset.size == 0:
+        raise ValueError(
+            f"image must be large enough for {name}, whose input has {in_size} pixels then. "
+            f"Received: an output of {offset.shape[:2]}"
+        )
     locations = sampling_locations(offset, in_size, kernel, *attributes, groups)
     out_size, taps = offset.shape[:2], np.argwhere(np.ones(kernel))
     kept = np.ones(len(taps), bool)
@@ -283,6 +326,8 @@ def _sampled_layer(layer: SamplingLayer, shape, offset, mask=None, *, name, prev
         kept[len(taps) // 2] = False
     if mask is not None:
         mask = np.asarray(mask[0], np.float64).reshape(*out_size, groups, -1)[..., kept]
+    start = grid_start(in_size, kernel, *attributes)
+    scale, shift = _placed(in_size, before, image_size)
     return SampledLayer(
         name=name,
         kind=type(layer).__name__,
@@ -290,7 +335,10 @@ def _sampled_layer(layer: SamplingLayer, shape, offset, mask=None, *, name, prev
         out_size=out_size,
         strides=tuple(layer.strides),
         dilation_rate=tuple(layer.dilation_rate),
-        start=tuple(grid_start(in_size, kernel, *attributes)),
+        start=tuple(start),
+        middle=tuple(start + (np.array(kernel) - 1) * layer.dilation_rate / 2),
+        scale=tuple(scale),
+        shift=tuple(shift),
         taps=taps[kept],
         offset=offset.reshape(*out_size, groups, -1, 2)[..., kept, :],
         locations=locations.reshape(*out_size, groups, -1, 2)[..., kept, :],

@@ -33,17 +33,16 @@ function rescaled(place, fromSize, toSize) {
 const clamped = (value, least, greatest) => Math.min(Math.max(value, least), greatest);
 
 class Layer {
-  constructor(data, imageSize) {
+  constructor(data) {
     Object.assign(this, data);
     this.offset = decoded(data.offset);
     this.mask = data.mask === null ? null : decoded(data.mask);
-    this.imageSize = imageSize;
-    /** Pixels of the image for a pixel of the input, along each axis. */
-    this.scale = imageSize.map((size, axis) => size / this.inSize[axis]);
     this.keptSize = this.outSize.map((size) => Math.ceil(size / this.step));
-    /** From a position's first tap to the middle of its window. */
-    const last = this.taps[this.taps.length - 1] ?? [0, 0];
-    this.toMiddle = last.map((tap, axis) => (tap * this.dilation[axis]) / 2);
+  }
+
+  /** Where a place [h, w] of the input is in the image. */
+  inImage(place) {
+    return place.map((along, axis) => this.scale[axis] * along + this.shift[axis]);
   }
 
   /** The kept position nearest to a position [y, x], which may lie outside and between. */
@@ -54,16 +53,15 @@ class Layer {
 
   /** The position whose window is nearest to a place [h, w] in the image. */
   positionAt(place) {
-    const inInput = rescaled(place, this.imageSize, this.inSize);
+    const inInput = place.map((along, axis) => (along - this.shift[axis]) / this.scale[axis]);
     return this.kept(inInput.map(
-      (along, axis) => (along - this.start[axis] - this.toMiddle[axis]) / this.strides[axis]));
+      (along, axis) => (along - this.firstMiddle[axis]) / this.strides[axis]));
   }
 
   /** The middle of a position's window, [h, w] in the image. */
   middle(position) {
-    const inInput = position.map(
-      (at, axis) => this.start[axis] + at * this.strides[axis] + this.toMiddle[axis]);
-    return rescaled(inInput, this.inSize, this.imageSize);
+    return this.inImage(
+      position.map((at, axis) => this.firstMiddle[axis] + at * this.strides[axis]));
   }
 
   /** The index of the first sample of a kept position and group. */
@@ -82,8 +80,8 @@ class Layer {
       const place = regular.map((along, axis) => along + offset[axis]);
       return {
         tap, offset, place,
-        regularPixel: rescaled(regular, this.inSize, this.imageSize),
-        pixel: rescaled(place, this.inSize, this.imageSize),
+        regularPixel: this.inImage(regular),
+        pixel: this.inImage(place),
         length: Math.hypot(offset[0] * this.scale[0], offset[1] * this.scale[1]),
         mask: this.mask === null ? null : this.mask[first + index],
         reads: place.every((along, axis) => along > -1 && along < this.inSize[axis]),
