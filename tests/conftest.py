@@ -12,6 +12,7 @@ from pathlib import Path
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import hypothesis
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -58,6 +59,15 @@ def device(request):
     """Runs a test on the CPU and, marked `gpu`, on a GPU."""
     with tf.device(request.param):
         yield request.param
+
+
+@pytest.fixture
+def dtype_policy(request):
+    """The policy of the layers that a test makes; its name is the (indirect) parameter."""
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(request.param)
+    yield request.param
+    keras.config.set_dtype_policy(before)
 
 
 def golden_cases(path) -> dict[str, dict[str, np.ndarray]]:

@@ -331,15 +331,8 @@ def test_deformable_resnet50_computes_what_resnet50_does(resnet, rng, tmp_path):
     np.testing.assert_allclose(loaded(images), expected, rtol=1e-4)
 
 
-@pytest.fixture
-def policy(request):
-    keras.config.set_dtype_policy(request.param)
-    yield request.param
-    keras.config.set_dtype_policy("float32")
-
-
-@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"], indirect=True)
-def test_offsets_of_a_mixed_precision_resnet50_learn(policy, rng):
+@pytest.mark.parametrize("dtype_policy", ["mixed_float16", "mixed_bfloat16"], indirect=True)
+def test_offsets_of_a_mixed_precision_resnet50_learn(dtype_policy, rng):
     images = tf.constant(rng.uniform(size=(2, 32, 32, 3)), "float32")
     model = keras.applications.ResNet50(weights=None, input_shape=(32, 32, 3), classes=10)
     for layer in model.layers:
@@ -351,6 +344,6 @@ def test_offsets_of_a_mixed_precision_resnet50_learn(policy, rng):
     history = model.fit(images, tf.constant([1, 2]), verbose=0).history
     assert np.isfinite(history["loss"]).all()
     for layer in map(model.get_layer, deformable_names(model)):
-        assert layer.compute_dtype == policy.removeprefix("mixed_")
+        assert layer.compute_dtype == dtype_policy.removeprefix("mixed_")
         for convolution in (layer.offset_conv, layer.mask_conv):
             assert np.any(convolution.kernel.numpy() != 0)
