@@ -25,6 +25,7 @@ from utils.model import (
 BATCH_SIZE = 250
 EPOCHS = 10
 SEEDS = (1, 2, 3)
+RECIPES_SEED = 2  # one is enough to choose by, and any would do
 SHIFTS = (EASY_SHIFT, HARD_SHIFT)
 
 # What an arm trains.
@@ -136,8 +137,8 @@ def _recipe(version: int, name: str, title: str, **recipe) -> Arm:
 # Ways to tune the offsets, for the weights that the project ships.
 RECIPES = (
     _recipe(1, "base", "three times the epochs"),
-    _recipe(1, "all", "distilled, averaged, half to 15 % unscaled", learning_rate=4e-3,
-            unscaled_share=(0.5, 0.15), distillation=0.7, average=0.999),
+    _recipe(1, "all", "twice the learning rate, 70 % distilled, averaged, half to 15 % unscaled",
+            learning_rate=4e-3, unscaled_share=(0.5, 0.15), distillation=0.7, average=0.999),
     _recipe(1, "rate1", "half the learning rate", learning_rate=1e-3),
     _recipe(1, "rate4", "twice the learning rate", learning_rate=4e-3),
     _recipe(1, "share30", "30 % unscaled", unscaled_share=(0.3, 0.3)),
@@ -145,12 +146,23 @@ RECIPES = (
     _recipe(1, "distilled", "half of the loss distilled", distillation=0.5),
     _recipe(1, "distilled90", "90 % of the loss distilled", distillation=0.9),
     _recipe(1, "averaged", "weights averaged", average=0.999),
-    _recipe(1, "rate4-distilled-share30", "twice the learning rate, 90 % distilled, 30 % unscaled",
+    _recipe(1, "rate4-distilled-share30",
+            "twice the learning rate, 90 % distilled, averaged, 30 % unscaled",
             learning_rate=4e-3, distillation=0.9, unscaled_share=(0.3, 0.3), average=0.999),
+    _recipe(1, "rate4-distilled-share50", "the same, 50 % unscaled",
+            learning_rate=4e-3, distillation=0.9, unscaled_share=(0.5, 0.5), average=0.999),
+    _recipe(1, "rate8-distilled-share30",
+            "four times the learning rate, 90 % distilled, averaged, 30 % unscaled",
+            learning_rate=8e-3, distillation=0.9, unscaled_share=(0.3, 0.3), average=0.999),
+    _recipe(1, "shipped", "90 % distilled, averaged, 20 % unscaled, as shipped",
+            distillation=0.9, unscaled_share=(0.2, 0.2), average=0.999),
     _recipe(2, "base", "three times the epochs"),
     _recipe(2, "distilled90", "90 % of the loss distilled", distillation=0.9),
-    _recipe(2, "rate4-distilled-share30", "twice the learning rate, 90 % distilled, 30 % unscaled",
+    _recipe(2, "rate4-distilled-share30",
+            "twice the learning rate, 90 % distilled, averaged, 30 % unscaled",
             learning_rate=4e-3, distillation=0.9, unscaled_share=(0.3, 0.3), average=0.999),
+    _recipe(2, "shipped", "90 % distilled, averaged, 20 % unscaled, as shipped",
+            distillation=0.9, unscaled_share=(0.2, 0.2), average=0.999),
 )  # fmt: skip
 
 ARMS = {arm.name: arm for arm in (*STUDY, *RECIPES)}
@@ -194,7 +206,7 @@ def plan() -> list[Run]:
     """All runs, the most important first."""
     return [
         *_runs(MNIST, (arm.name for arm in STUDY), EASY_SHIFT),
-        *_runs(MNIST, (arm.name for arm in RECIPES), EASY_SHIFT, SEEDS[:1]),
+        *_runs(MNIST, (arm.name for arm in RECIPES), EASY_SHIFT, [RECIPES_SEED]),
         *_runs(FASHION, (arm.name for arm in STUDY), EASY_SHIFT),
         *_runs(MNIST, HARD, HARD_SHIFT),
         *_runs(FASHION, HARD, HARD_SHIFT),

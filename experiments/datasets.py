@@ -21,7 +21,7 @@ FASHION_FILES = tuple(
     for kind in ("images-idx3", "labels-idx1")
 )
 
-# The last training images are held out: recipes are chosen by them, and nothing trains on them.
+# The last training images are held out: recipes can be chosen by them, and nothing trains on them.
 HELD_OUT = 5000
 
 _UNSIGNED_BYTES = 8  # the type of idx files' elements

@@ -3,18 +3,16 @@
 import argparse
 import itertools
 import json
-import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.workers import Worker
+from experiments.workers import Workers
 from utils.cli import UserError, number, reading
 from utils.files import locked
 
 POLL_SECONDS = 0.1
-LEAST_THREADS = 2  # of a process: one waits for the GPU
 
 
 class Job(NamedTuple):
@@ -37,28 +35,36 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--jobs", type=number(int, at_least=1), default=1, help="runs at a time (default: 1)")
     add(
+        "--gpu-memory",
+        type=number(int, at_least=1),
+        default=6500,
+        metavar="MIB",
+        help="of a run, where several share a GPU (default: %(default)s)",
+    )
+    add(
         "--time-limit",
         type=number(float, above=0),
         help="seconds; starts no run that may take longer, and ends those that do",
     )
 
 
-def is_finished(record: Path, settings: dict) -> bool:
-    """Whether a run has left its record.
+def kept_records(folder: Path, settings: dict) -> dict[Path, dict]:
+    """The records that runs have left in a folder, by their files.
 
     Raises:
-      UserError: with other settings, or the file is no record.
+      UserError: one was made with other settings, or is no record.
     """
-    if not record.is_file():
-        return False
-    with reading(f"{record} is no record of a run"):
-        kept = json.loads(record.read_text(encoding="utf-8"))["settings"]
-    if kept != settings:
-        raise UserError(
-            f"{record} was made with other settings, {kept}; these are {settings}. "
-            "Use those, or another --output"
-        )
-    return True
+    kept = {}
+    for path in sorted(folder.glob("*.json")):
+        with reading(f"{path} is no record of a run"):
+            kept[path] = json.loads(path.read_text(encoding="utf-8"))
+            others = kept[path]["settings"]
+        if others != settings:
+            raise UserError(
+                f"{path} was made with other settings, {others}; these are {settings}. "
+                "Use those, or another --output"
+            )
+    return kept
 
 
 def run_all(
@@ -84,7 +90,10 @@ def run_all(
         jobs.work()
     print(f"{jobs.done} runs done, {len(jobs.pending)} left")
     if jobs.failed:
-        raise UserError(f"{len(jobs.failed)} runs failed: {', '.join(jobs.failed)}")
+        names = ", ".join(jobs.failed)
+        raise UserError(
+            f"{len(jobs.failed)} runs failed: {names}. {jobs.log} has what they printed"
+        )
 
 
 class Jobs:
@@ -100,12 +109,15 @@ class Jobs:
         self.pending = list(jobs)
         self.done = 0
         self.failed: dict[str, str] = {}  # by the run's name, why
-        self._do, self._options, self._summary = do, options, summary
+        self.log = options.cache / "logs" / "runs.log"
+        self._options, self._summary = options, summary
         self._count = len(self.pending)
-        self._under_way: dict[Job, tuple[Worker, float]] = {}  # and when it began
-        self._idle: list[Worker] = []
+        self._workers = Workers(do, options.jobs, options.gpu_memory, self.log)
+        # Names of runs that were under way together when the process died. Each is made once more,
+        # by itself, which tells the one that ended it from the others.
+        self._suspects: set[str] = set()
+        self._under_way: dict[int, tuple[Job, float]] = {}  # by its place, and when it began
         self._begun = time.monotonic()
-        self._workers_made = 0
         self._longest = 0.0  # seconds, of a run of length 1
 
     def work(self) -> None:
@@ -125,41 +137,38 @@ class Jobs:
     def _start_some(self) -> bool:
         """Starts what there is room for; returns whether any run was started."""
         ready = [job for job in self.pending if self._is_ready(job)]
-        room = self._options.jobs - len(self._under_way)
+        most = self._options.jobs
+        under_way = [job for job, _ in self._under_way.values()]
+        if any(job.name in self._suspects for job in (*ready, *under_way)):
+            ready, most = [job for job in ready if job.name in self._suspects], 1
+        room = most - len(under_way)
         starting = list(itertools.islice(filter(self._has_time, ready), max(room, 0)))
         for job in starting:
             self.pending.remove(job)
-            worker = self._idle.pop() if self._idle else self._new_worker()
-            worker.begin(job.task)
-            self._under_way[job] = (worker, time.monotonic())
+            self._under_way[self._workers.begin(job.task)] = (job, time.monotonic())
         return bool(starting)
 
     def _is_ready(self, job: Job) -> bool:
         """Whether the run that it starts from, if there is one, is done or has failed."""
-        return job.after not in {other.name for other in (*self.pending, *self._under_way)}
+        under_way = (other for other, _ in self._under_way.values())
+        return job.after not in {other.name for other in (*self.pending, *under_way)}
 
     def _has_time(self, job: Job) -> bool:
         if self._options.time_limit is None:
             return True
         return self._elapsed() + self._longest * job.length < self._options.time_limit
 
-    def _new_worker(self) -> Worker:
-        options, threads = self._options, None
-        if options.jobs > 1:
-            threads = max(LEAST_THREADS, len(os.sched_getaffinity(0)) // options.jobs)
-        self._workers_made += 1
-        log = options.cache / "logs" / f"worker{self._workers_made}.log"
-        return Worker(self._do, threads, log)
-
     def _collect(self) -> None:
         """Takes account of the runs that have ended."""
-        for job, (worker, begun) in list(self._under_way.items()):
-            reason = worker.outcome()
-            if reason is None:
+        outcomes = self._workers.outcomes()
+        together = sum(outcome.died for outcome in outcomes) > 1
+        for place, reason, died in outcomes:
+            job, begun = self._under_way.pop(place)
+            if died and together:
+                self.pending.insert(0, job)
+                self._suspects.add(job.name)
+                print(f"{job.name}: {reason}; it is made again by itself", flush=True)
                 continue
-            del self._under_way[job]
-            if worker.alive:
-                self._idle.append(worker)
             if reason:
                 self.failed[job.name] = reason
                 self._tell(job, f"failed: {reason}")
@@ -174,7 +183,6 @@ class Jobs:
         print(f"[{self.done + len(self.failed)}/{self._count}] {job.name}: {text}", flush=True)
 
     def _end_all(self) -> None:
-        for worker in (*self._idle, *(worker for worker, _ in self._under_way.values())):
-            worker.end()
-        self.pending += self._under_way
+        self._workers.end()
+        self.pending += (job for job, _ in self._under_way.values())
         self._under_way.clear()

@@ -5,8 +5,9 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from utils.quiet_tensorflow import keras, tf
 
@@ -14,7 +15,7 @@ import numpy as np
 
 import deform_conv
 from benchmarks.report import driver_version, processor_name, today
-from utils.cli import reading
+from utils.cli import UserError, reading
 from utils.files import write_file
 
 
@@ -74,6 +75,17 @@ def read(folder: Path) -> list[dict]:
         with reading(f"{path} is no record of an experiment"):
             records.append(json.loads(path.read_text(encoding="utf-8")))
     return records
+
+
+def check_alike(records: Iterable[dict], what: str, told: Callable[[dict], Any]) -> None:
+    """Checks that records, which a table has beside each other, tell the same of something.
+
+    Raises:
+      UserError: they do not.
+    """
+    values = {json.dumps(told(record), sort_keys=True) for record in records}
+    if len(values) > 1:
+        raise UserError(f"records with different {what} make no table: {'; '.join(sorted(values))}")
 
 
 def mean_and_spread(values: Iterable[float]) -> tuple[float, float]:

@@ -7,6 +7,8 @@ python -m experiments.run mnist-offsets-v1-shift1-seed1
 import argparse
 import functools
 import hashlib
+import json
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -27,9 +29,9 @@ from experiments.training import (
     reestimate_statistics,
     train,
 )
-from experiments.workers import use_devices
-from utils.cli import PROJECT, UserError, number, run
-from utils.mnist import scaled_test_digits
+from experiments.workers import seeded, use_devices
+from utils.cli import PROJECT, number, reading, run
+from utils.mnist import Digits, scaled_test_digits
 from utils.model import REGULAR, load_model, save_weights
 
 RESULTS = PROJECT / "experiments" / "results" / "study"
@@ -89,9 +91,12 @@ def record_file(asked: Run, options: argparse.Namespace) -> Path:
     return options.output / f"{asked.name}.json"
 
 
-def weights_of(asked: Run, options: argparse.Namespace) -> Path:
-    """Where the weights of a run of the regular arm are, for those that start from them."""
-    return options.cache / f"{asked.name}.weights.h5"
+def weights_file(regular: Run, digest: str, options: argparse.Namespace) -> Path:
+    """Where a run of the regular arm leaves its weights, for those that start from them.
+
+    Its record has their digest, so that weights of another training are never taken for them.
+    """
+    return options.cache / f"{regular.name}-{digest}.weights.h5"
 
 
 def main() -> None:
@@ -128,13 +133,15 @@ def _record_of(asked: Run, options: argparse.Namespace) -> dict:
     images = _images(
         asked.dataset, options.fashion_mnist, options.train_digits, options.test_digits
     )
-    keras.utils.set_random_seed(asked.seed)
-    regular = _regular(asked, options)
-    model = build(arm, regular, images.some, asked.seed)
+    with seeded(asked.seed):
+        regular = _regular(asked, options)
+        model = build(arm, regular, images.some, asked.seed)
     statistics = OffsetStatistics(model)
     history = _train(asked, options, model, regular, images, statistics)
-    if arm is TRAINED_REGULAR:
-        save_weights(model, weights_of(asked, options))
+    weights = _digest(model) if arm is TRAINED_REGULAR else None
+    if weights:
+        with seeded(asked.seed):  # it builds a network to save
+            save_weights(model, weights_file(asked, weights, options))
     return _rounded(
         {
             "dataset": asked.dataset,
@@ -142,9 +149,11 @@ def _record_of(asked: Run, options: argparse.Namespace) -> dict:
             "shift": asked.shift,
             "seed": asked.seed,
             "settings": settings_of(options),
+            "jit_compile": options.jit_compile,
             "environment": results.environment(),
             "checksums": datasets.checksums(asked.dataset, options.fashion_mnist),
             "starts_from": regular and _digest(regular),
+            "weights": weights,
             "parameters": model.count_params(),
             "trained_parameters": int(sum(np.prod(v.shape) for v in model.trainable_variables)),
             "padding": statistics.padding(),
@@ -156,14 +165,14 @@ def _record_of(asked: Run, options: argparse.Namespace) -> dict:
 
 
 def _regular(asked: Run, options: argparse.Namespace) -> keras.Model | None:
-    if asked.regular is None:
+    regular = asked.regular
+    if regular is None:
         return None
-    path = weights_of(asked.regular, options)
-    if not path.is_file():
-        raise UserError(
-            f"{asked.name} starts from {path}, which the run {asked.regular.name} writes"
-        )
-    return load_model(REGULAR, path)
+    record = record_file(regular, options)
+    failure = f"{asked.name} starts from the weights of {regular.name}; {record} names none"
+    with reading(failure):
+        digest = json.loads(record.read_text(encoding="utf-8"))["weights"]
+    return load_model(REGULAR, weights_file(regular, digest, options))
 
 
 class Images(NamedTuple):
@@ -175,12 +184,35 @@ class Images(NamedTuple):
     tests: dict[str, dict[str, DeviceDigits]]  # by part, and how they are scaled
 
 
+# A thread's images are on its device. It has those of the data set that it was last at.
+_here = threading.local()
+_reading = threading.Lock()
+
+
+def _images(*arguments) -> Images:
+    """The images on this thread's device. Arguments are those of `_digits`."""
+    if getattr(_here, "arguments", None) != arguments:
+        with _reading:
+            train, tests = _digits(*arguments)
+        _here.images = Images(
+            DeviceDigits.of(train),
+            train.images[:BATCH_SIZE],
+            {shift: tests["held out"][_scaled(shift)].images[:MEASURED] for shift in SHIFTS},
+            {
+                part: {name: DeviceDigits.of(digits) for name, digits in of.items()}
+                for part, of in tests.items()
+            },
+        )
+        _here.arguments = arguments
+    return _here.images
+
+
 @functools.lru_cache(maxsize=len(datasets.DATASETS))
-def _images(
+def _digits(
     dataset: str, fashion_folder: Path, train_digits: int | None, test_digits: int | None
-) -> Images:
+) -> tuple[Digits, dict[str, dict[str, Digits]]]:
+    """What to train on; and what to test on, by part, and how they are scaled."""
     train, *others = datasets.load(dataset, fashion_folder)
-    train = train.take(train_digits)
     tests = {
         name: {"regular": part}
         | {_scaled(shift): scaled_test_digits(part, shift) for shift in SHIFTS}
@@ -188,15 +220,7 @@ def _images(
             ("held out", "test"), (part.take(test_digits) for part in others), strict=True
         )
     }
-    return Images(
-        DeviceDigits.of(train),
-        train.images[:BATCH_SIZE],
-        {shift: tests["held out"][_scaled(shift)].images[:MEASURED] for shift in SHIFTS},
-        {
-            part: {name: DeviceDigits.of(digits) for name, digits in of.items()}
-            for part, of in tests.items()
-        },
-    )
+    return train.take(train_digits), tests
 
 
 def _scaled(shift: float) -> str:

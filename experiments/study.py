@@ -5,7 +5,9 @@
 
 A finished run is a JSON file in the output folder, and is not done again. So a study that was
 interrupted goes on when it is started again, and loses no more than the runs that were under way.
-Runs that fail are told of in the end, and the exit status is 1. experiments/README.md tells more.
+If a missing run starts from weights that are not in the cache, the run that left them is done
+again, and so is all that is asked for and starts from them. Runs that fail are told of in the end,
+and the exit status is 1. experiments/README.md tells more.
 """
 
 import argparse
@@ -13,7 +15,7 @@ import functools
 
 from experiments import datasets, jobs
 from experiments.arms import ARMS, SHIFTS, Run, chosen
-from experiments.run import add_run_options, do, record_file, settings_of, weights_of
+from experiments.run import add_run_options, do, record_file, settings_of, weights_file
 from utils.cli import number, run
 
 
@@ -34,7 +36,8 @@ def main() -> None:
 
     missing = missing_runs(options)
     if options.list:
-        print(*(each.name for each in missing), sep="\n")
+        for each in missing:
+            print(each.name)
         return
     some_jobs = [job_of(each, options) for each in missing]
     jobs.run_all(some_jobs, functools.partial(do, options=options), options, summary)
@@ -46,17 +49,30 @@ def missing_runs(options: argparse.Namespace) -> list[Run]:
     Raises:
       UserError: a run was done with other settings.
     """
-    settings, missing = settings_of(options), {}
-    for asked in chosen(options.dataset, options.arm, options.shift, options.seed):
-        if jobs.is_finished(record_file(asked, options), settings):
-            continue
-        regular = asked.regular
-        if regular and not (
-            jobs.is_finished(record_file(regular, options), settings)
-            and weights_of(regular, options).is_file()
-        ):
-            missing[regular] = None
-        missing[asked] = None
+    kept = jobs.kept_records(options.output, settings_of(options))
+    records = {path.stem: record for path, record in kept.items()}
+
+    def is_finished(asked: Run) -> bool:
+        record = records.get(asked.name)
+        if record is None or asked.regular is None:
+            return record is not None
+        # From which weights it started is compared as far as it is known.
+        weights = records.get(asked.regular.name, {}).get("weights")
+        return weights in (None, record["starts_from"])
+
+    def has_left_weights(regular: Run) -> bool:
+        digest = records.get(regular.name, {}).get("weights")
+        return digest is not None and weights_file(regular, digest, options).is_file()
+
+    asked_for = chosen(options.dataset, options.arm, options.shift, options.seed)
+    needed = {asked.regular for asked in asked_for if asked.regular and not is_finished(asked)}
+    again = {regular for regular in needed if not has_left_weights(regular)}
+    missing = {}  # a set in its order
+    for asked in asked_for:
+        if asked.regular in again:
+            missing[asked.regular] = None
+        if asked.regular in again or not is_finished(asked):
+            missing[asked] = None
     return list(missing)
 
 

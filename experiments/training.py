@@ -102,8 +102,7 @@ def train(
     count = len(digits.labels)
     batch_size = min(batch_size, count)
     steps = count // batch_size
-    decay = keras.optimizers.schedules.CosineDecay(recipe.learning_rate, epochs * steps)
-    optimizer = make_optimizer(decay, "float32", recipe.average)
+    optimizer = make_optimizer(recipe.learning_rate, epochs * steps, "float32", recipe.average)
     optimizer.build(model.trainable_variables)
     train_epoch = _epoch_function(model, optimizer, digits, teacher_logits, recipe, jit_compile)
     for epoch in range(epochs):

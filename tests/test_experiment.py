@@ -144,7 +144,8 @@ def test_regular_training_writes_weights_and_tests_on_both_sets(trained):
     [
         ((), DEFORM, ["offset_conv"]),
         (
-            ("--modulated", *SCHEDULE, "--distillation", 0.5, "--average", 0.9),
+            # Of so many steps that there is something to average.
+            ("--modulated", *SCHEDULE, "--distillation", 0.5, "--average", 0.9, "--batch-size", 16),
             DEFORM_MODULATED,
             ["offset_conv", "mask_conv"],
         ),

@@ -33,6 +33,7 @@ def trained(tmp_path_factory):
             arguments += ["--checkpoint-dir", str(folder)]
             if program is tune_deform_conv:
                 arguments += ["--modulated", "--regular-weights", str(weights_file(REGULAR))]
+                arguments += ["--batch-size", "16"]  # so that there is something to average
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("sys.argv", [program.__name__, *arguments])
                 program.main()
@@ -89,16 +90,16 @@ def state(folder, policy):
     model = build_model(REGULAR, policy)
     for variable in model.variables:
         variable.assign(tf.ones_like(variable))
-    optimizer = make_optimizer(1e-3, policy)
+    optimizer = make_optimizer(1e-3, 10, policy)
     optimizer.build(model.trainable_variables)
     arguments = Namespace(checkpoint_dir=folder, restart=False, dtype_policy=policy)
     return optimizer, TrainingState(model, optimizer, arguments, tf.distribute.get_strategy())
 
 
 def test_float16_alone_is_trained_with_a_loss_scale():
-    assert isinstance(make_optimizer(1e-3, "mixed_float16"), LossScaleOptimizer)
+    assert isinstance(make_optimizer(1e-3, 10, "mixed_float16"), LossScaleOptimizer)
     for policy in ("float32", "mixed_bfloat16"):
-        assert not isinstance(make_optimizer(1e-3, policy), LossScaleOptimizer)
+        assert not isinstance(make_optimizer(1e-3, 10, policy), LossScaleOptimizer)
 
 
 def test_the_loss_scale_and_what_it_wraps_are_restored(tmp_path):
@@ -131,7 +132,7 @@ from utils.training import make_optimizer
 with open_strategy(Namespace(strategy="mirrored", logical_cpus=2)) as strategy:
     with strategy.scope():
         variable = tf.Variable(1.0)
-        optimizer = make_optimizer(1e-3, "mixed_float16")
+        optimizer = make_optimizer(1e-3, 10, "mixed_float16")
         optimizer.build([variable])
     scale = optimizer.dynamic_scale.numpy()
     @tf.function

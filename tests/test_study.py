@@ -1,8 +1,16 @@
 """The study: what its arms train, that its runs resume, and that its page comes of its records."""
 
+import argparse
+import contextlib
 import dataclasses
+import functools
 import gzip
+import json
 import os
+import random
+import shutil
+import sys
+import time
 from argparse import Namespace
 
 import keras
@@ -12,10 +20,12 @@ import tensorflow as tf
 from conftest import PROJECT, error_of, script
 
 from experiments import datasets, jobs, results
+from experiments import run as run_module
 from experiments.arms import ARMS, STUDY, TRAINED_REGULAR, Run, chosen, plan
 from experiments.networks import build, parameters_of, wide_convolutions
 from experiments.offsets import OffsetStatistics
-from experiments.report import PAGE, RESULTS, page_of
+from experiments.report import PAGE, RESULTS, page_of, parts_of
+from experiments.study import missing_runs
 from experiments.training import (
     NOTHING,
     OPTIMIZER,
@@ -25,10 +35,11 @@ from experiments.training import (
     scaled,
     train,
 )
+from experiments.workers import Outcome, Workers, seeded
 from utils import mnist
 from utils.cli import UserError
 from utils.model import CONVOLUTION_NAMES, DEFORM, REGULAR, build_model, load_model
-from utils.training import TEMPERATURE, accuracy, losses_of
+from utils.training import TEMPERATURE, accuracy, losses_of, make_optimizer
 from utils.tuning import copy_weights, draw_epoch, share_in_epoch
 
 FEW = ("--epochs", 1, "--train-digits", 100, "--test-digits", 50)
@@ -209,7 +220,8 @@ def test_gradients_reach_the_modules_of_other_versions(name, digits):
         assert np.abs(gradient).max() > 1e-6
 
 
-def test_averaging_and_distillation_change_what_is_learned(regular, digits):
+def test_averaging_and_distillation_change_what_is_learned(regular, digits, monkeypatch):
+    monkeypatch.setattr("utils.training.LEAST_AVERAGES", 0)  # or six steps would keep no average
     teacher_logits = Predictor(regular).logits(DeviceDigits.of(digits))
 
     def kernel_after(jit_compile=NOTHING, **recipe):
@@ -227,6 +239,12 @@ def test_averaging_and_distillation_change_what_is_learned(regular, digits):
     # The average lags behind: it is closer to the zeros that the kernels start from.
     assert np.abs(kernel_after(average=0.9)).mean() < 0.9 * np.abs(plain).mean()
     assert np.abs(kernel_after(distillation=0.9) - plain).max() > 1e-3
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(10000, 0.999), (50, 0.9), (4, None)])
+def test_average_is_over_a_fifth_of_a_short_training_at_most(steps, expected):
+    optimizer = make_optimizer(1e-3, steps, "float32", average=0.999)
+    assert (optimizer.ema_momentum if optimizer.use_ema else None) == expected
 
 
 def test_distilled_loss_is_least_at_the_teachers_logits(rng):
@@ -319,6 +337,7 @@ def test_study_runs_what_is_missing_and_what_that_starts_from(studied):
     assert tuned["accuracy"]["zoom"]["1"] == tuned["accuracy"]["test"]["regular"]
     assert [line["epoch"] for line in tuned["epochs"]] == [0, 1]
     assert tuned["starts_from"] == records["random"]["starts_from"]
+    assert tuned["starts_from"] == records["regular"]["weights"]
 
 
 def test_study_does_no_run_twice_and_mixes_no_settings(studied):
@@ -328,9 +347,39 @@ def test_study_does_no_run_twice_and_mixes_no_settings(studied):
     assert {path: path.stat().st_mtime_ns for path in (folder / "out").iterdir()} == before
     listed = study(folder, "--arm", "offsets-v*", "--list").stdout
     assert listed == "mnist-offsets-v2-shift1-seed1\n"
-    other = study(folder, "--arm", "random", "--epochs", 2, check=False)
-    assert other.returncode == 1
-    assert "was made with other settings" in other.stderr
+    # Also where it is another run that was made with other settings.
+    for arm in ("random", "scratch-v1"):
+        other = study(folder, "--arm", arm, "--epochs", 2, check=False)
+        assert other.returncode == 1
+        assert "was made with other settings" in other.stderr
+
+
+def test_where_weights_are_lost_all_that_starts_from_them_is_made_again(studied, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(studied[0], folder)
+    (weights,) = (folder / "cache").glob("*.weights.h5")
+
+    def missing(*arms):
+        few = {"epochs": 1, "batch_size": 250, "train_digits": 100, "test_digits": 50}
+        places = {"output": folder / "out", "cache": folder / "cache"}
+        options = Namespace(dataset=["mnist"], arm=arms, shift=[1.0], seed=[1], **few, **places)
+        return [each.arm for each in missing_runs(options)]
+
+    kept = ["offsets-v1", "random"]
+    assert missing(*kept, "masks") == ["masks"]
+    lost = weights.rename(tmp_path / "lost.h5")
+    assert missing(*kept) == []  # nothing needs the weights
+    assert missing(*kept, "masks") == ["regular", "offsets-v1", "masks", "random"]
+    lost.rename(weights)
+
+    # Weights of another training are another file, and what starts from others is missing.
+    record_of_regular = folder / "out" / "mnist-regular-shift1-seed1.json"
+    text = record_of_regular.read_text()
+    record_of_regular.write_text(json.dumps(json.loads(text) | {"weights": "0123"}))
+    assert missing(*kept) == ["regular", *kept]
+    message = "records with different weights to start from, MNIST, seed 1 make no table"
+    with pytest.raises(UserError, match=message):
+        parts_of(results.read(folder / "out"))
 
 
 def test_failed_runs_are_told_of(tmp_path):
@@ -338,11 +387,16 @@ def test_failed_runs_are_told_of(tmp_path):
     options = ("--arm", "regular", "--dataset", "fashion", "--fashion-mnist", none, "--seed", 1)
     places = ("--output", tmp_path / "out", "--cache", tmp_path / "cache")
     message = error_of("-m", "experiments.study", *options, *FEW, *places)
-    assert message == "study.py: error: 1 runs failed: fashion-regular-shift1-seed1"
+    log = tmp_path / "cache" / "logs" / "runs.log"
+    assert message == (
+        f"study.py: error: 1 runs failed: fashion-regular-shift1-seed1. {log} has what they printed"
+    )
+    assert "dataset-fashion-mnist has it" in log.read_text()
     assert not list((tmp_path / "out").glob("*.json"))
 
 
-def test_run_whose_process_dies_has_failed_and_others_go_on(tmp_path):
+@pytest.mark.parametrize("at_a_time", [1, 2])
+def test_run_whose_process_dies_has_failed_and_others_go_on(at_a_time, tmp_path):
     program = """
 import os, sys
 from experiments import run
@@ -359,13 +413,47 @@ if __name__ == "__main__":
     arms = ("--arm", "scratch-v1", "--arm", "scratch-v2")
     places = ("--output", tmp_path / "out", "--cache", tmp_path / "cache")
     options = ("--dataset", "mnist", "--shift", 1, "--seed", 1, *FEW, *arms, *places)
+    options = (*options, "--jobs", at_a_time)
     environment = {"PYTHONPATH": f"{PROJECT}:{os.environ.get('PYTHONPATH', '')}"}
     done = script(file, *options, check=False, **environment)
-    assert "scratch-v1-shift1-seed1: failed: its process ended with status 3" in done.stdout
+    assert (
+        "scratch-v1-shift1-seed1: failed: the process of the runs under way ended with status 3"
+        in done.stdout
+    )
     assert "1 runs done, 0 left" in done.stdout
     assert [path.name for path in (tmp_path / "out").iterdir()] == [
         "mnist-scratch-v2-shift1-seed1.json"
     ]
+
+
+def test_run_that_ends_its_thread_is_told_of_and_the_next_has_a_process_again(tmp_path):
+    workers = Workers(sys.exit, 2, 1, tmp_path / "log")
+    for status in (3, 4):
+        place = workers.begin(status)
+        while not (outcomes := workers.outcomes()):
+            time.sleep(0.1)
+        reason = "the process of the runs under way ended with status 1"
+        assert outcomes == [Outcome(place, reason, died=True)]
+    workers.end()
+
+
+def test_what_a_run_draws_follows_from_its_seed_whatever_runs_beside_it(tmp_path, monkeypatch):
+    states = []
+
+    @contextlib.contextmanager
+    def noting(seed):
+        with seeded(seed):
+            yield
+            states.append(random.getstate())
+
+    monkeypatch.setattr(run_module, "seeded", noting)
+    parser = argparse.ArgumentParser()
+    run_module.add_run_options(parser)
+    places = ("--output", tmp_path / "out", "--cache", tmp_path / "cache")
+    options = parser.parse_args(list(map(str, (*FEW, *places))))
+    for arm in ("regular", "offsets-v1"):
+        run_module.do(Run("mnist", arm, 1.0, 1), options)
+        assert random.getstate() == states[-1]  # nothing was drawn elsewhere
 
 
 def test_time_limit_starts_nothing_that_takes_longer_and_ends_what_does(tmp_path, monkeypatch):
@@ -374,35 +462,38 @@ def test_time_limit_starts_nothing_that_takes_longer_and_ends_what_does(tmp_path
     monkeypatch.setattr("experiments.jobs.time.sleep", lambda _: now.__setitem__(0, now[0] + 1))
     runs = [jobs.Job(f"run{i}", i, tmp_path / f"run{i}.json") for i in range(6)]
     durations = (10, 10, 10, 100, 10, 10)
+    options = functools.partial(Namespace, gpu_memory=1, cache=tmp_path)
 
-    class FakeWorker:
-        alive = True
-
+    class FakeWorkers:
         def __init__(self, *_):
-            self.task = None
+            self.tasks = {}  # and when they end, by their place, which is their number
 
         def begin(self, task):
-            self.task, self.ends = task, now[0] + durations[task]
+            self.tasks[task] = now[0] + durations[task]
             runs[task].record.write_text("{}")
+            return task
 
-        def outcome(self):
-            return "" if now[0] >= self.ends else None
+        def outcomes(self):
+            done = [task for task, ends in self.tasks.items() if now[0] >= ends]
+            for task in done:
+                del self.tasks[task]
+            return [Outcome(task, "") for task in done]
 
         def end(self):
-            ended.append(self.task)
+            ended.extend(self.tasks)
 
-    monkeypatch.setattr(jobs, "Worker", FakeWorker)
-    some = jobs.Jobs(runs, None, Namespace(jobs=2, time_limit=45, cache=tmp_path), str)
+    monkeypatch.setattr(jobs, "Workers", FakeWorkers)
+    some = jobs.Jobs(runs, None, options(jobs=2, time_limit=45), str)
     some.work()
     assert some.done == 5
-    assert 3 in ended
+    assert ended == [3]
     assert some.pending == [runs[3]]
     assert not some.failed
     assert now[0] <= 45
 
     # The last one would be too late, if it took as long as those before it.
     now[0] = 0.0
-    some = jobs.Jobs(runs[:3], None, Namespace(jobs=1, time_limit=25, cache=tmp_path), str)
+    some = jobs.Jobs(runs[:3], None, options(jobs=1, time_limit=25), str)
     some.work()
     assert (some.done, some.pending) == (2, [runs[2]])
 
@@ -459,13 +550,24 @@ def test_report_is_made_of_the_records_alone(tmp_path):
     assert f"| offsets only, version 1 | {cells}" in text
     assert "| version 1 | 1,000 of 2,000 | 99.00 | 90.00 | 99.00 | 1 |" in text
     assert "| offsets only, version 1, conv2 | 0.50 ± 0.00 | 3.50 ± 0.71 |" in text
-    _, hard = text.split("trained with shifts of up to 5.6 pixels")
+    _, hard = text.split("trained with shifts of up to 5.6 px")
     assert "| offsets only, version 1 | 1,000 of 2,000 | 91.00 | 90.00 | 99.00 | 1 |" in hard
     assert "| regular, on unscaled images | 1,000 of 2,000 | 61.00 ± 1.41 |" in hard
     assert "0123  a file" in text
     assert "Fashion" not in text
     for plot in ("mnist-zoom.png", "mnist-offsets.png"):
         assert (tmp_path / plot).stat().st_size > 5000
+
+
+def test_records_of_different_settings_or_data_make_no_table():
+    records = [record("offsets-v1", seed, 98.0) for seed in (1, 2)]
+    records[1]["settings"] = records[0]["settings"] | {"epochs": 1}
+    with pytest.raises(UserError, match="records with different settings make no table"):
+        parts_of(records)
+    records[1]["settings"] = records[0]["settings"]
+    records[1]["checksums"] = {"a file": "4567"}
+    with pytest.raises(UserError, match="records with different files of MNIST make no table"):
+        parts_of(records)
 
 
 def test_report_of_a_page_without_markers_is_refused():

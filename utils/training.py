@@ -30,6 +30,9 @@ EVALUATION_BATCH = 500
 # What a teacher's and a student's logits are divided by before they are compared.
 TEMPERATURE = 2.0
 
+# A training is at least so many times as long as what its weights are averaged over.
+LEAST_AVERAGES = 5
+
 
 class Lesson(NamedTuple):
     """What an epoch trains on, in the order in which it is to be used.
@@ -131,9 +134,8 @@ def train(
         )
     with strategy.scope():
         optimizer = make_optimizer(
-            keras.optimizers.schedules.CosineDecay(
-                arguments.learning_rate, decay_steps=arguments.epochs * steps_per_epoch
-            ),
+            arguments.learning_rate,
+            arguments.epochs * steps_per_epoch,
             arguments.dtype_policy,
             average,
         )
@@ -179,13 +181,22 @@ def train(
             print(f"saved {path}")
 
 
-def make_optimizer(learning_rate, dtype_policy: str, average: float = 0.0) -> keras.Optimizer:
+def make_optimizer(
+    learning_rate: float, steps: int, dtype_policy: str, average: float = 0.0
+) -> keras.Optimizer:
     """Adam; for float16 with a loss scale, without which small gradients would become zeros.
 
-    With `average` above 0, it keeps an exponential moving average of what it trains, with that
-    share of the old average in each step. `finalize_variable_values` takes it over.
+    Args:
+      learning_rate: the first one; it falls to 0 along a cosine.
+      steps: how many there will be.
+      dtype_policy: what the model computes in.
+      average: above 0, it keeps an exponential moving average of what it trains, with that share of
+        the old average in each step, but no slower than over a fifth of the steps.
+        `finalize_variable_values` takes it over.
     """
-    adam = keras.optimizers.Adam(learning_rate, use_ema=average > 0, ema_momentum=average)
+    decay = keras.optimizers.schedules.CosineDecay(learning_rate, decay_steps=steps)
+    average = min(average, max(0.0, 1 - LEAST_AVERAGES / steps))
+    adam = keras.optimizers.Adam(decay, use_ema=average > 0, ema_momentum=average)
     return LossScaleOptimizer(adam) if dtype_policy == "mixed_float16" else adam
 
 

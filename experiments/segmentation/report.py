@@ -15,7 +15,7 @@ from experiments import results
 from experiments.page import with_report
 from experiments.segmentation.glyphs import NAMES
 from experiments.segmentation.scenes import MIXED, TEST_KINDS
-from experiments.segmentation.settings import ARMS, EQUAL_PARAMETERS
+from experiments.segmentation.settings import ARMS, EQUAL_PARAMETERS, MEASURED
 from experiments.segmentation.train import RESULTS
 from utils.cli import UserError, reading, run
 from utils.files import write_file
@@ -59,7 +59,12 @@ def parts_of(records: list[dict]) -> list[str]:
 
 
 def heading(records: list[dict]) -> str:
-    """Where the records come from; their settings are the same."""
+    """Where the records come from.
+
+    Raises:
+      UserError: their settings differ.
+    """
+    results.check_alike(records, "settings", lambda record: record["settings"])
     settings = records[0]["settings"]
     machines = sorted({_machine(record["environment"]) for record in records})
     seconds = sum(sum(record["seconds"].values()) for record in records)
@@ -123,7 +128,8 @@ def offset_table(by_arm: dict[str, dict[int, dict]]) -> str:
         for layer in _any(runs)["mean_offset"][MIXED]:
             of = [[run["mean_offset"][kind][layer] for run in runs.values()] for kind in TEST_KINDS]
             rows.append([f"{ARMS[arm].title}, {layer}", *(_spread(v, "{:.2f}") for v in of)])
-    return rows and table(["mean length of an offset in pixels of the layer", *TEST_KINDS], rows)
+    title = f"mean length of an offset in pixels of the layer, first {MEASURED} scenes"
+    return rows and table([title, *TEST_KINDS], rows)
 
 
 def _any(runs: dict[int, dict]) -> dict:

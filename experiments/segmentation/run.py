@@ -14,6 +14,7 @@ from experiments.segmentation.glyphs import NAMES
 from experiments.segmentation.metrics import confusion, iou, mean_iou
 from experiments.segmentation.settings import ARMS, Settings, record_file
 from experiments.segmentation.training import offset_meter, predictor, train
+from experiments.workers import seeded
 from utils.cli import UserError
 from utils.files import write_file
 
@@ -53,8 +54,8 @@ def train_and_test(
       UserError: the loss became NaN or infinite.
     """
     begun = time.monotonic()
-    keras.utils.set_random_seed(seed)
-    model = network.build(ARMS[arm])
+    with seeded(seed):
+        model = network.build(ARMS[arm])
     losses = train(model, scenes.load(folder, scenes.TRAIN), settings, seed)
     if not np.isfinite(losses).all():
         raise UserError(f"{arm}, seed {seed}: the loss became NaN or infinite")

@@ -213,6 +213,7 @@ def prepare(glyphs: Glyphs, counts: dict[str, int], cache: Path, processes: int)
     if folder.is_dir():
         return folder
     unfinished = folder.with_name(f"unfinished-{folder.name}-{os.getpid()}")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
     unfinished.mkdir(parents=True)
     try:
         for name, count in counts.items():

@@ -28,6 +28,10 @@ ARMS = {
 EQUAL_PARAMETERS = {"deformable": "wide", "modulated": "wide_modulated"}
 
 
+# So many test scenes of each kind are what offsets are measured with, the first.
+MEASURED = 50
+
+
 class Settings(NamedTuple):
     """How a network is trained and tested."""
 

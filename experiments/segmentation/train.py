@@ -36,6 +36,9 @@ def main() -> None:
         drawn.digest(),
     )
     missing = missing_jobs(options, settings)
+    if not missing:
+        print("0 runs to make")
+        return
     check_writable(record_file(options.output, "any", 0))
     counts = {scenes.TRAIN: settings.train_scenes}
     counts |= dict.fromkeys(scenes.TEST_KINDS, settings.test_scenes)
@@ -62,7 +65,8 @@ def missing_jobs(options: argparse.Namespace, settings: Settings) -> list[jobs.J
         for seed in options.seed
         for arm in options.arm
     ]
-    return [job for job in asked if not jobs.is_finished(job.record, settings._asdict())]
+    kept = jobs.kept_records(options.output, settings._asdict())
+    return [job for job in asked if job.record not in kept]
 
 
 def summary(record: dict) -> str:

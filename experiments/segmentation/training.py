@@ -8,7 +8,7 @@ from utils.quiet_tensorflow import keras, tf
 import numpy as np
 
 from experiments.segmentation import network, scenes
-from experiments.segmentation.settings import Settings
+from experiments.segmentation.settings import MEASURED, Settings
 
 TEST_BATCH = 50
 WARM_UP_SHARE = 0.05  # of the steps, in which the learning rate rises to its full value
@@ -122,7 +122,7 @@ def predictor(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
 def offset_meter(model: keras.Model) -> Callable[[np.ndarray], dict[str, float]]:
     """A function from images to the mean length of each deformable layer's offsets.
 
-    The length is in pixels of the layer's input. Only the first `TEST_BATCH` images count.
+    The length is in pixels of the layer's input. Only the first `MEASURED` images count.
     """
     layers = network.deformable_layers(model)
     if not layers:
@@ -130,7 +130,7 @@ def offset_meter(model: keras.Model) -> Callable[[np.ndarray], dict[str, float]]
     probe = keras.Model(model.input, [layer.offset(layer.input) for layer in layers])
 
     def mean_offsets(images):
-        offsets = probe.predict(images[:TEST_BATCH].astype(np.float32), verbose=0)
+        offsets = probe.predict(images[:MEASURED].astype(np.float32), verbose=0)
         return {
             layer.name: float(np.linalg.norm(np.reshape(offset, [-1, 2]), axis=-1).mean())
             for layer, offset in zip(layers, offsets, strict=True)
