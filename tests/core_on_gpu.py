@@ -134,6 +134,29 @@ def infinite_pixels_reach_their_own_samples_only(library):
         assert relative_error(output[finite], expected[finite]) <= tolerance
 
 
+# --- Empty images ---
+
+
+def filters_of_empty_images_have_a_gradient_of_zeros(library):
+    """Also where the only other gradient that is wanted is that of the images."""
+    for type_name, (dtype, *_) in TYPES.items():
+        position_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        tensors = {
+            "input": torch.zeros(2, 0, 11, 8, dtype=dtype, device="cuda"),
+            "filters": torch.ones(1, 5, 8, 16, dtype=dtype, device="cuda"),
+            "offset": torch.zeros(2, 2, 11, 10, dtype=position_dtype, device="cuda"),
+        }
+        grad_output = torch.ones(2, 2, 11, 16, dtype=dtype, device="cuda")
+        filters_gradient = torch.full_like(tensors["filters"], torch.nan)
+        # PyTorch's own empty tensors have no address, and their gradients are not asked for.
+        input_gradient = NoTensor(tensors["input"].shape, filters_gradient.data_ptr())
+        gradients = {"input": input_gradient, "filters": filters_gradient}
+        for path in ("automatic", "general"):
+            core = Core(library, type_name, kernel=(1, 5), pad=(1, 2), path=path)
+            core.backward(tensors, grad_output, gradients)
+            assert torch.count_nonzero(filters_gradient) == 0, (type_name, path)
+
+
 # --- Errors of other calls ---
 
 
@@ -161,16 +184,16 @@ def error_of_one_call_is_not_told_of_the_next(library):
 
 
 class NoTensor:
-    """A shape, for calls that fail before they read."""
+    """A shape and an address, for calls that neither read nor write."""
 
-    def __init__(self, shape):
-        self.shape = shape
+    def __init__(self, shape, address=0):
+        self.shape, self._address = shape, address
 
     def is_contiguous(self):
         return True
 
     def data_ptr(self):
-        return 0
+        return self._address
 
 
 # --- Threads ---
@@ -244,6 +267,7 @@ CHECKS = (
     pixels_that_nothing_samples_are_left_out_when_sorting,
     layers_without_filters_are_those_with_filters_of_ones,
     infinite_pixels_reach_their_own_samples_only,
+    filters_of_empty_images_have_a_gradient_of_zeros,
     error_of_one_call_is_not_told_of_the_next,
     threads_may_need_different_amounts_of_shared_memory,
     fused_kernels_take_a_batch_of_2_to_the_27_pixels,

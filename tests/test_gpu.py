@@ -171,6 +171,7 @@ def test_threads_do_not_disturb_each_other(rng):
         "pixels_that_nothing_samples_are_left_out_when_sorting",
         "layers_without_filters_are_those_with_filters_of_ones",
         "infinite_pixels_reach_their_own_samples_only",
+        "filters_of_empty_images_have_a_gradient_of_zeros",
         "error_of_one_call_is_not_told_of_the_next",
         "threads_may_need_different_amounts_of_shared_memory",
         "fused_kernels_take_a_batch_of_2_to_the_27_pixels",

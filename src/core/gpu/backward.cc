@@ -11,8 +11,11 @@ std::string DeformConv2DBackwardGpu(const DeformConvParams& params,
                                     const SampledTensors<T, ComputeType<T>>& tensors,
                                     const T* filters, const T* grad_output, GpuDevice& device,
                                     const DeformConvGradients<T, ComputeType<T>>& gradients) {
-  if (!gradients.sampled.any() && gradients.filters == nullptr) return "";
-  const BackwardCall<T> call = {params, tensors, filters, grad_output, gradients, device};
+  DeformConvGradients<T, ComputeType<T>> wanted = gradients;
+  // An empty gradient is done. What sums it up would have no memory, as if it were not wanted.
+  if (params.batch * params.image_size() == 0) wanted.sampled.input = nullptr;
+  if (!wanted.sampled.any() && wanted.filters == nullptr) return "";
+  const BackwardCall<T> call = {params, tensors, filters, grad_output, wanted, device};
   const Implementation<BackwardCall<T>>* implementation;
   DEFORM_CONV_RETURN_IF_ERROR(
       Choose(BackwardImplementations<T>(), "gradients", call, &implementation));
