@@ -21,7 +21,7 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parent.parent
 PAGE = PROJECT / "docs" / "install.md"
 UV = "uv>=0.9,<1"
-TOOLS = ["pytest>=8.4,<10", "hypothesis>=6.130,<7"]
+TOOLS = ["pytest>=8.4,<10", "pytest-xdist>=3.8,<4", "hypothesis>=6.130,<7"]
 TESTS = ["test_deform_conv2d.py", "test_deform_conv_layer.py", "test_explorer.py"]
 
 ENVIRONMENTS = [
@@ -75,7 +75,8 @@ def test(wheel: Path, environment: str, uv: Path, folder: Path) -> dict[str, str
     # tensorflow-cpu has no GPUs to run the kernels on.
     gpu = package == "tensorflow" and "GPU          CUDA" in described
     tests = [*TESTS, "test_xla.py"] if xla else TESTS
-    printed = run(python, "-m", "pytest", *(f"tests/{name}" for name in tests), cwd=place)
+    pytest = ["pytest", "--numprocesses", "auto", "--maxprocesses", "4", "--dist", "loadfile"]
+    printed = run(python, "-m", *pytest, *(f"tests/{name}" for name in tests), cwd=place)
 
     return {
         "TensorFlow": f"{package} {versions[package]}",
