@@ -1,8 +1,8 @@
 """The arms of the study, as data: which network, from where, what of it is trained, and how.
 
-All arms of one data set see equally many images in equally many steps, with one optimizer and one
-batch size. Those that start from the trained regular network have that training besides. Recipes
-train longer.
+All arms of one data set that are trained by gradients see equally many images in equally many
+steps, with one optimizer and one batch size. Those that start from the trained regular network have
+that training besides. Recipes train longer.
 """
 
 import fnmatch

@@ -7,6 +7,7 @@ Writes the generated part of experiments/README.md, and plots beside the records
 """
 
 import argparse
+import collections
 import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -180,14 +181,14 @@ def _recipes(records: list[dict]) -> list[str]:
                     arm.title,
                     str(of[0]["settings"]["epochs"] * arm.recipe.times_epochs),
                     *held_out,
-                    *(_cell(of, _test(name)) for name in ("scaled 1", "regular")),
+                    *(_cell(of, _test(name)) for name in ("scaled 1", "scaled 5.6", "regular")),
                     str(len(of)),
                 ]
             )
     if not any(row[0] in {arm.title for arm in RECIPES} for row in rows):
         return []
     header = ["recipe", "epochs", "held out, scaled", "held out, unscaled"]
-    header += ["test, scaled", "test, unscaled", "seeds"]
+    header += ["test, scaled", "test, ±5.6 px", "test, unscaled", "seeds"]
     return [
         "### Recipes for tuning the offsets\n",
         "MNIST, shifts of up to 1 pixel. Accuracy in percent. The images held out have a standard "
@@ -230,7 +231,10 @@ def _provenance(records: list[dict]) -> list[str]:
     """Machines, versions, settings, hours and files."""
 
     def distinct(values: Iterable[str]) -> str:
-        return "; ".join(dict.fromkeys(values))
+        counts = collections.Counter(values)
+        if len(counts) == 1:
+            return next(iter(counts))
+        return "; ".join(f"{value} ({count} runs)" for value, count in counts.items())
 
     def machine(record: dict) -> str:
         of = record["environment"]
@@ -244,7 +248,9 @@ def _provenance(records: list[dict]) -> list[str]:
         of = record["settings"]
         limits = [f"{of[f'{part}_digits']} {part}ing images" for part in ("train", "test")
                   if of[f"{part}_digits"]]  # fmt: skip
-        return ", ".join([f"{of['epochs']} epochs", f"batches of {of['batch_size']}", *limits])
+        arm = ARMS[record["arm"]]
+        epochs = f"{of['epochs'] * arm.recipe.times_epochs} epochs" if arm.trains else "no epochs"
+        return ", ".join([epochs, f"batches of {of['batch_size']}", *limits])
 
     sums = {name: sha for record in records for name, sha in record["checksums"].items()}
     hours = sum(record["seconds"] for record in records) / 3600

@@ -30,7 +30,7 @@ from experiments.training import (
     train,
 )
 from experiments.workers import seeded, use_devices
-from utils.cli import PROJECT, number, reading, run
+from utils.cli import PROJECT, UserError, number, reading, run
 from utils.mnist import Digits, scaled_test_digits
 from utils.model import REGULAR, load_model, save_weights
 
@@ -168,11 +168,17 @@ def _regular(asked: Run, options: argparse.Namespace) -> keras.Model | None:
     regular = asked.regular
     if regular is None:
         return None
-    record = record_file(regular, options)
-    failure = f"{asked.name} starts from the weights of {regular.name}; {record} names none"
-    with reading(failure):
-        digest = json.loads(record.read_text(encoding="utf-8"))["weights"]
-    return load_model(REGULAR, weights_file(regular, digest, options))
+    record, weights = record_file(regular, options), None
+    if record.is_file():
+        with reading(f"{record} is no record of a run"):
+            digest = json.loads(record.read_text(encoding="utf-8")).get("weights")
+        weights = digest and weights_file(regular, digest, options)
+    if not (weights and weights.is_file()):
+        raise UserError(
+            f"{asked.name} starts from the weights of {regular.name}, which are not in "
+            f"{options.cache}; `python -m experiments.study --arm {asked.arm}` makes them"
+        )
+    return load_model(REGULAR, weights)
 
 
 class Images(NamedTuple):

@@ -487,13 +487,19 @@ def test_compile_sh_stops_with_one_clear_line(arguments, environment, message):
 def test_compile_sh_stops_where_nvcc_does_not_know_an_architecture():
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not installed")
-    before = {path.name: path.stat().st_mtime for path in BUILD.iterdir() if path.is_file()}
+
+    def configuration():
+        names = ("CMake*", "*.ninja", "Makefile", "configuration.txt", "libdeform_conv.so")
+        paths = [path for name in names for path in BUILD.glob(name)]
+        return {path.name: path.stat().st_mtime for path in paths if path.is_file()}
+
+    before = configuration()
     completed = compile_sh(CUDA_ARCHS="12")
     assert completed.returncode == 1
     assert "CUDA_ARCHS: nvcc does not know compute capability 12" in completed.stderr
     # What was built is there still, and how to go on with it.
     assert "libdeform_conv.so" in before
-    assert before == {path.name: path.stat().st_mtime for path in BUILD.iterdir() if path.is_file()}
+    assert before == configuration()
 
 
 def test_compile_sh_stops_with_one_clear_line_without_tensorflow(tmp_path):

@@ -315,7 +315,7 @@ def test_padding_beyond_memory_is_an_error(compiled):
 
 
 def test_offsets_of_a_1x1_kernel_come_of_no_strided_convolution(images):
-    """Its gradient ends the process where oneDNN has AVX-512 and strides differ (oneDNN, 2.21)."""
+    """Its gradient ends the process where oneDNN has AVX-512, one axis of two strided (2.21)."""
     layer = new_layer({"kernel_size": 1, "strides": (3, 1), "padding": "same", "modulated": True})
     layer.build(images.shape)
     function = tf.function(outputs_and_gradients).get_concrete_function(layer, images)

@@ -437,6 +437,22 @@ def test_run_that_ends_its_thread_is_told_of_and_the_next_has_a_process_again(tm
     workers.end()
 
 
+def test_log_has_what_runs_print_and_ctrl_c_does_not_reach_them(tmp_path):
+    program = """
+import sys, time
+from pathlib import Path
+from experiments.workers import Workers
+workers = Workers(exec, 1, 1, Path(sys.argv[1]))
+workers.begin("import signal; print(signal.pthread_sigmask(signal.SIG_BLOCK, []))")
+while not (outcomes := workers.outcomes()):
+    time.sleep(0.1)
+workers.end()
+assert not outcomes[0].reason, outcomes
+"""
+    script("-c", program, tmp_path / "log", PYTHONUNBUFFERED="")
+    assert "SIGINT" in (tmp_path / "log").read_text()
+
+
 def test_what_a_run_draws_follows_from_its_seed_whatever_runs_beside_it(tmp_path, monkeypatch):
     states = []
 
@@ -498,6 +514,17 @@ def test_time_limit_starts_nothing_that_takes_longer_and_ends_what_does(tmp_path
     assert (some.done, some.pending) == (2, [runs[2]])
 
 
+def test_run_without_the_weights_that_it_starts_from_says_how_to_make_them(tmp_path):
+    places = ("--output", tmp_path, "--cache", tmp_path)
+    command = ("-m", "experiments.run", "mnist-random-shift1-seed1", *FEW, *places)
+    for record in (None, "{}", '{"weights": "abc"}'):
+        if record:
+            (tmp_path / "mnist-regular-shift1-seed1.json").write_text(record)
+        error = error_of(*command)
+        assert "starts from the weights of mnist-regular-shift1-seed1, which are not in" in error
+        assert error.endswith("`python -m experiments.study --arm random` makes them")
+
+
 # --- The report ---
 
 
@@ -553,6 +580,7 @@ def test_report_is_made_of_the_records_alone(tmp_path):
     _, hard = text.split("trained with shifts of up to 5.6 px")
     assert "| offsets only, version 1 | 1,000 of 2,000 | 91.00 | 90.00 | 99.00 | 1 |" in hard
     assert "| regular, on unscaled images | 1,000 of 2,000 | 61.00 ± 1.41 |" in hard
+    assert "6 runs: 10 epochs, batches of 250." in text
     assert "0123  a file" in text
     assert "Fashion" not in text
     for plot in ("mnist-zoom.png", "mnist-offsets.png"):
