@@ -92,6 +92,12 @@ def tune_and_test(arguments: argparse.Namespace, strategy: tf.distribute.Strateg
 
     keras.utils.set_random_seed(arguments.seed)
     regular = load_model(REGULAR, arguments.regular_weights, arguments.checkpoint_dir)
+    name = DEFORM_MODULATED if arguments.modulated else DEFORM
+    with strategy.scope():
+        model = build_model(name, arguments.dtype_policy)
+        copy_weights(regular, model)
+        freeze_all_but_offsets(model)
+
     teacher_logits = None
     if arguments.distillation:
         teacher_logits = logits_of(regular, train_digits.images)
@@ -105,11 +111,6 @@ def tune_and_test(arguments: argparse.Namespace, strategy: tf.distribute.Strateg
         logits = None if teacher_logits is None else teacher_logits[order]
         return Lesson(Digits(images, train_digits.labels[order]), logits)
 
-    name = DEFORM_MODULATED if arguments.modulated else DEFORM
-    with strategy.scope():
-        model = build_model(name, arguments.dtype_policy)
-        copy_weights(regular, model)
-        freeze_all_but_offsets(model)
     if is_chief(strategy):
         print("training", *(variable.path for variable in model.trainable_variables), sep="\n  ")
     train(

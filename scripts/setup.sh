@@ -15,11 +15,12 @@ fail() {
   exit 1
 }
 
-requirements=requirements.txt
+# What is asked for, and then what has it too.
+requirements=(requirements.txt requirements-dev.txt requirements-peers.txt)
 case ${1:-} in
   "") ;;
-  --dev) requirements=requirements-dev.txt ;;
-  --peers) requirements=requirements-peers.txt ;;
+  --dev) requirements=("${requirements[@]:1}") ;;
+  --peers) requirements=("${requirements[@]:2}") ;;
   *) fail "unknown option $1 (there are --dev and --peers)" ;;
 esac
 
@@ -48,11 +49,16 @@ pip_install() {
 }
 
 # What was installed last is kept beside it, so that nothing is done twice.
-stamp=.venv/installed-$requirements
-if ! cat requirements*.txt | cmp -s - "$stamp"; then
-  echo "setup.sh: installing $requirements (TensorFlow is about 600 MB)"
-  pip_install -r "$requirements"
-  cat requirements*.txt > "$stamp"
+is_installed() {
+  for each in "${requirements[@]}"; do
+    if cat requirements*.txt | cmp -s - ".venv/installed-$each"; then return; fi
+  done
+  return 1
+}
+if ! is_installed; then
+  echo "setup.sh: installing ${requirements[0]} (TensorFlow is about 600 MB)"
+  pip_install -r "${requirements[0]}"
+  cat requirements*.txt > ".venv/installed-${requirements[0]}"
 fi
 
 # At least the version that CMakeLists.txt asks for.
