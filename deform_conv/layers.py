@@ -140,3 +140,9 @@ class DeformableConv1D(DeformableConvolution, ExtendedConv1D):
       >>> layer(keras.random.normal([8, 100, 3])).shape
       TensorShape([8, 100, 16])
     """
+
+    # Its own, or Python 3.10 would not show its arguments.
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+
+    __init__.__signature__ = DeformableConvolution.signature_with()

@@ -22,7 +22,11 @@ PROJECT = Path(__file__).resolve().parent.parent
 PAGE = PROJECT / "docs" / "install.md"
 UV = "uv>=0.9,<1"
 TOOLS = ["pytest>=8.4,<10", "pytest-xdist>=3.8,<4", "hypothesis>=6.130,<7"]
-TESTS = ["test_deform_conv2d.py", "test_deform_conv_layer.py", "test_explorer.py"]
+TESTS = [
+    *("test_deform_conv2d.py", "test_aggregate.py", "test_depthwise.py", "test_one_dimension.py"),
+    *("test_deform_conv_layer.py", "test_deform_conv_v3_v4.py", "test_deformable.py"),
+    *("test_plain_weights.py", "test_explorer.py"),
+]
 
 ENVIRONMENTS = [
     *(f"3.11 tensorflow-cpu=={version}.*" for version in ("2.17", "2.18", "2.19", "2.20", "2.21")),

@@ -5,6 +5,7 @@ import re
 
 import hypothesis
 import hypothesis.strategies as st
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -17,7 +18,14 @@ from conftest import (
     second_derivatives,
 )
 
-from deform_conv import portable
+from deform_conv import portable, xla_kernels_loaded
+
+# In TensorFlow 2.20 and newer.
+needs_xla = pytest.mark.skipif(not xla_kernels_loaded(), reason="no XLA kernels")
+# docs/layer.md, "Weights of a plain network".
+needs_keras_3_10 = pytest.mark.skipif(
+    tuple(map(int, keras.__version__.split(".")[:2])) < (3, 10), reason="needs Keras 3.10"
+)
 
 # dtype of input and filters, of offset and mask, tolerance
 TYPES_OF_16_BITS = [

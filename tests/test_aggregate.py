@@ -29,11 +29,12 @@ from checks import (
     configurations,
     for_types,
     gradients_alone,
+    needs_xla,
     output_shape,
 )
 from conftest import assert_close, dcnv3_cases, random_case, relative_error, run
 
-from deform_conv import deform_aggregate2d, deform_conv2d, portable, xla_kernels_loaded
+from deform_conv import deform_aggregate2d, deform_conv2d, portable
 from deform_conv._dcnv3 import from_dcnv3_offset
 from deform_conv._library import record
 from deform_conv._reference import deform_aggregate2d_reference, deform_conv2d_reference
@@ -303,7 +304,7 @@ def test_jacobian_and_forward_mode_agree(rng):
     assert_forward_mode_is_the_jacobian(deform_aggregate2d, case, rng)
 
 
-@pytest.mark.skipif(not xla_kernels_loaded(), reason="no XLA kernels")
+@needs_xla
 @pytest.mark.parametrize("data_format", FORMATS)
 @for_types(TYPES)
 def test_xla_gives_what_the_op_gives(dtype, offset_dtype, tolerance, data_format, rng):
@@ -315,7 +316,7 @@ def test_xla_gives_what_the_op_gives(dtype, offset_dtype, tolerance, data_format
     assert_jitted_equals(deform_aggregate2d, *arguments, tolerance)
 
 
-@pytest.mark.skipif(not xla_kernels_loaded(), reason="no XLA kernels")
+@needs_xla
 @pytest.mark.parametrize("wanted", NAMES)
 def test_xla_gives_each_gradient_alone(wanted, rng):
     tensors, attributes = aggregate_case(rng, channels=6, deform_groups=2).arguments()
@@ -326,7 +327,7 @@ def test_xla_gives_each_gradient_alone(wanted, rng):
     assert relative_error(gradients(tensors)[wanted], expected[f"grad_{wanted}"]) <= 1e-12
 
 
-@pytest.mark.skipif(not xla_kernels_loaded(), reason="no XLA kernels")
+@needs_xla
 def test_xla_gives_second_derivatives(rng):
     case = aggregate_case(rng, channels=4, deform_groups=2)
     assert_second_derivatives_equal(

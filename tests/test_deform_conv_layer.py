@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from checks import needs_xla
 from conftest import relative_error
 
 from deform_conv import deform_conv2d, deformable, xla_kernels_loaded
@@ -789,9 +790,7 @@ def test_nothing_comes_of_nothing(shape, padding, strides, dilation, own_offsets
     "jit_compile",
     [
         False,
-        pytest.param(
-            True, marks=pytest.mark.skipif(not xla_kernels_loaded(), reason="no XLA kernels")
-        ),
+        pytest.param(True, marks=needs_xla),
     ],
 )
 def test_function_of_unknown_sizes_takes_an_empty_batch(jit_compile, arguments, data_format, rng):

@@ -6,13 +6,13 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from checks import needs_xla
 from conftest import dcnv3_cases, relative_error
 from published_modules import published_module, random_state
 
-from deform_conv import deform_aggregate2d, from_torch, portable, xla_kernels_loaded
+from deform_conv import deform_aggregate2d, from_torch, portable
 from deform_conv._dcnv3 import from_dcnv3_offset
 from deform_conv.layers import DeformableConv2DV3, DeformableConv2DV4
-from utils import mnist
 
 LAYERS = {3: DeformableConv2DV3, 4: DeformableConv2DV4}
 FORMATS = ("channels_last", "channels_first")
@@ -800,13 +800,13 @@ def test_portable_mode_computes_the_same(version, remove_center, rng):
 def test_saved_program_computes_the_same(version, tmp_path, rng):
     layer = with_weights(new_layer(version), rng)
     model = keras.Sequential([keras.Input((None, None, 8)), layer])
-    model.export(tmp_path / "program", verbose=False)
+    model.export(tmp_path / "program")
     images = rng.standard_normal((2, 7, 8, 8), dtype="float32")
     loaded = tf.saved_model.load(str(tmp_path / "program"))
     np.testing.assert_allclose(loaded.serve(images), model(images), atol=1e-6)
 
 
-@pytest.mark.skipif(not xla_kernels_loaded(), reason="no library of XLA kernels")
+@needs_xla
 def test_compiled_function_computes_the_same(version, rng):
     layer = with_weights(new_layer(version, center_feature_scale=True), rng)
     images = tf.constant(rng.standard_normal((2, 7, 8, 8), dtype="float32"))
@@ -829,6 +829,7 @@ def block(version, x):
 
 def test_block_trains_on_scaled_mnist_and_its_offsets_move(version):
     keras.utils.set_random_seed(1)
+    mnist = pytest.importorskip("utils.mnist", reason="needs the project's folder")
     digits = mnist.load_mnist()[0].take(1280)
     images = mnist.scale_images(digits.images, np.random.default_rng(1)) / np.float32(255)
     inputs = keras.Input((28, 28, 1))

@@ -1,6 +1,7 @@
 """The same bits in every run, with tf.config.experimental.enable_op_determinism()."""
 
 import pytest
+from checks import needs_xla
 from conftest import printed_by
 
 # In a process of its own, since TensorFlow cannot be told to stop.
@@ -45,7 +46,7 @@ TOLERANCES = {"float32": 2e-5, "float64": 2e-12, "float16": 1e-2, "bfloat16": 4e
     ("name", "mode", "repetitions"),
     [
         ("deform_conv2d", "plain", 100),
-        ("deform_conv2d", "jit", 100),
+        pytest.param("deform_conv2d", "jit", 100, marks=needs_xla),
         ("deform_aggregate2d", "plain", 100),
         ("deform_conv3d", "plain", 20),
     ],

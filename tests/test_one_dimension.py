@@ -16,6 +16,8 @@ from checks import (
     assert_v1_graph_equals_eager,
     assert_wrong_shape_raises,
     for_types,
+    needs_keras_3_10,
+    needs_xla,
     output_shape,
 )
 from conftest import (
@@ -232,7 +234,9 @@ def test_every_type_gives_what_float64_gives(dtype, offset_dtype, tolerance, dev
 
 
 @pytest.mark.parametrize("data_format", FORMATS)
-@pytest.mark.parametrize("jit_compile", [False, True], ids=["graph", "xla"])
+@pytest.mark.parametrize(
+    "jit_compile", [False, pytest.param(True, marks=needs_xla)], ids=["graph", "xla"]
+)
 @pytest.mark.parametrize("shape", [None, [None] * 3, "each"], ids=["rank", "sizes", "nothing"])
 def test_function_of_unknown_shapes_equals_eager(shape, jit_compile, data_format, rng):
     case = sequences_case(rng, stride=2, groups=2, deform_groups=2)
@@ -588,7 +592,7 @@ def test_model_with_its_offsets_is_saved_and_loaded_and_cloned(sequences, tmp_pa
         assert copy.get_layer("second").padding == ((2, 0),)
         for actual, value in zip(copy(sequences), expected, strict=True):
             np.testing.assert_array_equal(actual, value)
-    model.export(tmp_path / "exported", verbose=False)
+    model.export(tmp_path / "exported")
     exported = tf.saved_model.load(tmp_path / "exported")
     for actual, value in zip(exported.serve(sequences), expected, strict=True):
         np.testing.assert_allclose(actual, value, rtol=1e-5, atol=1e-5)
@@ -662,6 +666,7 @@ def test_fit_learns_with_xla_as_without(sequences):
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
 
 
+@needs_keras_3_10
 def test_weights_of_a_plain_network_are_loaded(sequences, tmp_path):
     def network(convolution):
         x = inputs = keras.Input((12, 4))

@@ -3,10 +3,13 @@
 import keras
 import numpy as np
 import pytest
+from checks import needs_keras_3_10
 from keras import layers
 
 from deform_conv import deformable
 from deform_conv.layers import DeformableConv2D
+
+pytestmark = needs_keras_3_10
 
 FORMATS = ["weights.h5", "keras"]
 
