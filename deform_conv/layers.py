@@ -141,8 +141,4 @@ class DeformableConv1D(DeformableConvolution, ExtendedConv1D):
       TensorShape([8, 100, 16])
     """
 
-    # Its own, or Python 3.10 would not show its arguments.
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-
-    __init__.__signature__ = DeformableConvolution.signature_with()
+    __init__ = DeformableConvolution.__init__  # or Python 3.10 would not show its arguments

@@ -176,7 +176,7 @@ def _regular(asked: Run, options: argparse.Namespace) -> keras.Model | None:
     if not (weights and weights.is_file()):
         raise UserError(
             f"{asked.name} starts from the weights of {regular.name}, which are not in "
-            f"{options.cache}; `python -m experiments.study --arm {asked.arm}` makes them"
+            f"{options.cache}; `python -m experiments.run {regular.name}` leaves them there"
         )
     return load_model(REGULAR, weights)
 

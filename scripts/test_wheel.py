@@ -4,8 +4,7 @@
     python scripts/test_wheel.py [--table] [--wheel FILE] [ENVIRONMENT...]
 
 ENVIRONMENT is a Python and packages, such as "3.11 tensorflow-cpu==2.20.*"; without any, all that
-the wheel is for. Pythons are those that uv finds. All take 13 minutes on two cores. --table writes
-what works into docs/install.md.
+the wheel is for. Pythons are those that uv finds. --table writes what works into docs/install.md.
 """
 
 import argparse

@@ -14,10 +14,11 @@ from checks import (
     assert_precise,
     assert_wrong_shape_raises,
     for_types,
+    needs_xla,
 )
 from conftest import assert_close, random_case, run
 
-from deform_conv import deform_conv2d, deform_depthwise_conv2d, xla_kernels_loaded
+from deform_conv import deform_conv2d, deform_depthwise_conv2d
 from deform_conv._reference import deform_conv2d_reference
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -128,10 +129,10 @@ def test_gradient_is_the_numerical_one(argument, data_format, rng):
     assert_gradient_is_numerical(deform_depthwise_conv2d, case, argument, data_format, rng)
 
 
-@pytest.mark.parametrize("jit_compile", [False, True], ids=["plain", "jit"])
+@pytest.mark.parametrize(
+    "jit_compile", [False, pytest.param(True, marks=needs_xla)], ids=["plain", "jit"]
+)
 def test_one_function_takes_any_shape(jit_compile, rng):
-    if jit_compile and not xla_kernels_loaded():
-        pytest.skip("no XLA kernels")
     assert_function_takes(
         [depthwise_case(rng, channels, 2) for channels in (6, 5)],
         deform_depthwise_conv2d,

@@ -10,9 +10,10 @@ import threading
 import numpy as np
 import pytest
 import tensorflow as tf
+from checks import needs_xla
 from conftest import PROJECT, random_case, relative_error, run
 
-from deform_conv import deform_conv2d, xla_kernels_loaded
+from deform_conv import deform_conv2d
 from deform_conv._reference import deform_conv2d_reference
 
 pytestmark = pytest.mark.gpu
@@ -255,10 +256,8 @@ def test_fused_kernels_that_do_not_exist_are_refused(tmp_path):
     assert "no fused kernel for the output of these sizes and types" in completed.stderr
 
 
-@pytest.mark.parametrize("options", [[], ["jit"]], ids=["op", "jit"])
+@pytest.mark.parametrize("options", [[], pytest.param(["jit"], marks=needs_xla)], ids=["op", "jit"])
 def test_unknown_path_is_refused(options, tmp_path):
-    if options and not xla_kernels_loaded():
-        pytest.skip("XLA does not know the op")
     completed = run_along("fastest", "float32", tmp_path / "file.npz", *options)
     assert completed.returncode == 1  # an exception, no signal
     assert "InvalidArgumentError" in completed.stderr

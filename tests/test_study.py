@@ -522,7 +522,8 @@ def test_run_without_the_weights_that_it_starts_from_says_how_to_make_them(tmp_p
             (tmp_path / "mnist-regular-shift1-seed1.json").write_text(record)
         error = error_of(*command)
         assert "starts from the weights of mnist-regular-shift1-seed1, which are not in" in error
-        assert error.endswith("`python -m experiments.study --arm random` makes them")
+        remedy = "`python -m experiments.run mnist-regular-shift1-seed1` leaves them there"
+        assert error.endswith(remedy)
 
 
 # --- The report ---
