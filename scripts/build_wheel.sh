@@ -8,7 +8,7 @@
 # --cpu-only is given; CUDA_ARCHS chooses as for compile.sh. --aarch64 builds for 64-bit ARM, on the CPU
 # alone, with aarch64-linux-gnu-g++.
 #
-# All versions take 4 minutes on two cores, with CUDA, and 5 GB in build/wheel, which may be removed
+# All versions take 5 minutes on two cores, with CUDA, and 5 GB in build/wheel, which may be removed
 # afterwards. PYTHON chooses the Python, from 3.10 to 3.13; the wheel is for all of them.
 set -euo pipefail
 caller=$PWD
